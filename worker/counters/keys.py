@@ -1,0 +1,60 @@
+"""The names of keys in Redis, and what may stand in them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_COUNT = 2**63 - 1
+MAX_ID_BYTES = 256
+_CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
+_GLOB = re.compile(rb"([*?\[\]\\^-])")
+
+
+class InvalidId(ValueError):
+    """The part of a key after the prefix cannot be an id in Postgres; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """All keys of one prefix. The marker's name follows from it: two workers on one prefix cannot miss each other."""
+
+    prefix: bytes
+
+    @property
+    def marker(self) -> bytes:
+        return b"viewer-worker:settled:" + self.prefix
+
+    @property
+    def probe(self) -> bytes:
+        return b"viewer-worker:probe:" + self.prefix
+
+    @property
+    def pattern(self) -> bytes:
+        """For SCAN: every counter, whatever special characters the prefix has."""
+        return _GLOB.sub(rb"\\\1", self.prefix) + b"*"
+
+    def counter(self, vod_id: str) -> bytes:
+        return self.prefix + vod_id.encode()
+
+    def vod_id(self, key: bytes) -> str:
+        """The id that a counter's key names. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
+        raw = key[len(self.prefix) :]
+        if not raw:
+            raise InvalidId("the id is empty")
+        if len(raw) > MAX_ID_BYTES:
+            raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
+        if b"\x00" in raw:
+            raise InvalidId("the id has a NUL byte")
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise InvalidId("the id is not UTF-8") from None
+
+
+def parse_count(value: bytes) -> int | None:
+    """A counter's value as a number; None unless it is 0 … 2^63-1, written as Redis writes it."""
+    if _CANONICAL.fullmatch(value) is None:
+        return None
+    count = int(value)
+    return count if count <= MAX_COUNT else None

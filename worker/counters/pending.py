@@ -1,0 +1,79 @@
+"""Which counters have views that are not in Postgres yet, and the sweep that finds them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from worker.clock import Clock
+    from worker.counters.keys import Keys
+    from worker.redis.client import RedisClient
+
+SCAN_COUNT = 1000
+SWEEP_SHARE = 0.05
+
+
+class Pending:
+    """Ids of counters to flush, with the time each was found. Keeps the order in which they were found."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._found: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, ids: Iterable[str]) -> None:
+        now = self._clock.monotonic()
+        for vod_id in ids:
+            self._found.setdefault(vod_id, now)
+
+    def oldest(self, count: int) -> list[str]:
+        """At most `count` ids, those that wait longest, sorted (every writer locks rows in the same order)."""
+        return sorted(itertools.islice(self._found, count))
+
+    def remove(self, ids: Iterable[str]) -> None:
+        for vod_id in ids:
+            self._found.pop(vod_id, None)
+
+    def oldest_seconds(self) -> float:
+        """How long the oldest has been waiting; 0 when there is none."""
+        first = next(iter(self._found.values()), None)
+        return 0.0 if first is None else self._clock.monotonic() - first
+
+
+class Sweep:
+    """Finds the counters by SCAN. Stretches its own pauses, so that it scans at most 5 % of the time."""
+
+    def __init__(self, redis: RedisClient, keys: Keys, clock: Clock) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._clock = clock
+        self._not_before = clock.monotonic()
+
+    def request(self) -> None:
+        """Make the next sweep due now: something may have been missed."""
+        self._not_before = self._clock.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        return self._clock.monotonic() >= self._not_before
+
+    async def pages(self) -> AsyncIterator[list[bytes]]:
+        """Counter keys, page by page; a key may come twice. Only the time spent in Redis counts as scanning.
+
+        Raises RedisUnavailable; the sweep then stays due.
+        """
+        started, spent, cursor = self._clock.monotonic(), 0.0, 0
+        while True:
+            asked = self._clock.monotonic()
+            cursor, page = await self._redis.scan(cursor, self._keys.pattern, SCAN_COUNT)
+            spent += self._clock.monotonic() - asked
+            if page:
+                yield page
+            if cursor == 0:
+                break
+        self._not_before = started + spent / SWEEP_SHARE

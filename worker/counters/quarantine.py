@@ -1,0 +1,51 @@
+"""Counters that cannot be counted: reported, left as they are, in nobody's way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker.observability.logs import get_logger
+
+if TYPE_CHECKING:
+    from worker.clock import Clock
+
+log = get_logger(__name__)
+
+REPORTED_KEYS = 100
+LOG_AGAIN_S = 3600.0
+
+
+def printable(key: bytes) -> str:
+    """At most 64 characters of a key, everything unusual escaped."""
+    return key[:64].decode("utf-8", "backslashreplace").encode("unicode_escape").decode()[:64]
+
+
+class Quarantine:
+    """The keys found bad in the current sweep. A key that is mended or deleted is gone with the next."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._current: dict[bytes, str] = {}
+        self._previous: dict[bytes, str] = {}
+        self._logged: dict[bytes, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._previous.keys() | self._current.keys())
+
+    def report(self, key: bytes, reason: str) -> None:
+        """Remember that `key` was left alone. Logged once an hour for each key."""
+        self._current[key] = reason
+        now = self._clock.monotonic()
+        if now - self._logged.get(key, -LOG_AGAIN_S) >= LOG_AGAIN_S:
+            self._logged[key] = now
+            log.warning("counter quarantined", key=printable(key), reason=reason)
+
+    def next_sweep(self) -> None:
+        """A sweep was finished: what it did not report again is no longer bad."""
+        self._previous, self._current = self._current, {}
+        self._logged = {key: at for key, at in self._logged.items() if key in self._previous}
+
+    def listed(self) -> dict[str, str]:
+        """The first hundred: key → reason, printable."""
+        merged = self._previous | self._current
+        return {printable(key): merged[key] for key in list(merged)[:REPORTED_KEYS]}

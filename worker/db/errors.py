@@ -1,0 +1,79 @@
+"""Which errors of the database heal by waiting. Driver errors are translated here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
+
+from worker.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Classes: 08 connection, 53 resources (disk, memory, connections), 57P0x shutdown and start-up. Single states: 25006
+# read-only (failover), 25P03 idle-in-transaction timeout, 40001 serialization, 40P01 deadlock, 55P03 lock timeout,
+# 57014 statement timeout.
+TRANSIENT_PREFIXES = ("08", "53", "57P0")
+TRANSIENT_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03", "57014"})
+# Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
+REFUSED_PREFIXES = ("28", "3D000")
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The five-character SQLSTATE of an error or of what caused it, if there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        state = getattr(seen, "sqlstate", None)
+        if isinstance(state, str):
+            return state
+        seen = getattr(seen, "orig", None) or seen.__cause__
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """True when the same statement may succeed later, without anybody changing the data."""
+    state = sqlstate(error)
+    if state is not None:
+        return state.startswith(TRANSIENT_PREFIXES) or state in TRANSIENT_STATES
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or isinstance(error, InterfaceError) or is_transient_cause(error.orig)
+    return isinstance(error, OSError | TimeoutError | asyncio.TimeoutError | asyncpg.InterfaceError)
+
+
+def is_transient_cause(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.PostgresConnectionError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def is_refused(error: BaseException) -> bool:
+    return (sqlstate(error) or "").startswith(REFUSED_PREFIXES)
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Raise DatabaseUnavailable for what heals by waiting; let everything else through unchanged."""
+    try:
+        yield
+    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        if is_transient(error) or is_refused(error):
+            raise DatabaseUnavailable(describe(error)) from error
+        raise
+
+
+def describe(error: BaseException) -> str:
+    """One line without statement, parameters or address: those may hold data or secrets."""
+    origin: BaseException = error
+    while isinstance(error, DBAPIError) and (deeper := getattr(origin, "orig", None) or origin.__cause__) is not None:
+        if isinstance(origin, asyncpg.PostgresError):
+            break
+        origin = deeper
+    text = str(origin).split("\n", 1)[0].strip() or type(origin).__name__
+    state = sqlstate(error)
+    return f"{text[:200]} (SQLSTATE {state})" if state else text[:200]

@@ -1,0 +1,126 @@
+"""The schema's revision: what the database has, what this version needs, and how to get there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, text
+
+from worker.db.errors import database_errors, sqlstate
+from worker.errors import SchemaNotCurrent
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from worker.db.session import Database
+
+# Not Alembic's default name: the application's own migrations may live in the same database.
+VERSION_TABLE = "viewer_worker_schema"
+UNDEFINED_TABLE = "42P01"
+_MIGRATION_LOCK = 0x7669657765722D77  # "viewer-w"; any constant that nobody else uses
+
+
+def migrations_folder() -> Path:
+    """Inside the wheel the migrations lie in the package; in a checkout beside it."""
+    package = Path(__file__).resolve().parent.parent
+    packaged = package / "alembic"
+    return packaged if packaged.is_dir() else package.parent / "alembic"
+
+
+def _config() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    return config
+
+
+@cache
+def _scripts() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config())
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaState:
+    """`current` is the database's revision (None: no tables), `head` the one this version needs."""
+
+    current: str | None
+    head: str
+    known: tuple[str, ...]
+
+    @property
+    def is_current(self) -> bool:
+        return self.current == self.head
+
+    @property
+    def is_behind(self) -> bool:
+        """True when `upgrade` is what is needed: there are no tables, or older ones."""
+        return not self.is_current and (self.current is None or self.current in self.known)
+
+    def require_current(self) -> None:
+        """Raises SchemaNotCurrent, with the command that mends it."""
+        if self.is_current:
+            return
+        if self.current is None:
+            raise SchemaNotCurrent("the database has no viewer-worker tables", "Run: viewer-worker migrate")
+        if self.is_behind:
+            raise SchemaNotCurrent(
+                f"the schema is at revision {self.current}, this version needs {self.head}",
+                "Run: viewer-worker migrate",
+            )
+        raise SchemaNotCurrent(
+            f"the schema is at revision {self.current}, which this version does not know (it needs {self.head})",
+            "Run the version of viewer-worker that migrated this database, or a newer one.",
+        )
+
+
+async def read_schema(connection: AsyncConnection) -> SchemaState:
+    """The state of the schema, in one query."""
+    known = tuple(script.revision for script in _scripts().walk_revisions())
+    found = await connection.execute(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": VERSION_TABLE})
+    current: str | None = None
+    if found.scalar():
+        current = (await connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))).scalar()  # noqa: S608
+    return SchemaState(current, known[0], known)
+
+
+async def upgrade(database: Database, revision: str = "head") -> None:
+    """Bring the schema to `revision`. Several at once wait for each other. Raises DatabaseUnavailable."""
+    from alembic import command
+
+    await _run(database, lambda config: command.upgrade(config, revision))
+
+
+async def downgrade(database: Database, revision: str) -> None:
+    """Take the schema back to `revision` (`base`: drop all tables). Raises DatabaseUnavailable."""
+    from alembic import command
+
+    await _run(database, lambda config: command.downgrade(config, revision))
+
+
+async def _run(database: Database, migrate: Any) -> None:
+    def on_connection(connection: Connection) -> None:
+        config = _config()
+        config.attributes["connection"] = connection
+        migrate(config)
+
+    with database_errors():
+        async with database.engine.connect() as connection:
+            await connection.run_sync(on_connection)
+            await connection.commit()
+
+
+def lock_migrations(connection: Connection) -> None:
+    """Held to the end of the transaction, so that replicas that migrate at start do it one after the other."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+
+
+def is_missing_table(error: BaseException) -> bool:
+    return sqlstate(error) == UNDEFINED_TABLE

@@ -1,0 +1,84 @@
+"""The tables, as SQLAlchemy Core sees them. The migrations create them; a test compares the two."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    Uuid,
+    func,
+)
+
+metadata = MetaData()
+
+_timestamp = DateTime(timezone=True)
+
+view_counts = Table(
+    "view_counts",
+    metadata,
+    Column("vod_id", Text, primary_key=True),
+    Column("views", BigInteger, nullable=False, server_default="0"),
+    Column("counted", BigInteger, nullable=False, server_default="0"),
+    Column("announced", BigInteger, nullable=False, server_default="0"),
+    Column("updated_at", _timestamp, nullable=False, server_default=func.now()),
+)
+
+# The ledger: which flush took what. The write-ahead log of everything that Redis still has to forget.
+view_count_deltas = Table(
+    "view_count_deltas",
+    metadata,
+    Column("flushed_at", _timestamp, nullable=False, server_default=func.now()),
+    Column("source", Text, nullable=False),
+    Column("flush_id", BigInteger, nullable=False),
+    Column("vod_id", Text, nullable=False),
+    Column("counted", BigInteger, nullable=False),
+    Column("announced", BigInteger, nullable=False),
+    Column("views", BigInteger, nullable=False),
+    Index("view_count_deltas_flush_idx", "source", "flush_id"),
+)
+
+view_counts_hourly = Table(
+    "view_counts_hourly",
+    metadata,
+    Column("bucket", _timestamp, nullable=False),
+    Column("vod_id", Text, nullable=False),
+    Column("views", BigInteger, nullable=False),
+    PrimaryKeyConstraint("vod_id", "bucket"),
+)
+
+view_count_flushes = Table(
+    "view_count_flushes",
+    metadata,
+    Column("source", Text, nullable=False),
+    Column("flush_id", BigInteger, nullable=False),
+    Column("flushed_at", _timestamp, nullable=False, server_default=func.now()),
+    Column("nonce", Uuid, nullable=False),
+    Column("prev_nonce", Uuid, nullable=False),
+    Column("keys", Integer, nullable=False),
+    Column("views", BigInteger, nullable=False),
+    Column("worker_id", Text, nullable=False),
+    PrimaryKeyConstraint("source", "flush_id"),
+)
+
+view_count_sources = Table(
+    "view_count_sources",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("lineage", Uuid),
+    Column("last_flush_id", BigInteger, nullable=False, server_default="0"),
+    Column("last_nonce", Uuid),
+    Column("settled_id", BigInteger, nullable=False, server_default="0"),
+    Column("replid", Text),
+    Column("announced_nonce", Uuid),
+    Column("refused", Text),
+    Column("lease_holder", Text),
+    Column("lease_epoch", BigInteger, nullable=False, server_default="0"),
+    Column("lease_until", _timestamp),
+)

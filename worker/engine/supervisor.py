@@ -1,0 +1,87 @@
+"""Runs the named loops of the worker, and ends them in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Protocol
+
+from worker.observability.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+log = get_logger(__name__)
+
+
+class Loop(Protocol):
+    """A long-running part of the worker. It returns soon after `stop` is set, having finished what it must."""
+
+    async def run(self, stop: asyncio.Event) -> None: ...
+
+
+class Supervisor:
+    """Starts the loops, watches them, and drains them within one deadline.
+
+    `drain_timeout` is seconds. A loop that ends before it was asked to is a failure of the whole worker: it is better
+    restarted by its platform than left running with a part missing.
+    """
+
+    def __init__(self, drain_timeout: float, on_stop: Callable[[], None] = lambda: None) -> None:
+        self._drain_timeout = drain_timeout
+        self._on_stop = on_stop
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask all loops to drain. Safe to call again."""
+        self._stop.set()
+
+    async def run(self, loops: dict[str, Loop]) -> bool:
+        """Run until stopped or until a loop dies. True when every loop ended in time and without an error."""
+        tasks = {asyncio.create_task(loop.run(self._stop), name=name): name for name, loop in loops.items()}
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            with self._signals():
+                await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                self._on_stop()
+                clean = self._stop.is_set()
+                self._stop.set()
+                _, late = await asyncio.wait(tasks, timeout=self._drain_timeout)
+        finally:
+            for task in (*tasks, stopping):
+                task.cancel()
+            await asyncio.wait({*tasks, stopping})
+        for task in late:
+            log.error("drain deadline passed", loop=tasks[task], timeout_s=self._drain_timeout)
+        failed = [name for task, name in tasks.items() if not self._ended_well(task, name)]
+        return clean and not failed
+
+    def _ended_well(self, task: asyncio.Task[None], name: str) -> bool:
+        if task.cancelled():
+            return False
+        error = task.exception()
+        if error is not None:
+            log.error("loop died", loop=name, exc_info=error)
+        return error is None
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT asks to drain; the second ends the process at once with 128 + its number."""
+        event_loop = asyncio.get_running_loop()
+
+        def received(number: signal.Signals) -> None:
+            if self._stop.is_set():
+                log.warning("second signal, leaving at once", signal=number.name)
+                os._exit(128 + number)
+            log.info("stopping", signal=number.name, timeout_s=self._drain_timeout)
+            self.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            event_loop.add_signal_handler(number, received, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                event_loop.remove_signal_handler(number)

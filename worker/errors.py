@@ -1,0 +1,60 @@
+"""All errors of the package, in one tree.
+
+ViewerWorkerError
+├── InvalidSettings          settings have wrong values; the start is refused (exit code 78)
+├── Unavailable              a server cannot be used right now; waiting may heal it (exit code 69)
+│   ├── RedisUnavailable
+│   └── DatabaseUnavailable
+└── SchemaNotCurrent         the database's tables are not those of this version
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class ViewerWorkerError(Exception):
+    """Root of the tree. `remedy` is one sentence that tells an operator what to do, or empty."""
+
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingProblem:
+    """`value` is as it may be printed: secrets are masked in it."""
+
+    name: str
+    value: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r}: expected {self.expected}"
+
+
+class InvalidSettings(ViewerWorkerError):
+    """Settings with wrong values, all of them named."""
+
+    def __init__(self, problems: Sequence[SettingProblem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+class Unavailable(ViewerWorkerError):
+    """A server cannot be used right now. Nothing was decided; the same step may be tried again later."""
+
+
+class RedisUnavailable(Unavailable):
+    remedy = "Check that Redis runs and that REDIS_URL reaches it."
+
+
+class DatabaseUnavailable(Unavailable):
+    remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
+
+
+class SchemaNotCurrent(ViewerWorkerError):
+    """The tables are missing, older or newer than this version of the worker needs."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy

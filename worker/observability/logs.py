@@ -1,0 +1,57 @@
+"""Structured logs: JSON lines, or readable lines on a terminal. The libraries' own loggers go the same way."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+import structlog
+
+if TYPE_CHECKING:
+    from structlog.typing import Processor
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
+    """Send all logs of the process to `stream`: console lines when it is a terminal, else one JSON object a line.
+
+    Logs go to stderr, so that what a command prints stays clean on stdout.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_last_steps(stream.isatty()))
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # What these have to say at info is of interest only when debugging them.
+    for chatty in ("sqlalchemy", "asyncio", "aiohttp"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+
+
+def _last_steps(terminal: bool) -> list[Processor]:
+    strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if terminal:
+        # No local variables in tracebacks: they hold connection parameters, and with them passwords.
+        plain = structlog.dev.plain_traceback
+        return [strip, structlog.dev.ConsoleRenderer(exception_formatter=plain)]
+    return [strip, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger

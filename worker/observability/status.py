@@ -1,0 +1,95 @@
+"""What the worker knows of its own state. Loops write it as they learn; `/health` and the metrics only read it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from worker.observability.logs import get_logger
+
+if TYPE_CHECKING:
+    from worker.clock import Clock
+
+log = get_logger(__name__)
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    OK = "ok"
+    HOLD = "hold"
+    FAILING = "failing"
+
+
+@dataclass(slots=True)
+class Check:
+    """One thing that must hold for the worker to do its job. `since` is monotonic seconds."""
+
+    name: str
+    since: float
+    state: State = State.STARTING
+    cause: str = "not checked yet"
+    remedy: str = ""
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+class Status:
+    """The named checks of one worker, and an event that wakes whoever waits for them."""
+
+    def __init__(self, clock: Clock, names: tuple[str, ...]) -> None:
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self._beats: dict[str, float] = {}
+        self.stopping = False
+        self.checks = {name: Check(name, clock.monotonic()) for name in names}
+
+    def ok(self, name: str, **facts: object) -> None:
+        if self._enter(name, State.OK, "", "", facts):
+            log.info("check passed", check=name, **facts)
+
+    def failing(self, name: str, cause: str, remedy: str, **facts: object) -> None:
+        if self._enter(name, State.FAILING, cause, remedy, facts):
+            log.error("check failing", check=name, cause=cause, remedy=remedy, **facts)
+
+    def hold(self, name: str, cause: str, remedy: str, **facts: object) -> None:
+        if self._enter(name, State.HOLD, cause, remedy, facts):
+            log.error("on hold", check=name, cause=cause, remedy=remedy, **facts)
+
+    def is_ok(self, *names: str) -> bool:
+        return all(self.checks[name].state is State.OK for name in names)
+
+    def seconds_in_state(self, name: str) -> float:
+        return self._clock.monotonic() - self.checks[name].since
+
+    def stop(self) -> None:
+        self.stopping = True
+        self._wake()
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """An event that is set at the next change of any check's state. Ask for it anew each time."""
+        return self._changed
+
+    def expect_beat(self, loop: str, within: float) -> None:
+        """A loop turned, and promises to turn again within so many seconds."""
+        self._beats[loop] = self._clock.monotonic() + within
+
+    def late_loops(self) -> list[str]:
+        """Loops that broke their promise: they are stuck."""
+        now = self._clock.monotonic()
+        return [loop for loop, due in self._beats.items() if now > due]
+
+    def _enter(self, name: str, state: State, cause: str, remedy: str, facts: dict[str, object]) -> bool:
+        """True when this is news: another state, or another hold. A cause that varies while failing is not."""
+        check = self.checks[name]
+        news = check.state is not state or (state is State.HOLD and check.cause != cause)
+        check.cause, check.remedy, check.facts = cause, remedy, facts
+        if check.state is not state:
+            check.state, check.since = state, self._clock.monotonic()
+            self._wake()
+        return news
+
+    def _wake(self) -> None:
+        event, self._changed = self._changed, asyncio.Event()
+        event.set()

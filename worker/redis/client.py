@@ -1,0 +1,140 @@
+"""The connection to Redis: only the commands this worker needs, each tried once, errors translated."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+
+from worker.errors import RedisUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from worker.redis.address import RedisAddress
+    from worker.redis.scripts import LuaScript
+
+# Below the time for which Postgres lets a transaction idle: a Redis that falls silent must not cost the row lock.
+COMMAND_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
+
+
+class RedisClient:
+    """Raises RedisUnavailable from every method when Redis cannot do what is asked, for whatever reason.
+
+    The library would repeat a command whose reply was late, and so apply it twice; here every command is sent once.
+    """
+
+    def __init__(self, address: RedisAddress) -> None:
+        self._redis = _connect(address)
+
+    async def probe(self) -> str | None:
+        """Ask for a sign of life. Returns `master_replid`, the name of the data set's history; None if it is hidden."""
+        with redis_errors():
+            try:
+                replication: dict[str, Any] = await self._redis.info("replication")
+            except NoPermissionError:
+                await self._redis.ping()
+                return None
+        replid = replication.get("master_replid")
+        return None if replid is None else str(replid)
+
+    async def ping(self, timeout: float) -> None:
+        """Raises RedisUnavailable unless Redis answers within `timeout` seconds."""
+        with redis_errors():
+            async with asyncio.timeout(timeout):
+                await self._redis.ping()
+
+    async def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of all keys at one instant, None where a key is missing or is not a string.
+
+        MGET is a single read-only command: atomic like a script, and allowed when Redis is at maxmemory.
+        """
+        with redis_errors():
+            values = await self._redis.mget(keys)
+        return cast("list[bytes | None]", values)
+
+    async def type_of(self, key: bytes) -> str:
+        """`string`, `hash`, …; `none` for a key that does not exist."""
+        with redis_errors():
+            kind = await self._redis.type(key)
+        return cast("bytes", kind).decode()
+
+    async def scan(self, cursor: int, pattern: bytes, count: int) -> tuple[int, list[bytes]]:
+        """One page of SCAN: the next cursor (0: done) and the keys found."""
+        with redis_errors():
+            page = await self._redis.scan(cursor, match=pattern, count=count)
+        return cast("tuple[int, list[bytes]]", page)
+
+    async def set_expiring(self, key: bytes, value: bytes, seconds: int) -> None:
+        with redis_errors():
+            await self._redis.set(key, value, ex=seconds)
+
+    async def run(self, script: LuaScript, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
+        """Run a script by its digest; it is sent whole when the server does not have it.
+
+        Before Redis 7 a script may not begin with `#!lua flags=…`; such a server gets it without that line.
+        """
+        with redis_errors():
+            for variant in (script.flagged, script.plain):
+                try:
+                    return await self._evaluate(variant.digest, variant.source, keys, args)
+                except ResponseError as error:
+                    if variant is script.plain or "compiling script" not in str(error):
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _evaluate(self, digest: str, source: str, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
+        try:
+            return await self._redis.evalsha(digest, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._redis.eval(source, len(keys), *keys, *args)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RedisError, OSError) as error:  # OSError includes TimeoutError
+        raise RedisUnavailable(_describe(error)) from error
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error).split("\n", 1)[0].strip()
+    return text[:200] or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
+def _connect(address: RedisAddress) -> aioredis.Redis:
+    common: dict[str, Any] = {
+        "db": address.database,
+        "username": address.user,
+        "password": address.password,
+        "socket_timeout": COMMAND_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+        "client_name": "viewer-worker",
+    }
+    if address.master is not None:
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+            list(address.hosts),
+            sentinel_kwargs={"socket_timeout": CONNECT_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)},
+            **common,
+        )
+        client: aioredis.Redis = sentinel.master_for(address.master)
+        return client
+    if address.unix_path is not None:
+        return aioredis.Redis(unix_socket_path=address.unix_path, **common)
+    host, port = address.hosts[0]
+    options: dict[str, Any] = dict(address.options)
+    if "ssl_check_hostname" in options:
+        options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
+    return aioredis.Redis(host=host, port=port, ssl=address.tls, **options, **common)

@@ -1,0 +1,289 @@
+"""All settings of the worker, read from the environment, `.env` and `<NAME>_FILE`; validated, and printable."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from worker.db.address import SSL_MODES, DatabaseAddress, database_address, parse_database_url
+from worker.errors import InvalidSettings, SettingProblem
+from worker.redis.address import RedisAddress, parse_redis_url
+from worker.urls import MASK, mask_url
+
+PIPELINES = ("view_counts", "view_events", "chunk_requests", "bars_1m", "metrics", "session_events")
+AVAILABLE_PIPELINES = ("view_counts",)
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|y)")
+
+
+def parse_duration(value: object) -> object:
+    """`200ms`, `1s`, `5m`, `30d` → timedelta. Raises ValueError for anything else that is a string."""
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value.strip())
+    if match is None or not 0 < (seconds := float(match[1]) * _UNITS[match[2]]) <= 100 * _UNITS["y"]:
+        raise ValueError("a duration above zero such as 200ms, 1s, 5m, 30d")
+    return timedelta(seconds=seconds)
+
+
+def format_duration(value: timedelta) -> str:
+    seconds = value.total_seconds()
+    for unit in ("d", "h", "m", "s"):
+        if seconds >= _UNITS[unit] and math.isclose(seconds % _UNITS[unit], 0, abs_tol=1e-9):
+            return f"{seconds / _UNITS[unit]:g}{unit}"
+    return f"{seconds * 1000:g}ms"
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    try:
+        parse_database_url(value.get_secret_value())
+    except ValueError as error:
+        raise ValueError(f"a URL such as postgresql://user:password@host:5432/database ({error})") from None
+    return value
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    try:
+        parse_redis_url(value.get_secret_value())
+    except ValueError as error:
+        raise ValueError(f"a URL such as redis://:password@host:6379/0 ({error})") from None
+    return value
+
+
+def _key_prefix(value: str) -> str:
+    if not value or "\x00" in value:
+        raise ValueError("a key prefix that is not empty, such as vod:views:")
+    if OWN_KEYS.startswith(value) or value.startswith(OWN_KEYS):
+        raise ValueError(f"a prefix under which the worker's own keys ({OWN_KEYS}…) do not fall")
+    return value
+
+
+def _pipelines(value: object) -> object:
+    names = tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+    for name in names if isinstance(names, tuple) else ():
+        if name not in PIPELINES:
+            raise ValueError(f"a comma-separated list of {', '.join(PIPELINES)}")
+        if name not in AVAILABLE_PIPELINES:
+            raise ValueError(f"a pipeline that this version has ({', '.join(AVAILABLE_PIPELINES)}); {name} comes later")
+    if not names:
+        raise ValueError(f"at least one of {', '.join(AVAILABLE_PIPELINES)}")
+    return names
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+# Every key of the worker that is not a counter begins with this.
+OWN_KEYS = "viewer-worker:"
+
+Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+NotYet: dict[str, JsonValue] = {"in_effect": False}
+
+
+class Settings(BaseModel):
+    """Field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
+        None, description="PostgreSQL URL; `sslmode` and `sslrootcert` are honoured"
+    )
+    db_host: str | None = Field(None, description="Host; the DB_* group is used when DATABASE_URL is unset")
+    db_port: int | None = Field(None, ge=1, le=65535, description="Port of the DB_* group")
+    db_user: str | None = Field(None, description="User of the DB_* group")
+    db_password: SecretStr | None = Field(None, description="Password of the DB_* group, unencoded")
+    db_name: str | None = Field(None, description="Database of the DB_* group")
+    db_ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(
+        None, description=f"TLS of the DB_* group: {', '.join(SSL_MODES)}"
+    )
+    db_max_connections: int = Field(25, ge=2, le=1000, description="Connections to Postgres at most")
+    db_max_idle_conns: int = Field(5, ge=1, le=1000, description="Connections that are kept open")
+    db_conn_max_lifetime: Duration = Field(timedelta(minutes=5), description="Age at which a connection is replaced")
+
+    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
+        SecretStr("redis://localhost:6379"), description="`redis://`, `rediss://`, `unix://`, `redis+sentinel://`"
+    )
+
+    batch_size: int = Field(100, ge=1, le=10_000, description="Keys in one flush transaction")
+    batch_size_max: int = Field(
+        5000, ge=1, le=10_000, description="Keys in one flush transaction under backlog", json_schema_extra=NotYet
+    )
+    batch_interval_ms: int = Field(30_000, ge=10, le=86_400_000, description="Milliseconds between two flushes")
+
+    health_check_port: int = Field(3003, ge=0, le=65535, description="Port of the HTTP server; 0 takes a free one")
+    health_check_host: str = Field("0.0.0.0", min_length=1, description="Address of the HTTP server")  # noqa: S104
+    health_grace: Duration = Field(timedelta(seconds=30), description="Outage after which /health answers 503")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        "info", description="debug, info, warning, error"
+    )
+    pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(
+        ("view_counts",), description="What to run, comma-separated"
+    )
+
+    view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field(
+        "vod:views:", description="Counter keys are this prefix and an id"
+    )
+    view_channel: str = Field(
+        "view_count_updates", min_length=1, description="Channel of messages", json_schema_extra=NotYet
+    )
+    view_totals_channel: str = Field(
+        "view_counts", min_length=1, description="Channel on which new totals are published", json_schema_extra=NotYet
+    )
+    view_source_name: str = Field("default", min_length=1, max_length=63, description="Name of the row in the ledger")
+    view_count_source: Literal["both", "counters", "messages", "sum"] = Field(
+        "both", description="both, counters, messages, sum", json_schema_extra=NotYet
+    )
+    view_on_lost_marker: Literal["hold", "fresh"] = Field(
+        "hold", description="hold, or fresh for a Redis that is a pure cache", json_schema_extra=NotYet
+    )
+    view_target_table: str | None = Field(None, description="The application's own table", json_schema_extra=NotYet)
+    view_target_key: str | None = Field(None, description="Its key column", json_schema_extra=NotYet)
+    view_target_column: str | None = Field(None, description="Its total column", json_schema_extra=NotYet)
+    view_ledger_retention: Duration = Field(
+        timedelta(days=30), description="Age at which ledger rows may go", json_schema_extra=NotYet
+    )
+
+    shutdown_timeout: Duration = Field(timedelta(seconds=8), description="Time to drain after SIGTERM")
+    migrate_on_start: bool = Field(False, description="Bring the schema up to date at start")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.batch_size > self.batch_size_max:
+            raise ValueError("BATCH_SIZE_MAX|a number that is not below BATCH_SIZE")
+        if self.db_max_idle_conns > self.db_max_connections:
+            raise ValueError("DB_MAX_IDLE_CONNS|a number that is not above DB_MAX_CONNECTIONS")
+        return self
+
+    @property
+    def database(self) -> DatabaseAddress:
+        """`DATABASE_URL`; else the `DB_*` group if any of it is set; else the documented default."""
+        group = (self.db_host, self.db_port, self.db_user, self.db_password, self.db_name, self.db_ssl_mode)
+        if self.database_url is not None:
+            return parse_database_url(self.database_url.get_secret_value())
+        if any(value is not None for value in group):
+            return database_address(
+                self.db_host or "localhost",
+                self.db_port or 5432,
+                self.db_user or "postgres",
+                self.db_password.get_secret_value() if self.db_password else "postgres",
+                self.db_name or "stock_scanner",
+                self.db_ssl_mode or "disable",
+            )
+        return parse_database_url(DEFAULT_DATABASE_URL)
+
+    @property
+    def redis(self) -> RedisAddress:
+        return parse_redis_url(self.redis_url.get_secret_value())
+
+    def without_effect(self) -> list[str]:
+        """Variables that were set but that this version does not act on yet."""
+        fields = type(self).model_fields
+        return [name.upper() for name in sorted(self.model_fields_set) if _not_yet(fields[name].json_schema_extra)]
+
+    def shown(self) -> dict[str, str]:
+        """Variable → effective value as it may be printed. Secrets are masked."""
+        values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
+        if self.database_url is None:
+            values["DATABASE_URL"] = mask_url(self.database.url.render_as_string(hide_password=False))
+        return values
+
+
+DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
+
+
+def _not_yet(extra: object) -> bool:
+    return isinstance(extra, Mapping) and extra.get("in_effect") is False
+
+
+def _show(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case SecretStr():
+            text = value.get_secret_value()
+            return mask_url(text) if "://" in text else MASK
+        case timedelta():
+            return format_duration(value)
+        case tuple():
+            return ",".join(value)
+        case bool():
+            return str(value).lower()
+    return str(value)
+
+
+def load_settings(
+    env_file: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: str | None
+) -> Settings:
+    """Read the settings: `overrides` (flags) before `environ` before `env_file` (default `.env`, if it is there).
+
+    Raises InvalidSettings naming every variable that is wrong.
+    """
+    if env_file is not None and not env_file.is_file():
+        raise InvalidSettings([SettingProblem("--env-file", str(env_file), "a file that exists")])
+    dotenv = dotenv_values(env_file or ".env")
+    given = {name: value for name, value in dotenv.items() if value is not None} | dict(
+        os.environ if environ is None else environ
+    )
+    raw = _collect(given) | {name: value for name, value in overrides.items() if value is not None}
+    if "batch_size" in raw and "batch_size_max" not in raw and raw["batch_size"].isdecimal():
+        raw["batch_size_max"] = str(max(int(raw["batch_size"]), Settings.model_fields["batch_size_max"].default))
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise InvalidSettings([_problem(dict(details), raw) for details in error.errors()]) from None
+
+
+def _collect(given: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are ours. An empty one that has no default of its own counts as unset."""
+    raw: dict[str, str] = {}
+    for field, info in Settings.model_fields.items():
+        name = field.upper()
+        value, path = given.get(name), given.get(f"{name}_FILE")
+        if path:
+            if value:
+                raise InvalidSettings([SettingProblem(f"{name}_FILE", path, f"only one of {name} and {name}_FILE")])
+            value = _read_file(f"{name}_FILE", path)
+        if value is not None and (value != "" or info.default is not None):
+            raw[field] = value
+    return raw
+
+
+def _read_file(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings([SettingProblem(name, path, f"a readable text file ({type(error).__name__})")]) from None
+
+
+def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
+    message = str(details["msg"]).removeprefix("Value error, ")
+    if not details["loc"]:  # a rule between settings names its variable itself
+        name, _, expected = message.partition("|")
+        field = name.lower()
+    else:
+        field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
+        name = field.upper()
+    info = Settings.model_fields[field]
+    secret = "SecretStr" in str(info.annotation)
+    value = raw.get(field, str(info.default))
+    return SettingProblem(name, (mask_url(value) if "://" in value else MASK) if secret else value[:64], expected)

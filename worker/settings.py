@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -46,11 +45,13 @@ def parse_duration(value: object) -> object:
 
 
 def format_duration(value: timedelta) -> str:
-    seconds = value.total_seconds()
+    """The inverse of `parse_duration`, in the largest unit that needs no fraction; to the millisecond."""
+    milliseconds = round(value / timedelta(milliseconds=1))
     for unit in ("d", "h", "m", "s"):
-        if seconds >= _UNITS[unit] and math.isclose(seconds % _UNITS[unit], 0, abs_tol=1e-9):
-            return f"{seconds / _UNITS[unit]:g}{unit}"
-    return f"{seconds * 1000:g}ms"
+        whole, rest = divmod(milliseconds, int(_UNITS[unit] * 1000))
+        if whole and not rest:
+            return f"{whole}{unit}"
+    return f"{milliseconds}ms"
 
 
 def _database_url(value: SecretStr) -> SecretStr:
@@ -245,8 +246,9 @@ def load_settings(
         os.environ if environ is None else environ
     )
     raw = _collect(given) | {name: value for name, value in overrides.items() if value is not None}
-    if "batch_size" in raw and "batch_size_max" not in raw and raw["batch_size"].isdecimal():
-        raw["batch_size_max"] = str(max(int(raw["batch_size"]), Settings.model_fields["batch_size_max"].default))
+    size, largest = raw.get("batch_size", ""), Settings.model_fields["batch_size_max"].default
+    if size.isdecimal() and int(size) > largest:
+        raw.setdefault("batch_size_max", size)
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:

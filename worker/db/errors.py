@@ -74,6 +74,8 @@ def describe(error: BaseException) -> str:
         if isinstance(origin, asyncpg.PostgresError):
             break
         origin = deeper
+    if isinstance(origin, TimeoutError):
+        return "no answer in time"
     text = str(origin).split("\n", 1)[0].strip() or type(origin).__name__
     state = sqlstate(error)
     return f"{text[:200]} (SQLSTATE {state})" if state else text[:200]

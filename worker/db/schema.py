@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, text
 
-from worker.db.errors import database_errors, sqlstate
+from worker.db.errors import database_errors
 from worker.errors import SchemaNotCurrent
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Not Alembic's default name: the application's own migrations may live in the same database.
 VERSION_TABLE = "viewer_worker_schema"
-UNDEFINED_TABLE = "42P01"
 _MIGRATION_LOCK = 0x7669657765722D77  # "viewer-w"; any constant that nobody else uses
 
 
@@ -111,16 +110,16 @@ async def _run(database: Database, migrate: Any) -> None:
         config.attributes["connection"] = connection
         migrate(config)
 
-    with database_errors():
-        async with database.engine.connect() as connection:
-            await connection.run_sync(on_connection)
-            await connection.commit()
+    patient = database.patient()
+    try:
+        with database_errors():
+            async with patient.engine.connect() as connection:
+                await connection.run_sync(on_connection)
+                await connection.commit()
+    finally:
+        await patient.close()
 
 
 def lock_migrations(connection: Connection) -> None:
     """Held to the end of the transaction, so that replicas that migrate at start do it one after the other."""
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-
-
-def is_missing_table(error: BaseException) -> bool:
-    return sqlstate(error) == UNDEFINED_TABLE

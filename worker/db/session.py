@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from worker.db.errors import database_errors
@@ -23,11 +21,21 @@ COMMAND_TIMEOUT_S = 35.0
 
 
 class Database:
-    """Connections to one database. `pool_size` are kept, `overflow` more are opened on demand; `recycle` is seconds."""
+    """Connections to one database.
+
+    `pool_size` are kept, `overflow` more are opened on demand. `recycle` (age at which a connection is replaced) and
+    `command_timeout` (of each statement) are seconds.
+    """
 
     def __init__(
-        self, address: DatabaseAddress, pool_size: int = 5, overflow: int = 20, recycle: float = 300.0
+        self,
+        address: DatabaseAddress,
+        pool_size: int = 5,
+        overflow: int = 20,
+        recycle: float = 300.0,
+        command_timeout: float | None = COMMAND_TIMEOUT_S,
     ) -> None:
+        self._address = address
         self.engine: AsyncEngine = create_async_engine(
             address.url,
             pool_size=pool_size,
@@ -39,13 +47,17 @@ class Database:
                 # libpq's options (sslmode, sslrootcert, host=/socket, …) are read by the driver from a DSN.
                 "dsn": f"postgresql://?{address.options}",
                 "timeout": CONNECT_TIMEOUT_S,
-                "command_timeout": COMMAND_TIMEOUT_S,
+                "command_timeout": command_timeout,
                 # Behind a transaction pooler, two clients share one server connection: names must not collide, and a
                 # statement that was prepared on one server connection does not exist on the next.
                 "prepared_statement_name_func": lambda: f"vw_{uuid4().hex}",
                 "server_settings": {"application_name": "viewer-worker"},
             },
         )
+
+    def patient(self) -> Database:
+        """The same database for commands that may take as long as they need, such as migrations. Close it."""
+        return Database(self._address, command_timeout=None)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -66,12 +78,6 @@ class Database:
                 raise
             finally:
                 await connection.close()
-
-    async def ping(self, timeout: float) -> None:
-        """Raises DatabaseUnavailable unless the database answers a query within `timeout` seconds."""
-        with database_errors():
-            async with asyncio.timeout(timeout), self.engine.connect() as connection:
-                await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:
         await self.engine.dispose()

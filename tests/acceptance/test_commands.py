@@ -1,0 +1,152 @@
+"""The other commands, as users type them."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.world import CliWorker, World, clean_environment
+from worker.dev.servers import free_port
+
+Start = Callable[..., CliWorker]
+ROOT = Path(__file__).parents[2]
+
+
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "worker", *arguments],
+        env=clean_environment() | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+async def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return await asyncio.to_thread(cli, *arguments, **environment)
+
+
+def test_help_lists_the_commands_and_version_is_printed() -> None:
+    shown = cli("--help").stdout
+    for command in ("run", "migrate", "config", "healthcheck", "dev"):
+        assert f" {command} " in shown
+    assert cli("--version").stdout == "viewer-worker 0.1.0\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = ("sqlalchemy", "redis", "aiohttp", "pydantic", "alembic", "prometheus_client", "structlog")
+    probe = f"import sys, worker.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_config_prints_effective_values_without_secrets() -> None:
+    done = cli("config", DATABASE_URL="postgres://me:hunter2@db/app", BATCH_SIZE="7", VIEW_COUNT_SOURCE="sum")
+    assert done.returncode == 0
+    assert "DATABASE_URL=postgres://me:***@db/app\n" in done.stdout
+    assert "BATCH_SIZE=7\n" in done.stdout
+    assert "VIEW_COUNT_SOURCE=sum  # no effect in this version\n" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "migrate", "config", "healthcheck"])
+def test_wrong_setting_stops_every_command_with_78(command: str) -> None:
+    done = cli(command, BATCH_SIZE="many", DATABASE_URL="nosql://me:hunter2@db")
+    assert done.returncode == 78
+    assert "BATCH_SIZE='many': expected" in done.stderr
+    assert "DATABASE_URL='nosql://me:***@db': expected" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_wrong_usage_is_2() -> None:
+    assert cli("run", "--twice").returncode == 2
+    assert cli("dev", "--for", "soon").returncode == 2
+
+
+def test_env_file_that_is_missing_is_told() -> None:
+    done = cli("config", "--env-file", "/nowhere/worker.env")
+    assert done.returncode == 78
+    assert "/nowhere/worker.env" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("migrate",), ("migrate", "--status"), ("run", "--once")])
+def test_command_without_its_servers_is_69(arguments: tuple[str, ...]) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    done = cli(*arguments, DATABASE_URL=f"postgresql://me:hunter2@{nowhere}/x", REDIS_URL=f"redis://:hunter2@{nowhere}")
+    assert done.returncode == 69
+    assert "DATABASE_URL" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_migrate_and_its_status(empty_database_url: str) -> None:
+    status = await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)
+    assert status.returncode == 1
+    assert "no tables" in status.stdout
+    assert "Run: viewer-worker migrate" in status.stderr
+    done = await run_cli("migrate", DATABASE_URL=empty_database_url)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0001")
+    again = await run_cli("migrate", DATABASE_URL=empty_database_url)
+    assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "nothing to do")
+    assert (await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)).returncode == 0
+
+
+async def test_run_once_says_what_it_flushed(world: World) -> None:
+    await world.view("a", 3)
+    await world.view("b")
+    done = await run_cli("run", "--once", **world.environment)
+    assert (done.returncode, done.stdout) == (0, "flushed 4 views of 2 ids\n")
+    await world.assert_exact()
+
+
+async def test_run_once_without_tables_names_the_remedy(redis_url: str, empty_database_url: str) -> None:
+    done = await run_cli("run", "--once", REDIS_URL=redis_url, DATABASE_URL=empty_database_url)
+    assert done.returncode == 1
+    assert "Run: viewer-worker migrate" in done.stderr
+
+
+async def test_healthcheck_asks_the_running_worker(world: World, start: Start) -> None:
+    port = str(free_port())
+    assert (await run_cli("healthcheck", HEALTH_CHECK_PORT=port)).returncode == 1
+    worker = start(world.environment | {"HEALTH_CHECK_PORT": port}, "run")
+    await worker.wait_for_log('"started"')
+    done = await run_cli("healthcheck", HEALTH_CHECK_PORT=port)
+    assert done.returncode == 0
+    assert "alive" in done.stdout
+
+
+def test_dev_ends_with_an_exact_verdict_after_a_kill(tmp_path: Path) -> None:
+    done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kill -9" in done.stdout
+    assert "EXACT: each view counted once; 1,000 ids compared, worker killed 1 time(s)." in done.stdout
+
+
+def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
+    """Installed from the wheel into a folder of its own, `migrate` finds its scripts without the checkout."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    probe = (
+        "import worker, worker.db.schema as s; print(worker.__file__); print(s._scripts().get_current_head());"
+        "import worker.counters.settle"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe],
+        env=clean_environment() | {"PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0001"]

@@ -1,0 +1,120 @@
+"""Real servers for the tests: started once from wheels, or those that TEST_REDIS_URL and TEST_DATABASE_URL name."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from tests.world import World, database_url_for
+from worker.db import schema
+from worker.db.address import parse_database_url
+from worker.db.session import Database
+from worker.dev.servers import PostgresServer, ValkeyServer
+
+
+@pytest.fixture(scope="session")
+def servers_folder() -> Iterator[Path]:
+    """A folder that Postgres may use even when the tests run as root."""
+    folder = Path(tempfile.mkdtemp(prefix="viewer-worker-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def redis_url(servers_folder: Path) -> Iterator[str]:
+    if url := os.environ.get("TEST_REDIS_URL"):
+        yield url
+        return
+    server = ValkeyServer(servers_folder / "redis")
+    server.start()
+    yield server.url
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(servers_folder: Path) -> Iterator[str]:
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield url
+        return
+    server = PostgresServer(servers_folder / "postgres", options=("fsync=off",))
+    server.start()
+    yield server.url
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_url: str) -> Iterator[str]:
+    """A migrated database that each test gets a copy of."""
+    name = f"vw_template_{uuid4().hex[:12]}"
+
+    async def create() -> None:
+        await _admin(postgres_url, f"CREATE DATABASE {name}")
+        database = Database(parse_database_url(database_url_for(postgres_url, name)))
+        await schema.upgrade(database)
+        await database.close()
+
+    asyncio.run(create())
+    yield name
+    asyncio.run(_admin(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+async def empty_database_url(postgres_url: str) -> AsyncIterator[str]:
+    """A database without any tables."""
+    async with _database(postgres_url, "template0") as url:
+        yield url
+
+
+@pytest.fixture
+async def database_url(postgres_url: str, template_database: str) -> AsyncIterator[str]:
+    """A migrated database of the test's own."""
+    async with _database(postgres_url, template_database) as url:
+        yield url
+
+
+class _database:  # noqa: N801 - used as `async with _database(…)`
+    def __init__(self, postgres_url: str, template: str) -> None:
+        self._postgres_url = postgres_url
+        self._template = template
+        self._name = f"vw_test_{uuid4().hex[:12]}"
+
+    async def __aenter__(self) -> str:
+        await _admin(self._postgres_url, f"CREATE DATABASE {self._name} TEMPLATE {self._template}")
+        return database_url_for(self._postgres_url, self._name)
+
+    async def __aexit__(self, *_: object) -> None:
+        await _admin(self._postgres_url, f"DROP DATABASE {self._name} WITH (FORCE)")
+
+
+async def _admin(postgres_url: str, statement: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def world(redis_url: str, database_url: str) -> AsyncIterator[World]:
+    """A Redis prefix and a database of the test's own, and workers on them."""
+    async with World(redis_url, database_url) as made:
+        yield made
+
+
+@pytest.fixture
+def valkey(servers_folder: Path) -> Iterator[ValkeyServer]:
+    """A Redis of the test's own, to be killed, emptied and restored."""
+    server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=("--appendfsync", "always"))
+    server.start()
+    yield server
+    server.kill()
+    shutil.rmtree(server.folder, ignore_errors=True)

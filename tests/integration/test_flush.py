@@ -1,0 +1,465 @@
+"""Flush, settle, replay, on a real Redis and a real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.world import InProcessWorker, World
+from worker.counters.flush import Busy, Flushed
+from worker.counters.marker import Marker
+from worker.counters.recovery import Hold
+from worker.counters.settle import SETTLE
+from worker.dev.servers import ValkeyServer
+from worker.errors import DatabaseUnavailable, RedisUnavailable
+
+
+async def test_views_reach_postgres_and_leave_redis(world: World) -> None:
+    await world.view("vod_1", 3)
+    await world.view("vod_2")
+    outcome = await world.worker().cycle()
+    assert outcome == Flushed(flush_id=1, keys=2, views=4)
+    await world.assert_exact()
+
+
+async def test_totals_grow_over_many_flushes(world: World) -> None:
+    worker = world.worker(BATCH_SIZE="7")
+    rng = random.Random(1)
+    for _ in range(5):
+        await world.view_many([f"vod_{rng.randrange(30)}" for _ in range(200)])
+        await worker.cycle()
+    await world.assert_exact()
+    assert worker.metric("view_count_flushed_views_total") == 1000
+    assert worker.metric("view_count_pending_keys") == 0
+
+
+async def test_first_run_gives_birth_to_the_marker_even_without_views(world: World) -> None:
+    assert await world.worker().cycle() == Flushed()
+    marker, source = await world.marker(), await world.source()
+    assert marker == Marker(source["lineage"], 0, source["last_nonce"])
+
+
+async def test_flush_of_nothing_writes_nothing(world: World) -> None:
+    worker = world.worker()
+    await world.view("vod_1")
+    await worker.cycle()
+    await worker.cycle()
+    assert (await world.source())["last_flush_id"] == 1
+
+
+async def test_zero_counters_are_left_alone(world: World) -> None:
+    await world.redis.set(world.prefix + "zero", "0")
+    assert await world.worker().cycle() == Flushed()
+    assert await world.redis.get(world.prefix + "zero") == b"0"
+
+
+async def test_views_that_arrive_during_a_flush_stay_pending(world: World) -> None:
+    worker = world.worker()
+    await world.view("vod_1", 5)
+    settle = worker.counters.settler.settle
+
+    async def views_come_in_between(*args: Any, **kwargs: Any) -> bool:
+        await world.view("vod_1", 2)
+        return await settle(*args, **kwargs)
+
+    worker.counters.settler.settle = views_come_in_between  # type: ignore[method-assign]
+    await worker.cycle()
+    assert await world.totals() == Counter(vod_1=5)
+    assert await world.pending() == Counter(vod_1=2)
+    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    await worker.cycle()
+    await world.assert_exact()
+
+
+async def test_error_before_commit_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = world.worker()
+    await world.view("vod_1", 5)
+    await worker.cycle()
+    await world.view("vod_1", 2)
+
+    async def record_then_die(self: Any, *args: Any) -> None:
+        await original(self, *args)
+        raise DatabaseUnavailable("gone before COMMIT")
+
+    from worker.db.ledger import Ledger
+
+    original = Ledger.record
+    monkeypatch.setattr(Ledger, "record", record_then_die)
+    with pytest.raises(DatabaseUnavailable):
+        await worker.cycle()
+    assert (await world.source())["last_flush_id"] == 1
+    assert await world.pending() == Counter(vod_1=2)
+    monkeypatch.undo()
+    await world.worker().cycle()
+    await world.assert_exact()
+
+
+async def committed_but_not_settled(world: World, worker: InProcessWorker) -> None:
+    """Leave one flush that is in Postgres and that Redis does not know of."""
+
+    async def no_reply(*_: Any, **__: Any) -> bool:
+        raise RedisUnavailable("gone before settle")
+
+    settle = worker.counters.settler.settle
+    worker.counters.settler.settle = no_reply  # type: ignore[method-assign]
+    with pytest.raises(RedisUnavailable):
+        await worker.cycle()
+    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+
+
+async def test_crash_between_commit_and_settle_is_replayed_by_the_next_worker(world: World) -> None:
+    await world.view("vod_1", 5)
+    await world.view("vod_2", 1)
+    await committed_but_not_settled(world, world.worker())
+    assert await world.totals() == world.truth
+    assert await world.pending() == world.truth
+
+    await world.view("vod_1", 2)
+    successor = world.worker()
+    await successor.cycle()
+    await world.assert_exact()
+    assert successor.metric("view_count_settle_replays_total") == 1
+
+
+async def test_lost_settle_reply_is_harmless(world: World) -> None:
+    worker = world.worker()
+    await world.view("vod_1", 5)
+    settle = worker.counters.settler.settle
+
+    async def reply_is_lost(*args: Any, **kwargs: Any) -> bool:
+        await settle(*args, **kwargs)
+        raise RedisUnavailable("no answer in time")
+
+    worker.counters.settler.settle = reply_is_lost  # type: ignore[method-assign]
+    with pytest.raises(RedisUnavailable):
+        await worker.cycle()
+    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    await world.view("vod_1", 1)
+    await worker.cycle()
+    await world.assert_exact()
+    assert worker.metric("view_count_settle_replays_total") == 0
+
+
+async def test_settling_twice_subtracts_once(world: World) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    before = await world.marker()
+    assert before is not None
+    await world.view("vod_1", 10)
+    after = Marker(before.lineage, 1, before.nonce)
+    for _ in range(2):
+        assert await worker.counters.settler.settle(before, after, {"vod_1": 4})
+    assert await world.pending() == Counter(vod_1=6)
+
+
+async def test_late_settle_of_a_lost_flush_with_a_reused_number_does_nothing(world: World) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    born = await world.marker()
+    assert born is not None
+    lost = Marker(born.lineage, 1, Marker.parse(bytes(born.encode())).nonce)  # type: ignore[union-attr]
+    await world.view("vod_1", 5)
+    await worker.cycle()
+    await world.view("vod_1", 3)
+    assert not await worker.counters.settler.settle(born, lost, {"vod_1": 3})
+    assert await world.pending() == Counter(vod_1=3)
+
+
+async def test_redis_restored_from_an_older_snapshot_is_replayed(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        worker = world.worker(BATCH_SIZE="2")
+        await world.view_many(["a", "b", "c", "d", "e"] * 3)
+        await worker.cycle()
+        await world.view_many(["a", "b", "c"])
+        older = valkey.folder.with_name(valkey.folder.name + "-older")
+        valkey.stop()
+        shutil.copytree(valkey.folder, older)
+        await world.restart_redis(valkey)
+        await world.worker(BATCH_SIZE="2").cycle()
+        await world.assert_exact()
+
+        valkey.stop()
+        shutil.rmtree(valkey.folder)
+        older.rename(valkey.folder)
+        await world.restart_redis(valkey)
+        assert await world.pending() == Counter(a=1, b=1, c=1)  # settled long ago; this Redis does not know it
+        successor = world.worker()
+        await world.view("a")
+        await successor.cycle()
+        await world.assert_exact()
+        assert successor.metric("view_count_settle_replays_total") == 2
+
+
+async def test_two_workers_at_once_count_each_view_once(world: World) -> None:
+    workers = [world.worker(BATCH_SIZE="5"), world.worker(BATCH_SIZE="5")]
+    rng = random.Random(2)
+    done = asyncio.Event()
+
+    async def work(worker: InProcessWorker) -> None:
+        while not done.is_set():
+            await worker.cycle_until_done()
+
+    tasks = [asyncio.create_task(work(worker)) for worker in workers]
+    for _ in range(100):
+        await world.view_many([f"vod_{rng.randrange(40)}" for _ in range(50)])
+        totals = await world.totals()
+        assert totals <= world.truth
+    done.set()
+    await asyncio.gather(*tasks)
+    await workers[0].cycle_until_done()
+    await world.assert_exact()
+    assert all(worker.metric("view_count_flushes_total") > 0 for worker in workers)
+
+
+async def test_two_workers_that_start_at_once_give_birth_to_one_lineage(world: World) -> None:
+    await world.view("vod_1")
+    await asyncio.gather(world.worker().cycle_until_done(), world.worker().cycle_until_done())
+    await world.assert_exact()
+
+
+async def test_worker_leaves_while_another_has_the_source_locked(world: World) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    await world.view("vod_1")
+    async with world.sql.transaction():
+        await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
+        assert await worker.cycle() == Busy()
+    assert await worker.cycle() == Flushed(flush_id=1, keys=1, views=1)
+
+
+async def test_reader_that_gets_first_never_sees_less_than_happened(world: World) -> None:
+    worker = world.worker(BATCH_SIZE="3")
+    await worker.cycle()
+    done = asyncio.Event()
+
+    async def work() -> None:
+        while not done.is_set():
+            await worker.cycle()
+
+    task = asyncio.create_task(work())
+    for _ in range(150):
+        await world.view_many(["a", "b", "c", "d"])
+        shown = await world.pending()
+        shown += await world.totals()
+        assert shown >= world.truth
+    done.set()
+    await task
+    await worker.cycle()
+    await world.assert_exact()
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        ("missing", "the marker is missing in Redis, and Postgres has 1 flushes"),
+        ("garbage", "the marker in Redis cannot be read"),
+        ("foreign", "the marker in Redis belongs to another database"),
+        ("ahead", "Postgres lacks 4 flushes that Redis has settled"),
+        ("unknown nonce", "Redis settled another flush 1 than the one Postgres has"),
+        ("pruned ledger", "flush 1 is no longer complete in the ledger"),
+        ("wrong predecessor", "Redis settled another flush 0 than the one before 1"),
+    ],
+)
+async def test_marker_that_does_not_fit_is_a_hold(world: World, damage: str, cause: str) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    born = await world.marker()
+    await world.view("vod_1", 5)
+    await worker.cycle()
+    marker = await world.marker()
+    assert marker is not None
+    assert born is not None
+    match damage:
+        case "missing":
+            await world.redis.delete(world.keys.marker)
+        case "garbage":
+            await world.redis.set(world.keys.marker, "garbage")
+        case "foreign":
+            await world.redis.set(world.keys.marker, Marker(marker.nonce, 1, marker.nonce).encode())
+        case "ahead":
+            await world.redis.set(world.keys.marker, Marker(marker.lineage, 5, marker.nonce).encode())
+        case "unknown nonce":
+            await world.redis.set(world.keys.marker, Marker(marker.lineage, 1, marker.lineage).encode())
+        case "pruned ledger":
+            await world.redis.set(world.keys.marker, born.encode())
+            await world.sql.execute("DELETE FROM view_count_deltas")
+        case "wrong predecessor":
+            await world.redis.set(world.keys.marker, Marker(marker.lineage, 0, marker.lineage).encode())
+    await world.view("vod_1", 2)
+    outcome = await worker.cycle()
+    assert isinstance(outcome, Hold)
+    assert outcome.cause.startswith(cause)
+    assert await world.totals() == Counter(vod_1=5)
+    assert await world.pending() == Counter(vod_1=2)
+
+
+async def test_marker_of_another_type_is_a_hold_even_before_the_first_flush(world: World) -> None:
+    await world.redis.hset(world.keys.marker, "a", "b")
+    outcome = await world.worker().cycle()
+    assert outcome == Hold("the marker's key holds a hash, not a string")
+
+
+async def test_keys_that_cannot_be_counted_hinder_nobody(world: World) -> None:
+    bad_values = [b"abc", b"12.5", b"+5", b" 12", b"", b"007", b"-3", b"9223372036854775808"]
+    for number, value in enumerate(bad_values):
+        await world.redis.set(f"{world.prefix}bad_{number}", value)
+    await world.redis.hset(world.prefix + "hash", "a", "b")
+    for bad_id in (b"", b"\xff\xfe", b"a\x00b", b"x" * 257):
+        await world.redis.set(world.prefix.encode() + bad_id, 1)
+    for good_id in ("a:b*{c}[d]\n?^", "ünïcödé", "x" * 256, " "):
+        await world.view(good_id, 2)
+    worker = world.worker()
+    assert await worker.cycle() == Flushed(flush_id=1, keys=4, views=8)
+    assert await world.totals() == world.truth
+    assert worker.metric("view_count_quarantined_keys") == len(bad_values) + 4
+    assert await world.redis.get(world.prefix + "bad_0") == b"abc"
+    await world.assert_consistent()
+
+
+async def test_prefix_with_glob_characters_finds_only_its_own_keys(redis_url: str, database_url: str) -> None:
+    async with World(redis_url, database_url, prefix="we[i]rd*?\\:") as world:
+        await world.view("vod_1")
+        await world.redis.incr("wei-other:vod_2")
+        await world.worker().cycle()
+        await world.assert_exact()
+        assert await world.redis.getdel("wei-other:vod_2") == b"1"
+
+
+@pytest.mark.parametrize("value", ["abc", "-3", "9223372036854775808"])
+async def test_settle_leaves_out_what_became_no_count_and_settles_the_rest(world: World, value: str) -> None:
+    worker = world.worker()
+    await world.view("good", 3)
+    await world.view("turned", 3)
+    settle = worker.counters.settler.settle
+
+    async def overwritten_in_between(*args: Any, **kwargs: Any) -> bool:
+        await world.redis.set(world.prefix + "turned", value)
+        return await settle(*args, **kwargs)
+
+    worker.counters.settler.settle = overwritten_in_between  # type: ignore[method-assign]
+    await worker.cycle()
+    assert await world.redis.get(world.prefix + "good") is None
+    assert await world.redis.get(world.prefix + "turned") == value.encode()
+    marker = await world.marker()
+    assert marker is not None
+    assert marker.flush_id == 1
+
+
+async def test_settle_never_goes_below_zero(world: World) -> None:
+    worker = world.worker()
+    await world.view("reset", 5)
+    settle = worker.counters.settler.settle
+
+    async def reset_in_between(*args: Any, **kwargs: Any) -> bool:
+        await world.redis.set(world.prefix + "reset", 2)
+        return await settle(*args, **kwargs)
+
+    worker.counters.settler.settle = reset_in_between  # type: ignore[method-assign]
+    await worker.cycle()
+    assert await world.redis.get(world.prefix + "reset") is None
+
+
+async def test_settle_is_exact_beyond_the_precision_of_lua_numbers(world: World) -> None:
+    largest = 2**63 - 1
+    worker = world.worker()
+    await worker.cycle()
+    before = await world.marker()
+    assert before is not None
+    await world.view("huge", largest)
+    assert await worker.counters.settler.settle(before, Marker(before.lineage, 1, before.nonce), {"huge": 2**53 + 1})
+    assert await world.pending() == Counter(huge=largest - 2**53 - 1)
+
+
+async def test_settle_without_the_right_to_delete_leaves_zeros_and_counts_once(
+    valkey: ValkeyServer, database_url: str
+) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.redis.acl_setuser(  # type: ignore[no-untyped-call]
+            "limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-del"]
+        )
+        limited = valkey.url.replace("redis://", "redis://limited:x@")
+        await world.view("vod_1", 5)
+        worker = world.worker(REDIS_URL=limited)
+        for _ in ("birth", "settle"):  # each ends with a DEL
+            with pytest.raises(RedisUnavailable, match=r"(?i)permission|acl"):
+                await worker.cycle()
+        assert await worker.cycle() == Flushed()
+        assert await world.totals() == Counter(vod_1=5)
+        assert await world.redis.get(world.prefix + "vod_1") == b"0"
+
+
+@pytest.mark.parametrize("denied", ["-set", "-decrby"])
+async def test_settle_that_is_refused_a_write_writes_nothing(
+    valkey: ValkeyServer, database_url: str, denied: str
+) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.worker().cycle()
+        await world.redis.acl_setuser(  # type: ignore[no-untyped-call]
+            "limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", denied]
+        )
+        limited = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://limited:x@"))
+        await world.view_many(["a", "b", "b"])
+        for _ in range(3):
+            with pytest.raises(RedisUnavailable):
+                await limited.cycle()
+        assert await world.pending() == Counter(a=1, b=2)
+        await world.worker().cycle()
+        await world.assert_exact()
+
+
+async def test_flush_and_settle_work_at_maxmemory(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        worker = world.worker()
+        await world.view_many([f"vod_{number}" for number in range(100)])
+        await worker.cycle()
+        await world.view_many([f"vod_{number}" for number in range(100)])
+        await world.redis.config_set("maxmemory", "1mb")
+        await world.redis.config_set("maxmemory-policy", "noeviction")
+        with pytest.raises(Exception, match=r"OOM|maxmemory"):
+            await world.redis.set("another", "x")
+        await worker.cycle()
+        await world.assert_exact()
+
+
+async def test_script_runs_on_servers_that_do_not_know_shebangs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redis.exceptions import ResponseError
+
+    worker = world.worker()
+    evaluate = worker.redis._evaluate
+
+    async def like_redis_6(digest: str, source: str, *rest: Any) -> Any:
+        if source.startswith("#!"):
+            raise ResponseError("Error compiling script (new function): user_script:1: unexpected symbol near '#'")
+        return await evaluate(digest, source, *rest)
+
+    monkeypatch.setattr(worker.redis, "_evaluate", like_redis_6)
+    await world.view("vod_1", 4)
+    await worker.cycle()
+    await world.assert_exact()
+
+
+async def test_scripts_survive_a_script_flush(world: World) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    await world.redis.script_flush()
+    assert await world.redis.script_exists(SETTLE.flagged.digest) == [False]
+    await world.view("vod_1")
+    await worker.cycle()
+    await world.assert_exact()
+
+
+async def test_backlog_beyond_the_memory_limit_is_flushed_while_sweeping(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.counters.loop.PENDING_LIMIT", 500)
+    await world.view_many([f"vod_{number}" for number in range(5000)])
+    worker = world.worker(BATCH_SIZE="250", BATCH_INTERVAL_MS="60000")
+    outcome = await worker.cycle()
+    assert isinstance(outcome, Flushed)
+    assert outcome.views == 5000
+    await world.assert_exact()

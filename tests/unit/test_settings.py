@@ -1,0 +1,209 @@
+"""A wrong setting stops the start and names itself; secrets never show."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import InvalidSettings
+from worker.settings import Settings, format_duration, load_settings, parse_duration
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(**environ: str) -> Settings:
+    return load_settings(environ=environ)
+
+
+def problem(**environ: str) -> str:
+    with pytest.raises(InvalidSettings) as caught:
+        load(**environ)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    shown = load().shown()
+    assert shown["DATABASE_URL"].endswith("@localhost:5432/streamix")
+    assert shown["REDIS_URL"] == "redis://localhost:6379"
+    expected = {
+        "DB_MAX_CONNECTIONS": "25",
+        "DB_MAX_IDLE_CONNS": "5",
+        "DB_CONN_MAX_LIFETIME": "5m",
+        "BATCH_SIZE": "100",
+        "BATCH_SIZE_MAX": "5000",
+        "BATCH_INTERVAL_MS": "30000",
+        "HEALTH_CHECK_PORT": "3003",
+        "HEALTH_CHECK_HOST": "0.0.0.0",
+        "HEALTH_GRACE": "30s",
+        "LOG_LEVEL": "info",
+        "PIPELINES": "view_counts",
+        "VIEW_KEY_PREFIX": "vod:views:",
+        "VIEW_CHANNEL": "view_count_updates",
+        "VIEW_TOTALS_CHANNEL": "view_counts",
+        "VIEW_SOURCE_NAME": "default",
+        "VIEW_COUNT_SOURCE": "both",
+        "VIEW_ON_LOST_MARKER": "hold",
+        "VIEW_LEDGER_RETENTION": "30d",
+        "SHUTDOWN_TIMEOUT": "8s",
+        "MIGRATE_ON_START": "false",
+    }
+    assert {name: shown[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
+def test_postgres_urls_run_on_asyncpg(scheme: str) -> None:
+    address = load(DATABASE_URL=f"{scheme}://u:p%40ss@db:5433/app?sslmode=require&sslrootcert=/ca.pem").database
+    assert address.url.drivername == "postgresql+asyncpg"
+    assert (address.url.username, address.url.password, address.url.host) == ("u", "p@ss", "db")
+    assert (address.url.port, address.url.database) == (5433, "app")
+    assert address.options == "sslmode=require&sslrootcert=%2Fca.pem"
+
+
+def test_password_that_was_not_encoded_still_works() -> None:
+    assert load(DATABASE_URL="postgresql://u:p@:/%#w@db/app").database.url.password == "p@:/%#w"
+    assert load(REDIS_URL="redis://:p@:/%#w@cache:6380/2").redis.password == "p@:/%#w"
+    assert load(DB_PASSWORD="p@:/%#w").database.url.password == "p@:/%#w"
+
+
+def test_db_group_is_used_only_without_database_url() -> None:
+    address = load(DB_HOST="db.internal").database
+    assert address.url.render_as_string(hide_password=False) == (
+        "postgresql+asyncpg://postgres:postgres@db.internal:5432/stock_scanner"
+    )
+    assert address.options == "sslmode=disable"
+    assert load(DB_HOST="db.internal", DATABASE_URL="postgresql://u@other/x").database.url.host == "other"
+
+
+def test_redis_urls() -> None:
+    tls = load(REDIS_URL="rediss://user:pw@cache:6380/3?ssl_ca_certs=/ca.pem").redis
+    assert (tls.hosts, tls.tls, tls.user, tls.password, tls.database) == ((("cache", 6380),), True, "user", "pw", 3)
+    assert tls.options == {"ssl_ca_certs": "/ca.pem"}
+    assert load(REDIS_URL="unix:///run/redis.sock?db=2").redis.unix_path == "/run/redis.sock"
+    assert load(REDIS_URL="redis://[::1]:7000").redis.hosts == (("::1", 7000),)
+    sentinel = load(REDIS_URL="redis+sentinel://:pw@a:1,b/mymaster/4").redis
+    assert (sentinel.hosts, sentinel.master, sentinel.database) == ((("a", 1), ("b", 26379)), "mymaster", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BATCH_SIZE", "0"),
+        ("BATCH_SIZE", "-1"),
+        ("BATCH_SIZE", "nan"),
+        ("BATCH_SIZE", "1e99"),
+        ("BATCH_SIZE", ""),
+        ("BATCH_SIZE_MAX", "99999999999999999999"),
+        ("BATCH_INTERVAL_MS", "0"),
+        ("BATCH_INTERVAL_MS", "30s"),
+        ("HEALTH_CHECK_PORT", "65536"),
+        ("HEALTH_GRACE", "soon"),
+        ("HEALTH_GRACE", "-5s"),
+        ("HEALTH_GRACE", "999999y"),
+        ("SHUTDOWN_TIMEOUT", "0s"),
+        ("SHUTDOWN_TIMEOUT", "8"),
+        ("LOG_LEVEL", "loud"),
+        ("PIPELINES", "nonsense"),
+        ("PIPELINES", ","),
+        ("VIEW_KEY_PREFIX", ""),
+        ("VIEW_KEY_PREFIX", "viewer-worker:"),
+        ("VIEW_KEY_PREFIX", "view"),
+        ("VIEW_COUNT_SOURCE", "all"),
+        ("VIEW_ON_LOST_MARKER", "panic"),
+        ("MIGRATE_ON_START", "perhaps"),
+        ("DB_PORT", "http"),
+        ("DB_SSL_MODE", "on"),
+        ("DB_MAX_CONNECTIONS", "1"),
+        ("DATABASE_URL", "mysql://u@h/x"),
+        ("DATABASE_URL", "localhost"),
+        ("DATABASE_URL", "postgresql://u@h:port/x"),
+        ("DATABASE_URL", "postgresql://u@h/x?sslmode=yes"),
+        ("REDIS_URL", "http://h"),
+        ("REDIS_URL", "redis://h:99999"),
+        ("REDIS_URL", "redis://h/zero"),
+        ("REDIS_URL", "redis://h?surprise=1"),
+        ("REDIS_URL", "redis+sentinel://h:1"),
+        ("REDIS_URL", ""),
+    ],
+)
+def test_wrong_value_is_named_with_what_is_expected(name: str, value: str) -> None:
+    message = problem(**{name: value})
+    assert message.startswith(f"{name}=")
+    assert "expected" in message
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    message = problem(BATCH_SIZE="x", LOG_LEVEL="y")
+    assert "BATCH_SIZE" in message
+    assert "LOG_LEVEL" in message
+
+
+def test_batch_size_above_the_default_maximum_raises_the_maximum() -> None:
+    assert load(BATCH_SIZE="7000").batch_size_max == 7000
+    assert problem(BATCH_SIZE="9", BATCH_SIZE_MAX="8").startswith("BATCH_SIZE_MAX=")
+
+
+def test_empty_optional_variable_counts_as_unset() -> None:
+    assert load(DATABASE_URL="", DB_HOST="", VIEW_TARGET_TABLE="").database == load().database
+
+
+def test_secret_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("postgresql://u:hunter2@db/app\n")
+    settings = load(DATABASE_URL_FILE=str(tmp_path / "secret"))
+    assert settings.database.url.password == "hunter2"
+    assert "only one of" in problem(DATABASE_URL_FILE=str(tmp_path / "secret"), DATABASE_URL="postgresql://u@h/x")
+    assert "DATABASE_URL_FILE" in problem(DATABASE_URL_FILE=str(tmp_path / "missing"))
+
+
+def test_environment_wins_over_env_file_and_flags_win_over_both(tmp_path: Path) -> None:
+    env_file = tmp_path / "worker.env"
+    env_file.write_text("BATCH_SIZE=11\nLOG_LEVEL=error\nBATCH_INTERVAL_MS=1000\nUNRELATED=1\n")
+    settings = load_settings(env_file, {"BATCH_SIZE": "22"}, log_level="debug")
+    assert (settings.batch_size, settings.log_level, settings.batch_interval_ms) == (22, "debug", 1000)
+
+
+def test_settings_without_effect_are_known() -> None:
+    assert load(VIEW_TARGET_TABLE="Vod", BATCH_SIZE="5").without_effect() == ["VIEW_TARGET_TABLE"]
+
+
+CANARY = "c4n4ry/@:%#"
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL", "DB_PASSWORD"])
+@pytest.mark.parametrize(
+    "form", ["postgresql://u:{}@h/x", "redis://:{}@h", "http://u:{}@h", "{}", "postgresql://h:{}/x"]
+)
+def test_secrets_never_show(name: str, form: str) -> None:
+    try:
+        settings = load(**{name: form.format(CANARY)})
+    except InvalidSettings as error:
+        assert "c4n4ry" not in str(error)
+        assert error.__cause__ is None
+        return
+    assert "c4n4ry" not in "".join(settings.shown().values()) + repr(settings) + repr(settings.redis)
+
+
+@given(st.integers(1, 10**9))
+def test_durations_are_printed_as_they_are_read(milliseconds: int) -> None:
+    duration = timedelta(milliseconds=milliseconds)
+    assert parse_duration(format_duration(duration)) == duration
+
+
+def test_env_example_lists_every_variable_with_its_default() -> None:
+    text = (ROOT / "env.example").read_text()
+    listed = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", text, re.MULTILINE))
+    assert list(listed) == [name.upper() for name in Settings.model_fields]
+    settings = load_settings(environ={name: value for name, value in listed.items() if value})
+    default = load(DATABASE_URL=listed["DATABASE_URL"], DB_HOST=listed["DB_HOST"])
+    for field in Settings.model_fields:
+        if not field.startswith("db_"):
+            assert getattr(settings, field) == getattr(default, field), field
+
+
+def test_reference_lists_every_variable() -> None:
+    text = (ROOT / "docs" / "reference" / "settings.md").read_text()
+    assert re.findall(r"^\| `([A-Z_]+)`", text, re.MULTILINE) == [name.upper() for name in Settings.model_fields]

@@ -1,0 +1,228 @@
+"""One Redis prefix, one database, any number of workers, and what must be true of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from worker.app import ViewCounters, view_counters
+from worker.clock import SystemClock
+from worker.counters.keys import Keys
+from worker.counters.marker import Marker
+from worker.db.session import Database
+from worker.dev.servers import Server
+from worker.observability.metrics import Metrics
+from worker.observability.status import Status
+from worker.redis.client import RedisClient
+from worker.settings import Settings, load_settings
+
+
+def database_url_for(postgres_url: str, name: str) -> str:
+    """The same server, another database."""
+    scheme, rest = postgres_url.split("://", 1)
+    location, _, query = rest.partition("?")
+    host = location.split("/", 1)[0]
+    return f"{scheme}://{host}/{name}" + (f"?{query}" if query else "")
+
+
+class InProcessWorker:
+    """The real parts of one worker, to be driven step by step."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.database = Database(settings.database)
+        self.redis = RedisClient(settings.redis)
+        self.metrics = Metrics()
+        self.status = Status(SystemClock(), ("redis", "postgres", "schema", "view_counts"))
+        self.counters: ViewCounters = view_counters(settings, self.database, self.redis, self.status, self.metrics)
+
+    async def cycle(self) -> Any:
+        self.counters.loop.reconnected()  # makes a sweep due, whatever was swept a moment ago
+        return await self.counters.loop.cycle()
+
+    async def cycle_until_done(self) -> Any:
+        """As the loop does it: try again while another worker is at it."""
+        from worker.counters.flush import Busy
+
+        while isinstance(outcome := await self.cycle(), Busy):
+            await asyncio.sleep(0.01)
+        return outcome
+
+    def metric(self, name: str) -> float:
+        return self.metrics.registry.get_sample_value(name) or 0.0
+
+    async def close(self) -> None:
+        await self.database.close()
+        await self.redis.close()
+
+
+class World:
+    def __init__(self, redis_url: str, database_url: str, prefix: str | None = None, **settings: str) -> None:
+        self.redis_url = redis_url
+        self.database_url = database_url
+        self.prefix = prefix or f"test:{uuid4().hex[:8]}:"
+        self.keys = Keys(self.prefix.encode())
+        self.environment = {
+            "REDIS_URL": redis_url,
+            "DATABASE_URL": database_url,
+            "VIEW_KEY_PREFIX": self.prefix,
+            "BATCH_INTERVAL_MS": "100",
+            "HEALTH_CHECK_HOST": "127.0.0.1",
+            "HEALTH_CHECK_PORT": "0",
+            **settings,
+        }
+        self.truth: Counter[str] = Counter()
+        self._workers: list[InProcessWorker] = []
+
+    async def __aenter__(self) -> World:
+        self.redis = aioredis.from_url(self.redis_url, retry=Retry(NoBackoff(), 0))
+        self.sql = await asyncpg.connect(self.database_url)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            await worker.close()
+        self.sql.terminate()
+        await self.redis.connection_pool.disconnect()  # the test may have restarted the server
+        async for key in self.redis.scan_iter(match=f"*{self.prefix}*", count=1000):
+            await self.redis.delete(key)
+        await self.redis.aclose()
+
+    async def restart_redis(self, server: Server) -> None:
+        server.start()
+        await self.redis.connection_pool.disconnect()
+
+    def worker(self, **settings: str) -> InProcessWorker:
+        worker = InProcessWorker(load_settings(environ=self.environment | settings))
+        self._workers.append(worker)
+        return worker
+
+    async def view(self, vod_id: str, count: int = 1) -> None:
+        await self.redis.incrby(self.prefix + vod_id, count)
+        self.truth[vod_id] += count
+
+    async def view_many(self, vod_ids: list[str]) -> None:
+        pipeline = self.redis.pipeline(transaction=False)
+        for vod_id in vod_ids:
+            pipeline.incr(self.prefix + vod_id)
+        await pipeline.execute()
+        self.truth.update(vod_ids)
+
+    async def totals(self) -> Counter[str]:
+        return Counter({row["vod_id"]: row["views"] for row in await self.sql.fetch("SELECT * FROM view_counts")})
+
+    async def pending(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        async for key in self.redis.scan_iter(match=f"{self.prefix}*", count=1000):
+            found[key.decode().removeprefix(self.prefix)] = int(await self.redis.get(key) or 0)
+        return found
+
+    async def marker(self) -> Marker | None:
+        raw = await self.redis.get(self.keys.marker)
+        return None if raw is None else Marker.parse(raw)
+
+    async def source(self) -> asyncpg.Record:
+        row = await self.sql.fetchrow("SELECT * FROM view_count_sources")
+        assert row is not None
+        return row
+
+    async def assert_exact(self) -> None:
+        """Every view is in Postgres once; ledger, history and headers agree; nothing is pending."""
+        assert await self.totals() == self.truth
+        assert await self.pending() == Counter()
+        await self.assert_consistent()
+
+    async def assert_consistent(self) -> None:
+        """What the tables say of one another, at any moment."""
+        wrong = await self.sql.fetch(
+            """
+            SELECT vod_id, t.views, l.views AS ledger, h.views AS hourly
+            FROM (SELECT vod_id, views FROM view_counts) t
+            FULL JOIN (SELECT vod_id, sum(views)::bigint AS views FROM view_count_deltas GROUP BY 1) l USING (vod_id)
+            FULL JOIN (SELECT vod_id, sum(views)::bigint AS views FROM view_counts_hourly GROUP BY 1) h USING (vod_id)
+            WHERE (t.views = l.views AND t.views = h.views) IS NOT TRUE
+            """
+        )
+        assert wrong == []
+        gaps = await self.sql.fetch(
+            """
+            SELECT flush_id FROM (
+                SELECT f.flush_id, f.keys, f.views, f.prev_nonce,
+                       lag(f.flush_id, 1, 0::bigint) OVER w AS before,
+                       lag(f.nonce) OVER w AS nonce_before,
+                       (SELECT count(*) FROM view_count_deltas d WHERE d.flush_id = f.flush_id) AS rows,
+                       (SELECT sum(d.views) FROM view_count_deltas d WHERE d.flush_id = f.flush_id) AS sum
+                FROM view_count_flushes f WINDOW w AS (ORDER BY f.flush_id)
+            ) x
+            WHERE flush_id <> before + 1 OR keys <> rows OR views <> sum OR prev_nonce <> nonce_before
+            """
+        )
+        assert gaps == []
+
+
+class CliWorker:
+    """`viewer-worker …` as a subprocess. Its log is kept for the assertion that fails."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str, program: list[str] | None = None) -> None:
+        self._log_path = Path(os.environ.get("TMPDIR", "/tmp")) / f"viewer-worker-{uuid4().hex}.log"
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*(program or [sys.executable, "-m", "worker"]), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=clean_environment() | environment,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    async def wait(self, timeout: float = 30.0) -> int:
+        return await asyncio.to_thread(self.process.wait, timeout)
+
+    async def wait_for_log(self, text: str, timeout: float = 30.0) -> str:
+        """The first line of the log that has `text` in it."""
+        async with asyncio.timeout(timeout):
+            while True:
+                for line in self.log.splitlines():
+                    if text in line:
+                        return line
+                if self.process.poll() is not None:
+                    raise AssertionError(f"ended with {self.process.returncode} before {text!r}: {self.log}")
+                await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log_path.unlink(missing_ok=True)
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of this process without any setting of the worker."""
+    own = {name.upper() for name in Settings.model_fields}
+    return {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in own}

@@ -41,8 +41,8 @@ def database_url_for(postgres_url: str, name: str) -> str:
 class InProcessWorker:
     """The real parts of one worker, to be driven step by step."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.database = Database(settings.database)
+    def __init__(self, settings: Settings, database: Database | None = None) -> None:
+        self.database = database or Database(settings.database)
         self.redis = RedisClient(settings.redis)
         self.metrics = Metrics()
         self.status = Status(SystemClock(), ("redis", "postgres", "schema", "view_counts"))
@@ -87,7 +87,7 @@ class World:
         self._workers: list[InProcessWorker] = []
 
     async def __aenter__(self) -> World:
-        self.redis = aioredis.from_url(self.redis_url, retry=Retry(NoBackoff(), 0))
+        self.connect_redis()
         self.sql = await asyncpg.connect(self.database_url)
         return self
 
@@ -97,6 +97,13 @@ class World:
         for worker in self._workers:
             await worker.close()
         self.sql.terminate()
+        await self.disconnect_redis()
+
+    def connect_redis(self) -> None:
+        self.redis = aioredis.from_url(self.redis_url, retry=Retry(NoBackoff(), 0))
+
+    async def disconnect_redis(self) -> None:
+        """Leave nothing behind in a Redis that may be somebody's."""
         await self.redis.connection_pool.disconnect()  # the test may have restarted the server
         async for key in self.redis.scan_iter(match=f"*{self.prefix}*", count=1000):
             await self.redis.delete(key)

@@ -1,0 +1,55 @@
+"""On a database with TimescaleDB, the tables by time are hypertables, and everything works as without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import text
+
+from tests.world import InProcessWorker, World
+from worker.db import schema
+from worker.db.address import parse_database_url
+from worker.db.session import Database
+from worker.settings import load_settings
+
+
+async def rows(database: Database, query: str) -> list[Any]:
+    async with database.transaction() as tx:
+        return [tuple(row) for row in await tx.execute(text(query))]
+
+
+async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: str, timescale_url: str) -> None:
+    address = parse_database_url(timescale_url)
+    one_connection = Database(address, pool_size=1, overflow=0)
+    await schema.upgrade(one_connection)
+    hypertables = "SELECT hypertable_name FROM timescaledb_information.hypertables ORDER BY 1"
+    assert await rows(one_connection, hypertables) == [("view_count_deltas",), ("view_counts_hourly",)]
+
+    world = World(redis_url, timescale_url)
+    worker = InProcessWorker(load_settings(environ=world.environment), one_connection)
+    world.connect_redis()
+    await world.view_many(["a", "b", "b"])
+    await worker.cycle()
+    born = await world.marker()
+    assert born is not None
+    await world.view_many(["b", "c"])
+    await worker.cycle()
+    totals = "SELECT vod_id, views FROM view_counts ORDER BY 1"
+    assert await rows(one_connection, totals) == [("a", 1), ("b", 3), ("c", 1)]
+
+    # Redis comes back as it was after the first flush: the second is settled from the ledger, in its chunk.
+    await world.redis.set(world.keys.marker, born.encode())
+    await world.view_many(["b", "c"])
+    await worker.cycle()
+    assert worker.metric("view_count_settle_replays_total") == 1
+    assert await rows(one_connection, totals) == [("a", 1), ("b", 3), ("c", 1)]
+    for table in ("view_count_deltas", "view_counts_hourly"):
+        assert await rows(one_connection, f"SELECT sum(views)::int FROM {table}") == [(5,)]
+    chunks = "SELECT count(*) FROM timescaledb_information.chunks WHERE hypertable_name = 'view_count_deltas'"
+    assert await rows(one_connection, chunks) == [(1,)]
+
+    await worker.close()
+    await world.disconnect_redis()
+    await schema.downgrade(one_connection, "base")
+    assert await rows(one_connection, hypertables) == []
+    await one_connection.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 import structlog
 
 if TYPE_CHECKING:
-    from structlog.typing import Processor
+    from structlog.typing import EventDict, Processor
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -19,12 +19,12 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
 
     Logs go to stderr, so that what a command prints stays clean on stdout.
     """
-    shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
-    ]
+    terminal = stream.isatty()
+    shared: list[Processor] = [structlog.stdlib.add_log_level]
+    if terminal:
+        shared.append(structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False))
+    else:
+        shared += [structlog.stdlib.add_logger_name, structlog.processors.TimeStamper(fmt="iso", utc=True)]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -33,13 +33,13 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_last_steps(stream.isatty()))
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_last_steps(terminal))
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # What these have to say at info is of interest only when debugging them.
-    for chatty in ("sqlalchemy", "asyncio", "aiohttp"):
+    for chatty in ("sqlalchemy", "asyncio", "aiohttp", "alembic"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 
@@ -49,7 +49,13 @@ def _last_steps(terminal: bool) -> list[Processor]:
         # No local variables in tracebacks: they hold connection parameters, and with them passwords.
         plain = structlog.dev.plain_traceback
         return [strip, structlog.dev.ConsoleRenderer(exception_formatter=plain)]
-    return [strip, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    return [strip, structlog.processors.format_exc_info, _first_things_first, structlog.processors.JSONRenderer()]
+
+
+def _first_things_first(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """When, how bad, what, and then the rest: a line is read from the left."""
+    leading = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
+    return {**leading, **event}
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -46,15 +46,15 @@ class Status:
 
     def ok(self, name: str, **facts: object) -> None:
         if self._enter(name, State.OK, "", "", facts):
-            log.info("check passed", check=name, **facts)
+            log.info(f"{name} ok", **facts)
 
     def failing(self, name: str, cause: str, remedy: str, **facts: object) -> None:
         if self._enter(name, State.FAILING, cause, remedy, facts):
-            log.error("check failing", check=name, cause=cause, remedy=remedy, **facts)
+            log.error(f"{name} failing", cause=cause, remedy=remedy, **facts)
 
     def hold(self, name: str, cause: str, remedy: str, **facts: object) -> None:
         if self._enter(name, State.HOLD, cause, remedy, facts):
-            log.error("on hold", check=name, cause=cause, remedy=remedy, **facts)
+            log.error(f"{name} on hold", cause=cause, remedy=remedy, **facts)
 
     def is_ok(self, *names: str) -> bool:
         return all(self.checks[name].state is State.OK for name in names)

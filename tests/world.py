@@ -105,7 +105,7 @@ class World:
     async def disconnect_redis(self) -> None:
         """Leave nothing behind in a Redis that may be somebody's."""
         await self.redis.connection_pool.disconnect()  # the test may have restarted the server
-        async for key in self.redis.scan_iter(match=f"*{self.prefix}*", count=1000):
+        async for key in self.redis.scan_iter(match=b"*" + self.keys.pattern, count=1000):
             await self.redis.delete(key)
         await self.redis.aclose()
 

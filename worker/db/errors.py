@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Classes: 08 connection, 53 resources (disk, memory, connections), 57P0x shutdown and start-up. Single states: 25006
-# read-only (failover), 25P03 idle-in-transaction timeout, 40001 serialization, 40P01 deadlock, 55P03 lock timeout,
-# 57014 statement timeout.
+# read-only (failover), 25P03 idle-in-transaction timeout, 26000 statement forgotten by a pooler, 40001 serialization,
+# 40P01 deadlock, 55P03 lock timeout, 57014 statement timeout.
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
-TRANSIENT_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03", "57014"})
+TRANSIENT_STATES = frozenset({"25006", "25P03", "26000", "40001", "40P01", "55P03", "57014"})
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 

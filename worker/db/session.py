@@ -6,9 +6,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from worker.db.errors import database_errors
+from worker.db.errors import database_errors, sqlstate
+from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 # Past the server's own statement timeout, so that this one only speaks when the server is out of reach.
 COMMAND_TIMEOUT_S = 35.0
+KEPT_STATEMENTS = 100
+NO_SUCH_STATEMENT = "26000"
+
+log = get_logger(__name__)
 
 
 class Database:
@@ -36,6 +42,7 @@ class Database:
         command_timeout: float | None = COMMAND_TIMEOUT_S,
     ) -> None:
         self._address = address
+        self._kept_statements = KEPT_STATEMENTS
         self.engine: AsyncEngine = create_async_engine(
             address.url,
             pool_size=pool_size,
@@ -48,12 +55,17 @@ class Database:
                 "dsn": f"postgresql://?{address.options}",
                 "timeout": CONNECT_TIMEOUT_S,
                 "command_timeout": command_timeout,
-                # Behind a transaction pooler, two clients share one server connection: names must not collide, and a
-                # statement that was prepared on one server connection does not exist on the next.
+                # Behind a transaction pooler, several clients share one server connection: names must not collide.
+                # The driver's own cache is for the queries it asks by itself, once a connection, under counted names.
+                "statement_cache_size": 0,
                 "prepared_statement_name_func": lambda: f"vw_{uuid4().hex}",
                 "server_settings": {"application_name": "viewer-worker"},
             },
         )
+        event.listen(self.engine.sync_engine, "do_connect", self._before_connect)
+
+    def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
+        options["prepared_statement_cache_size"] = self._kept_statements
 
     def patient(self) -> Database:
         """The same database for commands that may take as long as they need, such as migrations. Close it."""
@@ -72,12 +84,20 @@ class Database:
                 async with connection.begin():
                     yield connection
             except BaseException as error:
+                if sqlstate(error) == NO_SUCH_STATEMENT and self._kept_statements:
+                    await self._keep_no_statements()
                 if not isinstance(error, Exception) or isinstance(error, TimeoutError):
                     # Cancelled or timed out in mid-command: the protocol on this connection is in an unknown state.
                     await connection.invalidate()
                 raise
             finally:
                 await connection.close()
+
+    async def _keep_no_statements(self) -> None:
+        """A transaction pooler hands out another server connection each time: what was prepared is not there."""
+        log.warning("a pooler is in the way: statements are prepared anew each time from now on")
+        self._kept_statements = 0
+        await self.engine.dispose()
 
     async def close(self) -> None:
         await self.engine.dispose()

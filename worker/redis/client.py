@@ -32,7 +32,7 @@ class RedisClient:
     """
 
     def __init__(self, address: RedisAddress) -> None:
-        self._redis = _connect(address)
+        self._redis, self._sentinels = _connect(address)
 
     async def probe(self) -> str | None:
         """Ask for a sign of life. Returns `master_replid`, the name of the data set's history; None if it is hidden."""
@@ -98,6 +98,8 @@ class RedisClient:
 
     async def close(self) -> None:
         await self._redis.aclose()
+        for sentinel in self._sentinels:
+            await sentinel.aclose()
 
 
 @contextmanager
@@ -113,7 +115,8 @@ def _describe(error: BaseException) -> str:
     return text[:200] or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
-def _connect(address: RedisAddress) -> aioredis.Redis:
+def _connect(address: RedisAddress) -> tuple[aioredis.Redis, list[aioredis.Redis]]:
+    """The client, and those it asks where the master is (they are not closed with it)."""
     common: dict[str, Any] = {
         "db": address.database,
         "username": address.user,
@@ -130,11 +133,11 @@ def _connect(address: RedisAddress) -> aioredis.Redis:
             **common,
         )
         client: aioredis.Redis = sentinel.master_for(address.master)
-        return client
+        return client, sentinel.sentinels
     if address.unix_path is not None:
-        return aioredis.Redis(unix_socket_path=address.unix_path, **common)
+        return aioredis.Redis(unix_socket_path=address.unix_path, **common), []
     host, port = address.hosts[0]
     options: dict[str, Any] = dict(address.options)
     if "ssl_check_hostname" in options:
         options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
-    return aioredis.Redis(host=host, port=port, ssl=address.tls, **options, **common)
+    return aioredis.Redis(host=host, port=port, ssl=address.tls, **options, **common), []

@@ -17,6 +17,7 @@ import asyncpg
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from sqlalchemy import text
 
 from worker.app import ViewCounters, view_counters
 from worker.clock import SystemClock
@@ -49,7 +50,11 @@ class InProcessWorker:
         self.counters: ViewCounters = view_counters(settings, self.database, self.redis, self.status, self.metrics)
 
     async def cycle(self) -> Any:
-        self.counters.loop.reconnected()  # makes a sweep due, whatever was swept a moment ago
+        """One cycle, as after the lease of whoever held it expired and with a sweep due."""
+        async with self.database.transaction() as tx:
+            await tx.execute(text("UPDATE view_count_sources SET lease_until = NULL, lease_holder = NULL"))
+        await self.counters.lease.take()
+        self.counters.loop.reconnected()
         return await self.counters.loop.cycle()
 
     async def cycle_until_done(self) -> Any:
@@ -146,6 +151,10 @@ class World:
         row = await self.sql.fetchrow("SELECT * FROM view_count_sources")
         assert row is not None
         return row
+
+    async def expire_lease(self) -> None:
+        """As after eight seconds without a sign of life of the holder."""
+        await self.sql.execute("UPDATE view_count_sources SET lease_until = now() - interval '1 second'")
 
     async def assert_exact(self) -> None:
         """Every view is in Postgres once; ledger, history and headers agree; nothing is pending."""

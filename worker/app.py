@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 from worker import __version__
 from worker.clock import SystemClock
+from worker.counters.batch_size import BatchSize
 from worker.counters.flush import Busy, Flusher
 from worker.counters.keys import Keys
+from worker.counters.lease import Lease
 from worker.counters.loop import CHECK, FlushLoop
 from worker.counters.pending import Pending, Sweep
 from worker.counters.quarantine import Quarantine
 from worker.counters.recovery import Recovery
+from worker.counters.retention import Retention
 from worker.counters.settle import Settler
 from worker.db.ledger import Ledger
 from worker.db.schema import read_schema, upgrade
 from worker.db.session import Database
+from worker.db.sources import SourceRow
 from worker.engine.supervisor import Supervisor
 from worker.monitor import Monitor, postgres_probe, redis_probe
 from worker.observability.logs import get_logger
@@ -45,7 +49,8 @@ log = get_logger(__name__)
 
 T = TypeVar("T")
 
-ONCE_BUSY_TRIES = 30
+# Longer than the lease of a worker that crashed.
+ONCE_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class ViewCounters:
     """The view counters of one worker, wired together."""
 
     loop: FlushLoop
+    lease: Lease
+    retention: Retention
     flusher: Flusher
     settler: Settler
     quarantine: Quarantine
@@ -80,15 +87,38 @@ def view_counters(
     settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
 ) -> ViewCounters:
     clock = SystemClock()
+    me = worker_id()
     keys = Keys(settings.view_key_prefix.encode())
-    ledger = Ledger(settings.view_source_name, worker_id())
+    ledger = Ledger(settings.view_source_name, me)
+    source_row = SourceRow(settings.view_source_name)
+    lease = Lease(database, source_row, me, status)
     quarantine = Quarantine(clock)
     settler = Settler(redis, keys, metrics)
-    recovery = Recovery(database, ledger, redis, keys, settler)
-    flusher = Flusher(database, ledger, redis, keys, settler, recovery, quarantine, metrics, clock)
-    loop = FlushLoop(
+    recovery = Recovery(
         database=database,
         ledger=ledger,
+        source_row=source_row,
+        redis=redis,
+        keys=keys,
+        settler=settler,
+        metrics=metrics,
+        trust_lost_marker=settings.view_on_lost_marker == "fresh",
+    )
+    flusher = Flusher(
+        database=database,
+        ledger=ledger,
+        source_row=source_row,
+        lease=lease,
+        redis=redis,
+        keys=keys,
+        settler=settler,
+        recovery=recovery,
+        quarantine=quarantine,
+        metrics=metrics,
+        clock=clock,
+    )
+    loop = FlushLoop(
+        lease=lease,
         flusher=flusher,
         pending=Pending(clock),
         sweep=Sweep(redis, keys, clock),
@@ -96,10 +126,12 @@ def view_counters(
         keys=keys,
         status=status,
         metrics=metrics,
+        clock=clock,
         interval=settings.batch_interval_ms / 1000,
-        batch_size=settings.batch_size,
+        batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
     )
-    return ViewCounters(loop, flusher, settler, quarantine)
+    retention = Retention(database, ledger, source_row, lease, status, settings.view_ledger_retention)
+    return ViewCounters(loop, lease, retention, flusher, settler, quarantine)
 
 
 def worker_id() -> str:
@@ -138,7 +170,9 @@ async def run(settings: Settings) -> bool:
                     status,
                     metrics.postgres_up,
                 ),
+                "lease": counters.lease,
                 CHECK: counters.loop,
+                "retention": counters.retention,
             }
         )
     log.info("stopped", clean=clean)
@@ -161,11 +195,14 @@ async def run_once(settings: Settings) -> Flushed | Busy | Hold:
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
         counters = view_counters(settings, database, redis, Status(clock, (CHECK,)), metrics)
-        for _ in range(ONCE_BUSY_TRIES):
-            outcome = await counters.loop.cycle()
+        outcome: Flushed | Busy | Hold = Busy()
+        for _ in range(ONCE_TRIES):
+            if await counters.lease.take():
+                outcome = await counters.loop.cycle()
             if not isinstance(outcome, Busy):
                 break
-            await asyncio.sleep(random.uniform(0.5, 1.5))
+            await asyncio.sleep(random.uniform(0.5, 1.0))
+        await counters.lease.release()
     return outcome
 
 

@@ -100,7 +100,7 @@ def _report_once(outcome: Any) -> None:
         case Hold(cause, remedy):
             _fail(f"on hold: {cause}", remedy, EXIT_FAILURE)
         case _:
-            _fail("another worker keeps this source locked", "Stop it, or leave the flushing to it.", EXIT_FAILURE)
+            _fail("another worker holds the lease and does the flushing", "Leave it to it, or stop it.", EXIT_FAILURE)
 
 
 @cli.command()

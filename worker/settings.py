@@ -126,9 +126,7 @@ class Settings(BaseModel):
     )
 
     batch_size: int = Field(100, ge=1, le=10_000, description="Keys in one flush transaction")
-    batch_size_max: int = Field(
-        5000, ge=1, le=10_000, description="Keys in one flush transaction under backlog", json_schema_extra=NotYet
-    )
+    batch_size_max: int = Field(5000, ge=1, le=10_000, description="Keys in one flush transaction under backlog")
     batch_interval_ms: int = Field(30_000, ge=10, le=86_400_000, description="Milliseconds between two flushes")
 
     health_check_port: int = Field(3003, ge=0, le=65535, description="Port of the HTTP server; 0 takes a free one")
@@ -155,14 +153,12 @@ class Settings(BaseModel):
         "both", description="both, counters, messages, sum", json_schema_extra=NotYet
     )
     view_on_lost_marker: Literal["hold", "fresh"] = Field(
-        "hold", description="hold, or fresh for a Redis that is a pure cache", json_schema_extra=NotYet
+        "hold", description="hold, or fresh for a Redis that is a pure cache"
     )
     view_target_table: str | None = Field(None, description="The application's own table", json_schema_extra=NotYet)
     view_target_key: str | None = Field(None, description="Its key column", json_schema_extra=NotYet)
     view_target_column: str | None = Field(None, description="Its total column", json_schema_extra=NotYet)
-    view_ledger_retention: Duration = Field(
-        timedelta(days=30), description="Age at which ledger rows may go", json_schema_extra=NotYet
-    )
+    view_ledger_retention: Duration = Field(timedelta(days=30), description="Age at which ledger rows may go")
 
     shutdown_timeout: Duration = Field(timedelta(seconds=8), description="Time to drain after SIGTERM")
     migrate_on_start: bool = Field(False, description="Bring the schema up to date at start")

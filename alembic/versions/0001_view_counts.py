@@ -50,7 +50,7 @@ def upgrade() -> None:
         sa.Column("nonce", sa.Uuid, nullable=False),
         sa.Column("prev_nonce", sa.Uuid, nullable=False),
         sa.Column("keys", sa.Integer, nullable=False),
-        sa.Column("views", sa.BigInteger, nullable=False),
+        sa.Column("views", sa.Numeric, nullable=False),
         sa.Column("worker_id", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("source", "flush_id"),
     )

@@ -59,6 +59,7 @@ async def test_killed_at_a_point_of_the_flush_counts_each_view_once(world: World
     for _ in range(3):
         crashed = start(world.environment | {"BATCH_SIZE": "7"}, point, "run", program=CRASH)
         assert await crashed.wait() == -signal.SIGKILL, crashed.log
+        await world.expire_lease()
         await world.view_many(["vod_1", "vod_2", "vod_99"])
     worker = start(world.environment, "run", "--once")
     assert await worker.wait() == 0
@@ -81,6 +82,7 @@ async def test_kill_9_five_times_under_load_is_exact(world: World, start: Start)
         await worker.wait_for_log("batch flushed")
         await asyncio.sleep(rng.uniform(0.05, 0.5))
         worker.kill()
+        await world.expire_lease()
         assert await world.totals() <= world.truth
     loaded.set()
     await traffic
@@ -247,6 +249,8 @@ async def test_hold_is_degraded_not_ready_and_explained(world: World, start: Sta
     assert (code, body["status"]) == (200, "degraded")
     assert body["checks"]["view_counts"]["cause"] == "the marker in Redis cannot be read"
     assert (await get(f"{url}/readyz"))[0] == 503
+    worker.terminate()
+    assert await worker.wait() == 0
     once = start(world.environment, "run", "--once")
     assert await once.wait() == 1
     assert "on hold: the marker in Redis cannot be read" in once.log

@@ -228,8 +228,8 @@ async def test_worker_leaves_while_another_has_the_source_locked(world: World) -
     await world.view("vod_1")
     async with world.sql.transaction():
         await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
-        assert await worker.cycle() == Busy()
-    assert await worker.cycle() == Flushed(flush_id=1, keys=1, views=1)
+        assert await worker.counters.loop.cycle() == Busy()
+    assert await worker.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=1)
 
 
 async def test_reader_that_gets_first_never_sees_less_than_happened(world: World) -> None:
@@ -256,7 +256,6 @@ async def test_reader_that_gets_first_never_sees_less_than_happened(world: World
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [
-        ("missing", "the marker is missing in Redis, and Postgres has 1 flushes"),
         ("garbage", "the marker in Redis cannot be read"),
         ("foreign", "the marker in Redis belongs to another database"),
         ("ahead", "Postgres lacks 4 flushes that Redis has settled"),
@@ -275,8 +274,6 @@ async def test_marker_that_does_not_fit_is_a_hold(world: World, damage: str, cau
     assert marker is not None
     assert born is not None
     match damage:
-        case "missing":
-            await world.redis.delete(world.keys.marker)
         case "garbage":
             await world.redis.set(world.keys.marker, "garbage")
         case "foreign":
@@ -301,7 +298,11 @@ async def test_marker_that_does_not_fit_is_a_hold(world: World, damage: str, cau
 async def test_marker_of_another_type_is_a_hold_even_before_the_first_flush(world: World) -> None:
     await world.redis.hset(world.keys.marker, "a", "b")
     outcome = await world.worker().cycle()
-    assert outcome == Hold("the marker's key holds a hash, not a string")
+    assert isinstance(outcome, Hold)
+    assert outcome.cause == "the marker's key holds a hash, not a string"
+    await world.redis.delete(world.keys.marker)
+    outcome = await world.worker().cycle()
+    assert isinstance(outcome, Hold)  # remembered: from here only `adopt` may give birth
 
 
 async def test_keys_that_cannot_be_counted_hinder_nobody(world: World) -> None:
@@ -316,7 +317,7 @@ async def test_keys_that_cannot_be_counted_hinder_nobody(world: World) -> None:
     worker = world.worker()
     assert await worker.cycle() == Flushed(flush_id=1, keys=4, views=8)
     assert await world.totals() == world.truth
-    assert worker.metric("view_count_quarantined_keys") == len(bad_values) + 4
+    assert worker.metric("view_count_quarantined_keys") == len(bad_values) + 1 + 4
     assert await world.redis.get(world.prefix + "bad_0") == b"abc"
     await world.assert_consistent()
 

@@ -15,8 +15,8 @@ from worker.counters.keys import MAX_COUNT, InvalidId, Keys, parse_count
 from worker.counters.marker import Marker
 from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
 from worker.counters.quarantine import REPORTED_KEYS, Quarantine, printable
-from worker.counters.recovery import Agreed, Behind, Hold, Unborn, judge
-from worker.db.ledger import Source
+from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.db.sources import Source
 from worker.redis.address import RedisAddress
 from worker.redis.client import RedisClient
 
@@ -97,6 +97,8 @@ def source(last: int = 7, **changes: Any) -> Source:
         "settled_id": last - 1,
         "replid": "r",
         "refused": None,
+        "lease_holder": "me",
+        "lease_epoch": 1,
     }
     return Source(**values | changes)
 
@@ -104,10 +106,11 @@ def source(last: int = 7, **changes: Any) -> Source:
 @pytest.mark.parametrize(
     ("raw", "state", "verdict"),
     [
-        (None, source(0, lineage=None, last_nonce=None), Unborn),
-        (None, source(0), Unborn),
+        (None, source(0, lineage=None, last_nonce=None), Missing),
+        (None, source(0), Missing),
         (None, source(0, refused="someone else's marker"), Hold),
-        (None, source(7), Hold),
+        (None, source(7), Missing),
+        (None, source(7, refused="someone else's marker"), Hold),
         (b"garbage", source(), Hold),
         (b"", source(), Hold),
         (Marker(LINEAGE, 7, NONCE).encode(), source(), Agreed),

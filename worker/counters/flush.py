@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from worker.counters.keys import parse_count
+from worker.counters.lease import TTL
 from worker.counters.marker import Marker
-from worker.counters.recovery import Agreed, Behind, Hold, Unborn, judge
+from worker.counters.recovery import Agreed, Behind, Hold, Missing, Verdict, judge
+from worker.db.errors import sqlstate
 from worker.db.ledger import Flush
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from worker.clock import Clock
     from worker.counters.keys import Keys
+    from worker.counters.lease import Lease
     from worker.counters.quarantine import Quarantine
     from worker.counters.recovery import Recovery
     from worker.counters.settle import Settler
     from worker.db.ledger import Ledger
     from worker.db.session import Database
+    from worker.db.sources import Source, SourceRow
     from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient
 
@@ -29,6 +37,7 @@ log = get_logger(__name__)
 
 # A flush that finds the marker moved starts over. More often than this in a row means that others are at work.
 MAX_ROUNDS = 8
+NUMERIC_VALUE_OUT_OF_RANGE = "22003"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,7 @@ class Flushed:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Another worker has the source locked, or keeps moving the marker. Try again in about a second."""
+    """Another worker has the lease or the lock, or keeps moving the marker. Try again in about a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +63,52 @@ class Committed:
     flush: Flush
 
 
+@dataclass(slots=True)
+class Reading:
+    """Marker and counters as Redis had them at one instant.
+
+    `deltas`: what can be taken, id → views above zero. `unusable`: ids whose value is no count. `absent`: ids without
+    a value, because they were settled or reset since they were found, or because the key is no string.
+    """
+
+    marker: bytes | None
+    deltas: dict[str, int] = field(default_factory=dict)
+    unusable: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Flusher:
     """Commit, then settle (docs/protocol.md). The row lock on the source is the fence; no clock is involved."""
 
-    def __init__(
-        self,
-        database: Database,
-        ledger: Ledger,
-        redis: RedisClient,
-        keys: Keys,
-        settler: Settler,
-        recovery: Recovery,
-        quarantine: Quarantine,
-        metrics: Metrics,
-        clock: Clock,
-    ) -> None:
-        self._database = database
-        self._ledger = ledger
-        self._redis = redis
-        self._keys = keys
-        self._settler = settler
-        self._recovery = recovery
-        self._quarantine = quarantine
-        self._metrics = metrics
-        self._clock = clock
+    database: Database
+    ledger: Ledger
+    source_row: SourceRow
+    lease: Lease
+    redis: RedisClient
+    keys: Keys
+    settler: Settler
+    recovery: Recovery
+    quarantine: Quarantine
+    metrics: Metrics
+    clock: Clock
 
     async def flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
         """Flush the pending views of `ids` (sorted, no repeats). With no ids, only compare Redis and Postgres.
 
         Raises Unavailable. Whatever was or was not done by then, the next flush finds out from marker and ledger.
         """
-        started = self._clock.monotonic()
+        started = self.clock.monotonic()
         for _ in range(MAX_ROUNDS):
-            step = await self._commit(ids)
+            try:
+                step = await self._commit(ids)
+            except SQLAlchemyError as error:
+                if sqlstate(error) != NUMERIC_VALUE_OUT_OF_RANGE:
+                    raise
+                ids = await self._without_overflowing(ids, error)
+                continue
             if isinstance(step, Committed):
-                if await self._settler.settle(step.before, step.marker, step.flush.deltas):
+                if await self.settler.settle(step.before, step.marker, step.flush.deltas):
                     return self._finished(step.flush, started)
                 # Settled by a replay, or Redis is another one by now: look again, for these ids and for the marker.
             elif step is not None:
@@ -98,49 +118,92 @@ class Flusher:
     async def _commit(self, ids: Sequence[str]) -> Committed | Flushed | Busy | Hold | None:
         """Commit one flush, or do what the marker asks for first (None: done, start over)."""
         # Before the lock is taken: a worker that is cut off from Redis must not keep it from one that is not.
-        replid = await self._redis.probe()
-        async with self._database.transaction() as tx:
-            source = await self._ledger.lock_source(tx)
+        replid = await self.redis.probe()
+        flush: Flush | None = None
+        async with self.database.transaction() as tx:
+            source = await self.source_row.lock(tx)
             if source is None:
                 return Busy()
-            raw_marker, *values = await self._redis.read(
-                [self._keys.marker, *(self._keys.counter(vod_id) for vod_id in ids)]
-            )
-            verdict = judge(raw_marker, source)
+            if not self.lease.covers(source):
+                self.lease.lost()
+                return Busy()
+            reading = await self._read(ids)
+            verdict = judge(reading.marker, source)
             if isinstance(verdict, Agreed):
-                deltas = self._deltas(ids, values)
-                if not deltas:
-                    return Flushed()
-                flush = Flush(source.last_flush_id + 1, uuid4(), verdict.marker.nonce, deltas)
-                await self._ledger.record(tx, source, flush, replid)
+                flush = await self._record(tx, source, reading, replid)
+            elif isinstance(verdict, Hold) and verdict.refused not in (None, source.refused):
+                await self.source_row.refuse(tx, str(verdict.refused))
+        await self._report(reading)
+        return await self._continue(verdict, source, flush)
+
+    async def _record(self, tx: AsyncConnection, source: Source, reading: Reading, replid: str | None) -> Flush | None:
+        """Write what was read, in the transaction that holds the lock. None when there is nothing to take."""
+        if not reading.deltas:
+            if source.settled_id < source.last_flush_id or source.refused is not None:
+                await self.source_row.confirm(tx)
+            return None
+        assert source.last_nonce is not None  # a marker that agrees names it  # noqa: S101
+        flush = Flush(source.last_flush_id + 1, uuid4(), source.last_nonce, reading.deltas)
+        await self.ledger.record(tx, flush)
+        # The marker, read under this lock, named the flush before: that one is settled.
+        settled = source.last_flush_id
+        await self.source_row.advance(
+            tx, flush_id=flush.flush_id, nonce=flush.nonce, settled=settled, replid=replid, ttl=TTL
+        )
+        return flush
+
+    async def _continue(
+        self, verdict: Verdict, source: Source, flush: Flush | None
+    ) -> Committed | Flushed | Hold | None:
         match verdict:
             case Agreed(before):
+                if flush is None:
+                    return Flushed()
                 return Committed(before, Marker(before.lineage, flush.flush_id, flush.nonce), flush)
             case Behind(marker):
-                return await self._recovery.replay(marker, source.last_flush_id)
-            case Unborn():
-                return await self._recovery.give_birth()
+                return await self.recovery.replay(marker, source.last_flush_id)
+            case Missing():
+                return await self.recovery.give_birth(source)
             case Hold():
                 return verdict
 
-    def _deltas(self, ids: Sequence[str], values: Sequence[bytes | None]) -> dict[str, int]:
-        """What to take from each counter: above zero only, in the order of the ids."""
-        deltas: dict[str, int] = {}
+    async def _read(self, ids: Sequence[str]) -> Reading:
+        marker, *values = await self.redis.read([self.keys.marker, *map(self.keys.counter, ids)])
+        reading = Reading(marker)
         for vod_id, value in zip(ids, values, strict=True):
+            count = None if value is None else parse_count(value)
             if value is None:
-                continue
-            count = parse_count(value)
-            if count is None:
-                self._quarantine.report(self._keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1")
+                reading.absent.append(vod_id)
+            elif count is None:
+                reading.unusable.append(vod_id)
             elif count > 0:
-                deltas[vod_id] = count
-        return deltas
+                reading.deltas[vod_id] = count
+        return reading
+
+    async def _report(self, reading: Reading) -> None:
+        for vod_id in reading.unusable:
+            self.quarantine.report(self.keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1")
+        absent = [self.keys.counter(vod_id) for vod_id in reading.absent]
+        for key, kind in zip(absent, await self.redis.types_of(absent) if absent else (), strict=True):
+            if kind not in ("none", "string"):
+                self.quarantine.report(key, f"the key holds a {kind}, not a number")
+
+    async def _without_overflowing(self, ids: Sequence[str], error: SQLAlchemyError) -> list[str]:
+        """The ids less those whose total would not fit into a bigint; these stay pending and are reported."""
+        reading = await self._read(ids)
+        async with self.database.transaction() as tx:
+            overflowing = set(await self.ledger.overflowing(tx, reading.deltas))
+        if not overflowing:
+            raise error
+        for vod_id in overflowing:
+            self.quarantine.report(self.keys.counter(vod_id), "the total would exceed 2^63-1")
+        return [vod_id for vod_id in ids if vod_id not in overflowing]
 
     def _finished(self, flush: Flush, started: float) -> Flushed:
-        seconds = self._clock.monotonic() - started
+        seconds = self.clock.monotonic() - started
         keys, views = len(flush.deltas), sum(flush.deltas.values())
-        self._metrics.flushes.inc()
-        self._metrics.flushed_views.inc(views)
-        self._metrics.flush_seconds.observe(seconds)
+        self.metrics.flushes.inc()
+        self.metrics.flushed_views.inc(views)
+        self.metrics.flush_seconds.observe(seconds)
         log.info("batch flushed", flush_id=flush.flush_id, keys=keys, views=views, duration_s=round(seconds, 4))
         return Flushed(flush.flush_id, keys, views)

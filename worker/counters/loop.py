@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from worker.counters.flush import Busy, Flushed
 from worker.counters.keys import InvalidId
+from worker.counters.lease import NEEDS
 from worker.counters.recovery import Hold
 from worker.db.errors import describe
 from worker.engine.retry import Backoff
@@ -16,19 +17,19 @@ from worker.errors import Unavailable, ViewerWorkerError
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
+    from worker.clock import Clock
+    from worker.counters.batch_size import BatchSize
     from worker.counters.flush import Flusher
     from worker.counters.keys import Keys
+    from worker.counters.lease import Lease
     from worker.counters.pending import Pending, Sweep
     from worker.counters.quarantine import Quarantine
-    from worker.db.ledger import Ledger
-    from worker.db.session import Database
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
 
 log = get_logger(__name__)
 
 CHECK = "view_counts"
-NEEDS = ("redis", "postgres", "schema")
 # Ids kept in memory at most; a sweep that finds more lets them be flushed before it goes on.
 PENDING_LIMIT = 50_000
 BUSY_RETRY_S = 1.0
@@ -37,13 +38,12 @@ STEP_LIMIT_S = 120.0
 
 
 class FlushLoop:
-    """`interval` is seconds between two cycles, `batch_size` keys a flush."""
+    """`interval` is seconds between two cycles."""
 
     def __init__(
         self,
         *,
-        database: Database,
-        ledger: Ledger,
+        lease: Lease,
         flusher: Flusher,
         pending: Pending,
         sweep: Sweep,
@@ -51,12 +51,13 @@ class FlushLoop:
         keys: Keys,
         status: Status,
         metrics: Metrics,
+        clock: Clock,
         interval: float,
-        batch_size: int,
+        batch_size: BatchSize,
         rng: random.Random | None = None,
     ) -> None:
-        self._database = database
-        self._ledger = ledger
+        self._lease = lease
+        self._clock = clock
         self._flusher = flusher
         self._pending = pending
         self._sweep = sweep
@@ -74,19 +75,20 @@ class FlushLoop:
         metrics.quarantined_keys.set_function(lambda: len(quarantine))
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Flush every interval until `stop`, and once more after it."""
+        """While this worker holds the lease: flush every interval until `stop`, and once more after it."""
         while not stop.is_set():
-            if await self._wait_for_servers(stop):
+            if await self._wait_for_work(stop):
                 delay = await self._guarded_cycle()
                 self._status.expect_beat(CHECK, within=delay + STEP_LIMIT_S)
-                await wait_first(delay, stop, self._wake)
+                await wait_first(delay, stop, self._wake, self._lease.changed)
                 self._wake.clear()
         self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
-        if self._status.is_ok(*NEEDS):
+        if not self._status.is_ok(*NEEDS):
+            log.warning("stopping without a last flush: pending views stay in Redis")
+        elif self._lease.epoch is not None:
             self._sweep.request()
             await self._guarded_cycle()
-        else:
-            log.warning("stopping without a last flush: pending views stay in Redis")
+            await self._release_lease()
 
     def reconnected(self) -> None:
         """Redis is back, and may hold other keys than before: look at once."""
@@ -95,8 +97,6 @@ class FlushLoop:
 
     async def cycle(self) -> Flushed | Busy | Hold:
         """Sweep if it is due, then flush until nothing is pending. Raises Unavailable."""
-        async with self._database.transaction() as tx:
-            await self._ledger.ensure_source(tx)
         total = Flushed()
         if self._sweep.is_due:
             async for page in self._sweep.pages():
@@ -112,18 +112,21 @@ class FlushLoop:
         return _sum(total, outcome) if isinstance(outcome, Flushed) else outcome
 
     async def _flush_pending(self) -> Flushed | Busy | Hold:
-        """At least one flush, even of nothing: it finds out whether Redis and Postgres still agree."""
+        """Flush until nothing is pending, and then nothing: that finds out whether Redis and Postgres still agree,
+        and confirms that the last flush is settled."""
         total = Flushed()
         while True:
             self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
-            ids = self._pending.oldest(self._batch_size)
+            ids = self._pending.oldest(self._batch_size.keys)
+            began = self._clock.monotonic()
             outcome = await self._flusher.flush(ids)
             if not isinstance(outcome, Flushed):
                 return outcome
-            self._pending.remove(ids)
-            total = _sum(total, outcome)
-            if not self._pending:
+            if not ids:
                 return total
+            self._pending.remove(ids)
+            self._batch_size.flushed(self._clock.monotonic() - began, left=len(self._pending))
+            total = _sum(total, outcome)
 
     def _add(self, page: list[bytes]) -> None:
         ids = []
@@ -141,17 +144,18 @@ class FlushLoop:
         except Exception as error:
             return self._failed(error)
         self._backoff.reset()
+        self._metrics.holds.set(isinstance(outcome, Hold))
         if isinstance(outcome, Busy):
             return BUSY_RETRY_S * self._rng.uniform(0.5, 1.5)
-        self._metrics.holds.set(isinstance(outcome, Hold))
         if isinstance(outcome, Hold):
             self._status.hold(CHECK, outcome.cause, outcome.remedy)
         else:
-            self._status.ok(CHECK)
+            self._status.ok(CHECK, role="working")
         return self._interval
 
     def _failed(self, error: Exception) -> float:
         self._metrics.flush_failures.inc()
+        self._batch_size.failed()
         cause = str(error) if isinstance(error, ViewerWorkerError) else describe(error)
         remedy = error.remedy if isinstance(error, ViewerWorkerError) else UNEXPECTED
         # What heals by waiting is told in a line; anything else needs the traceback.
@@ -161,15 +165,29 @@ class FlushLoop:
         self._sweep.request()
         return min(self._backoff.next(), self._interval)
 
-    async def _wait_for_servers(self, stop: asyncio.Event) -> bool:
-        """True as soon as both servers can be used; False when stopped before that."""
-        if self._status.is_ok(*NEEDS):
+    async def _wait_for_work(self, stop: asyncio.Event) -> bool:
+        """True as soon as both servers can be used and the lease is held; False when stopped before that."""
+        if self._may_work():
             return True
-        while not self._status.is_ok(*NEEDS) and not stop.is_set():
+        while not self._may_work() and not stop.is_set():
+            if self._status.is_ok(*NEEDS):
+                self._metrics.holds.set(0)
+                self._status.ok(CHECK, role="standing by")
             self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
-            await wait_first(5.0, stop, self._status.changed)
+            await wait_first(5.0, stop, self._status.changed, self._lease.changed)
+        # Whoever held the lease before knew what was pending; this worker does not.
+        self._pending.clear()
         self._sweep.request()
         return not stop.is_set()
+
+    def _may_work(self) -> bool:
+        return self._status.is_ok(*NEEDS) and self._lease.epoch is not None
+
+    async def _release_lease(self) -> None:
+        try:
+            await self._lease.release()
+        except Unavailable as error:
+            log.warning("lease not released, it will expire", cause=str(error))
 
 
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."

@@ -39,6 +39,9 @@ class Pending:
         for vod_id in ids:
             self._found.pop(vod_id, None)
 
+    def clear(self) -> None:
+        self._found.clear()
+
     def oldest_seconds(self) -> float:
         """How long the oldest has been waiting; 0 when there is none."""
         first = next(iter(self._found.values()), None)

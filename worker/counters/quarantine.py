@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+# Beyond this many, keys are only counted: a mistake can fill Redis with a million of them, but not this process.
+REMEMBERED_KEYS = 10_000
 REPORTED_KEYS = 100
 LOG_AGAIN_S = 3600.0
 
@@ -21,19 +23,23 @@ def printable(key: bytes) -> str:
 
 
 class Quarantine:
-    """The keys found bad in the current sweep. A key that is mended or deleted is gone with the next."""
+    """The keys found bad by the current and the last sweep. A key that is mended or deleted is gone with the next."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._current: dict[bytes, str] = {}
         self._previous: dict[bytes, str] = {}
+        self._beyond = 0
         self._logged: dict[bytes, float] = {}
 
     def __len__(self) -> int:
-        return len(self._previous.keys() | self._current.keys())
+        return len(self._previous.keys() | self._current.keys()) + self._beyond
 
     def report(self, key: bytes, reason: str) -> None:
-        """Remember that `key` was left alone. Logged once an hour for each key."""
+        """Remember that `key` was left alone. Logged once an hour for each of the remembered keys."""
+        if key not in self._current and len(self._current) >= REMEMBERED_KEYS:
+            self._beyond += 1
+            return
         self._current[key] = reason
         now = self._clock.monotonic()
         if now - self._logged.get(key, -LOG_AGAIN_S) >= LOG_AGAIN_S:
@@ -42,7 +48,7 @@ class Quarantine:
 
     def next_sweep(self) -> None:
         """A sweep was finished: what it did not report again is no longer bad."""
-        self._previous, self._current = self._current, {}
+        self._previous, self._current, self._beyond = self._current, {}, 0
         self._logged = {key: at for key, at in self._logged.items() if key in self._previous}
 
     def listed(self) -> dict[str, str]:

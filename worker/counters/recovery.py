@@ -1,28 +1,36 @@
-"""What to do when the marker in Redis does or does not fit the ledger in Postgres."""
+"""What to do when the marker in Redis does or does not fit the ledger in Postgres. docs/protocol.md has the table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from worker.counters.marker import Marker
+from worker.counters.quarantine import printable
 from worker.observability.logs import get_logger
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from worker.counters.keys import Keys
     from worker.counters.settle import Settler
-    from worker.db.ledger import Ledger, Source
+    from worker.db.ledger import Ledger
     from worker.db.session import Database
+    from worker.db.sources import Source, SourceRow
+    from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient
 
 log = get_logger(__name__)
 
 BIRTH = LuaScript.load(Path(__file__).with_name("birth.lua"))
-PROBE_LIFETIME_S = 60
-RUNBOOK = "See 'When flushing is on hold' in docs/protocol.md. Views keep accumulating in Redis; nothing is lost."
+# Longer than gathering the evidence can take: it may scan the whole keyspace.
+PROBE_LIFETIME_S = 3600
+RUNBOOK = (
+    "Nothing is lost: views keep accumulating in Redis. docs/protocol.md, 'When flushing is on hold', has the steps."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +41,8 @@ class Agreed:
 
 
 @dataclass(frozen=True, slots=True)
-class Unborn:
-    """No marker, and nothing was ever flushed: the first one may be written."""
+class Missing:
+    """There is no marker. Whether one may be written is a matter of evidence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +54,29 @@ class Behind:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Not certain what happened: stop flushing, stay up, say why."""
+    """Not certain what happened: stop flushing, stay up, say why. `refused` is a marker to be remembered."""
 
     cause: str
     remedy: str = RUNBOOK
+    refused: str | None = None
 
 
-Verdict = Agreed | Unborn | Behind | Hold
+Verdict = Agreed | Missing | Behind | Hold
 
 
 def judge(raw: bytes | None, source: Source) -> Verdict:
     """Compare the marker, as read under the row lock, with the source row."""
     if raw is None:
-        if source.last_flush_id == 0 and source.refused is None:
-            return Unborn()
-        return Hold(f"the marker is missing in Redis, and Postgres has {source.last_flush_id} flushes")
+        if source.refused is not None:
+            return Hold(f"this database refused a marker before ({source.refused}); now there is none")
+        return Missing()
     marker = Marker.parse(raw)
     if marker is None:
-        return Hold("the marker in Redis cannot be read")
+        return Hold("the marker in Redis cannot be read", refused=printable(raw) or "(empty)")
     if marker.lineage != source.lineage:
-        return Hold("the marker in Redis belongs to another database (or this one was created anew)")
+        return Hold(
+            "the marker in Redis belongs to another database (or this one was created anew)", refused=printable(raw)
+        )
     ahead = marker.flush_id - source.last_flush_id
     if ahead > 0:
         return Hold(f"Postgres lacks {ahead} flushes that Redis has settled (restored, failed over or cloned)")
@@ -76,15 +87,21 @@ def judge(raw: bytes | None, source: Source) -> Verdict:
     return Agreed(marker)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """Brings Redis to where the ledger is: gives birth to the marker, replays settles."""
+    """Brings Redis to where the ledger is: gives birth to the marker, replays settles.
 
-    def __init__(self, database: Database, ledger: Ledger, redis: RedisClient, keys: Keys, settler: Settler) -> None:
-        self._database = database
-        self._ledger = ledger
-        self._redis = redis
-        self._keys = keys
-        self._settler = settler
+    With `trust_lost_marker` (VIEW_ON_LOST_MARKER=fresh) a missing marker always means a new data set.
+    """
+
+    database: Database
+    ledger: Ledger
+    source_row: SourceRow
+    redis: RedisClient
+    keys: Keys
+    settler: Settler
+    metrics: Metrics
+    trust_lost_marker: bool = False
 
     async def replay(self, marker: Marker, last_flush_id: int) -> Hold | None:
         """Settle, in order, every flush after `marker`. Runs without the row lock: each settle names its predecessor.
@@ -92,36 +109,97 @@ class Recovery:
         None when there is nothing left to settle from here, or when somebody else moved the marker meanwhile.
         """
         for flush_id in range(marker.flush_id + 1, last_flush_id + 1):
-            async with self._database.transaction() as tx:
-                flush = await self._ledger.read_flush(tx, flush_id)
+            async with self.database.transaction() as tx:
+                flush = await self.ledger.read_flush(tx, flush_id)
             if flush is None:
                 return Hold(f"flush {flush_id} is no longer complete in the ledger, and Redis has not settled it")
             if flush.prev_nonce != marker.nonce:
                 return Hold(f"Redis settled another flush {marker.flush_id} than the one before {flush_id} in Postgres")
             settled = Marker(marker.lineage, flush_id, flush.nonce)
-            if not await self._settler.settle(marker, settled, flush.deltas, replay=True):
+            if not await self.settler.settle(marker, settled, flush.deltas, replay=True):
                 return None
             marker = settled
         return None
 
-    async def give_birth(self) -> Hold | None:
-        """Write the first marker. None when it is written, or when somebody else is at it: look again."""
+    async def give_birth(self, judged: Source) -> Hold | None:
+        """Write a marker where there is none, if the evidence allows it.
+
+        None when it is written, or when somebody else is at it: look again.
+        """
+        # The probe first: a copy that is put in place after this has none, and birth then fails.
         nonce = uuid4().hex.encode()
-        await self._redis.set_expiring(self._keys.probe, nonce, PROBE_LIFETIME_S)
-        kind = await self._redis.type_of(self._keys.marker)
+        await self.redis.set_expiring(self.keys.probe, nonce, PROBE_LIFETIME_S)
+        kind = await self.redis.type_of(self.keys.marker)
+        if kind == "string":
+            return None
         if kind != "none":
-            return None if kind == "string" else Hold(f"the marker's key holds a {kind}, not a string")
-        async with self._database.transaction() as tx:
-            source = await self._ledger.lock_source(tx)
-            if source is None or source.last_flush_id != 0 or source.refused is not None:
-                return None
-            # A lineage that never flushed is taken over: of two workers that start at once, both mean the same one.
-            lineage, first_nonce = source.lineage or uuid4(), source.last_nonce or uuid4()
-            if source.lineage is None:
-                await self._ledger.found_lineage(tx, lineage, first_nonce)
-        marker = Marker(lineage, 0, first_nonce)
-        keys = (self._keys.marker, self._keys.probe)
-        outcome: bytes = await self._redis.run(BIRTH, keys, (nonce, marker.encode()))
+            return await self._refuse(f"the marker's key holds a {kind}, not a string", f"({kind})")
+        if judged.last_flush_id > 0 and (hold := await self._doubt(judged)) is not None:
+            return hold
+        marker = await self._found_lineage(judged)
+        if not isinstance(marker, Marker):
+            return marker
+        outcome: bytes = await self.redis.run(BIRTH, (self.keys.marker, self.keys.probe), (nonce, marker.encode()))
         if outcome == b"born":
-            log.info("marker born", lineage=str(lineage))
+            log.info("marker born", lineage=str(marker.lineage), flush_id=marker.flush_id)
         return None
+
+    async def _doubt(self, judged: Source) -> Hold | None:
+        """Whether something speaks against a marker that is just gone, with or without the rest of the data."""
+        history = await self.redis.history()
+        missing = f"the marker is missing in Redis, and Postgres has {judged.last_flush_id} flushes"
+        if history is not None and history.replid == judged.replid:
+            why = "Redis is the same as at the last flush, so the marker was deleted in place (FLUSHALL, DEL, eviction)"
+        elif history is not None and history.started_empty:
+            why = "Redis started without any data"
+        elif not await self._any_counter():
+            why = "Redis has no pending counter at all"
+        elif self.trust_lost_marker:
+            why = "VIEW_ON_LOST_MARKER=fresh"
+        else:
+            return Hold(f"{missing}; its pending counters may or may not be counted already")
+        self.metrics.marker_losses.inc()
+        log.error("marker lost", cause=missing, going_on_because=why)
+        return None
+
+    async def _any_counter(self) -> bool:
+        cursor = 0
+        while True:
+            cursor, page = await self.redis.scan(cursor, self.keys.pattern, 1000)
+            if page or cursor == 0:
+                return bool(page)
+
+    async def _found_lineage(self, judged: Source) -> Marker | Hold | None:
+        """Commit the lineage that the new marker will name, at the last flush that is known to be settled.
+
+        What follows that flush is replayed: if the marker alone was lost, it may not be settled yet.
+        """
+        async with self.database.transaction() as tx:
+            source = await self.source_row.lock(tx)
+            if source != judged:
+                return None
+            if source.last_flush_id == 0:
+                # A lineage that never flushed is used again: of two workers that start at once, both mean the same.
+                lineage, nonce = source.lineage or uuid4(), source.last_nonce or uuid4()
+                last_nonce = nonce
+            else:
+                settled_nonce = await self._nonce_of(tx, source)
+                if settled_nonce is None or source.last_nonce is None:
+                    return Hold(f"flush {source.settled_id + 1} is no longer complete in the ledger")
+                lineage, nonce, last_nonce = uuid4(), settled_nonce, source.last_nonce
+            await self.source_row.found(tx, lineage, last_nonce, source.settled_id)
+        return Marker(lineage, source.settled_id, nonce)
+
+    async def _nonce_of(self, tx: AsyncConnection, source: Source) -> UUID | None:
+        """The nonce of the last settled flush."""
+        if source.settled_id == source.last_flush_id:
+            return source.last_nonce
+        following = await self.ledger.read_flush(tx, source.settled_id + 1)
+        return None if following is None else following.prev_nonce
+
+    async def _refuse(self, cause: str, marker: str) -> Hold | None:
+        async with self.database.transaction() as tx:
+            if await self.source_row.lock(tx) is None:
+                return None
+            await self.source_row.refuse(tx, marker)
+        return Hold(cause)

@@ -1,4 +1,4 @@
-"""The SQL of the view counters: the source row, the ledger, the totals. One statement a table, whatever the batch."""
+"""The SQL of a flush: the ledger, the totals, the hourly history. One statement a table, whatever the batch."""
 
 from __future__ import annotations
 
@@ -6,42 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import ARRAY, BigInteger, Text, bindparam, func, insert, literal_column, select, update
+from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from worker.db.tables import (
-    view_count_deltas,
-    view_count_flushes,
-    view_count_sources,
-    view_counts,
-    view_counts_hourly,
-)
+from worker.db.tables import view_count_deltas, view_count_flushes, view_counts, view_counts_hourly
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import timedelta
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-# Local to the transaction that holds the row lock. A worker that freezes in it loses the lock and the transaction
-# together; a commit that later steps rely on is on disk when it is confirmed, whatever the database's default.
-LOCAL_SETTINGS = {
-    "synchronous_commit": "on",
-    "lock_timeout": "5s",
-    "statement_timeout": "30s",
-    "idle_in_transaction_session_timeout": "15s",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The database's side of the agreement with one Redis data set. `last_nonce` is set as soon as `lineage` is."""
-
-    lineage: UUID | None
-    last_flush_id: int
-    last_nonce: UUID | None
-    settled_id: int
-    replid: str | None
-    refused: str | None
+MAX_BIGINT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,33 +29,6 @@ class Flush:
     prev_nonce: UUID
     deltas: Mapping[str, int]
 
-
-_source = view_count_sources.c
-_SOURCE_COLUMNS = (
-    _source.lineage,
-    _source.last_flush_id,
-    _source.last_nonce,
-    _source.settled_id,
-    _source.replid,
-    _source.refused,
-)
-
-_ENSURE = upsert(view_count_sources).values(source=bindparam("name")).on_conflict_do_nothing()
-
-_LOCK = (
-    select(
-        *_SOURCE_COLUMNS,
-        *(func.set_config(name, value, True) for name, value in LOCAL_SETTINGS.items()),
-    )
-    .where(_source.source == bindparam("name"))
-    .with_for_update(skip_locked=True)
-)
-
-_FOUND_LINEAGE = (
-    update(view_count_sources)
-    .where(_source.source == bindparam("name"))
-    .values(lineage=bindparam("new_lineage"), last_nonce=bindparam("new_nonce"))
-)
 
 _INSERT_HEADER = insert(view_count_flushes).values(
     {
@@ -128,17 +77,6 @@ _UPSERT_HOURLY = _hourly.on_conflict_do_update(
     set_={"views": view_counts_hourly.c.views + _hourly.excluded.views},
 )
 
-_ADVANCE = (
-    update(view_count_sources)
-    .where(_source.source == bindparam("name"))
-    .values(
-        last_flush_id=bindparam("flush_id"),
-        last_nonce=bindparam("nonce"),
-        settled_id=bindparam("settled"),
-        replid=bindparam("new_replid"),
-    )
-)
-
 _flush = view_count_flushes.c
 _delta = view_count_deltas.c
 _READ_HEADER = select(_flush.nonce, _flush.prev_nonce, _flush.flushed_at, _flush["keys"]).where(
@@ -156,28 +94,36 @@ _READ_DELTAS = (
 )
 
 
+# Flushes that no marker can need any more: settled, and older than what snapshots of Redis are kept for.
+_PRUNABLE = (
+    select(func.max(_flush.flush_id))
+    .where(_flush.source == bindparam("name"), _flush.flush_id < bindparam("settled"))
+    .where(_flush.flushed_at < func.now() - bindparam("age", type_=Interval))
+)
+_OLDEST = select(func.min(_flush.flush_id)).where(_flush.source == bindparam("name"))
+_PRUNE_DELTAS = delete(view_count_deltas).where(
+    _delta.source == bindparam("name"), _delta.flush_id <= bindparam("upto")
+)
+_PRUNE_FLUSHES = delete(view_count_flushes).where(
+    _flush.source == bindparam("name"), _flush.flush_id <= bindparam("upto")
+)
+
+_OVERFLOWING = (
+    select(_batch.c.vod_id)
+    .join(view_counts, view_counts.c.vod_id == _batch.c.vod_id)
+    .where(view_counts.c.counted > MAX_BIGINT - _batch.c.counted)
+)
+
+
 class Ledger:
-    """The rows of one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
+    """What was flushed from one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
 
     def __init__(self, source: str, worker_id: str) -> None:
         self._name = source
         self._worker_id = worker_id
 
-    async def ensure_source(self, tx: AsyncConnection) -> None:
-        """Insert the source row unless it is there. Does not wait for whoever holds its lock."""
-        await tx.execute(_ENSURE, {"name": self._name})
-
-    async def lock_source(self, tx: AsyncConnection) -> Source | None:
-        """Lock the source row until the end of the transaction. None: another worker has it (or it is missing)."""
-        row = (await tx.execute(_LOCK, {"name": self._name})).one_or_none()
-        return None if row is None else Source(*row[: len(_SOURCE_COLUMNS)])
-
-    async def found_lineage(self, tx: AsyncConnection, lineage: UUID, nonce: UUID) -> None:
-        """Record that a Redis data set and this database belong together from now on."""
-        await tx.execute(_FOUND_LINEAGE, {"name": self._name, "new_lineage": lineage, "new_nonce": nonce})
-
-    async def record(self, tx: AsyncConnection, source: Source, flush: Flush, replid: str | None) -> None:
-        """Write the flush: header, deltas, totals, hourly history, source row. Deltas are sorted and above zero."""
+    async def record(self, tx: AsyncConnection, flush: Flush) -> None:
+        """Write the flush: header, deltas, totals, hourly history. Its deltas are sorted and above zero."""
         batch = {"ids": list(flush.deltas), "counts": list(flush.deltas.values())}
         header = {
             "source": self._name,
@@ -192,17 +138,6 @@ class Ledger:
         await tx.execute(_INSERT_DELTAS, {"source": self._name, "flush_id": flush.flush_id, **batch})
         await tx.execute(_UPSERT_TOTALS, batch)
         await tx.execute(_UPSERT_HOURLY, batch)
-        await tx.execute(
-            _ADVANCE,
-            {
-                "name": self._name,
-                "flush_id": flush.flush_id,
-                "nonce": flush.nonce,
-                # The marker, read under this lock, named the flush before: so that one is known to be settled.
-                "settled": source.last_flush_id,
-                "new_replid": replid,
-            },
-        )
 
     async def read_flush(self, tx: AsyncConnection, flush_id: int) -> Flush | None:
         """A flush as it was recorded. None when the ledger no longer has all of it (retention, manual deletes)."""
@@ -212,6 +147,26 @@ class Ledger:
             return None
         nonce, prev_nonce, flushed_at, keys = header
         rows = (await tx.execute(_READ_DELTAS, {**key, "flushed_at": flushed_at})).all()
-        return (
-            Flush(flush_id, nonce, prev_nonce, {row.vod_id: row.counted for row in rows}) if len(rows) == keys else None
-        )
+        if len(rows) != keys:
+            return None
+        return Flush(flush_id, nonce, prev_nonce, {row.vod_id: row.counted for row in rows})
+
+    async def overflowing(self, tx: AsyncConnection, deltas: Mapping[str, int]) -> list[str]:
+        """The ids whose total cannot take what is added: it would not fit into a bigint."""
+        batch = {"ids": list(deltas), "counts": list(deltas.values())}
+        return list((await tx.execute(_OVERFLOWING, batch)).scalars())
+
+    async def prune(self, tx: AsyncConnection, settled_id: int, age: timedelta, at_most: int) -> int:
+        """Delete the oldest flushes, at most so many, that are below `settled_id` and older than `age`.
+
+        Header and rows of a flush go together, oldest first: what is left is always gapless. Returns how many went.
+        """
+        name = {"name": self._name}
+        last = (await tx.execute(_PRUNABLE, {**name, "settled": settled_id, "age": age})).scalar()
+        if last is None:
+            return 0
+        oldest = (await tx.execute(_OLDEST, name)).scalar_one()
+        upto = min(last, oldest + at_most - 1)
+        await tx.execute(_PRUNE_DELTAS, {**name, "upto": upto})
+        await tx.execute(_PRUNE_FLUSHES, {**name, "upto": upto})
+        return int(upto - oldest + 1)

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
     Table,
     Text,
@@ -62,7 +63,8 @@ view_count_flushes = Table(
     Column("nonce", Uuid, nullable=False),
     Column("prev_nonce", Uuid, nullable=False),
     Column("keys", Integer, nullable=False),
-    Column("views", BigInteger, nullable=False),
+    # Of many ids together: no bigint is sure to hold it.
+    Column("views", Numeric, nullable=False),
     Column("worker_id", Text, nullable=False),
     PrimaryKeyConstraint("source", "flush_id"),
 )

@@ -38,6 +38,7 @@ PREFIX = "vod:views:"
 IDS = [f"demo_{number:04}" for number in range(1, 1001)]
 INTERVAL_MS = 1000
 ENDLESS_KILL_AFTER_S = 10.0
+DRAIN_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ class Demo:
             traffic = asyncio.create_task(viewers.run(self._stop), name="viewers")
             await self._watch(viewers, database, client, worker, before.total())
             await traffic
-            self._say("Traffic stopped; the worker drains (SIGTERM) …")
+            self._say("Traffic stopped; the worker takes the rest, and is stopped (SIGTERM) …")
+            await self._drained(client)
             code = worker.stop()
             return self._verdict(viewers, before, await _totals(database), await _pending(client), worker.kills, code)
 
@@ -94,7 +96,7 @@ class Demo:
     ) -> None:
         """Print the live line until the end, and kill the worker once on the way."""
         start = time.monotonic()
-        kill_at = start + (self._duration / 2 if self._duration else ENDLESS_KILL_AFTER_S)
+        kill_at = start + (self._duration / 3 if self._duration else ENDLESS_KILL_AFTER_S)
         end = start + self._duration if self._duration else float("inf")
         flushed = False
         while time.monotonic() < end and not self._stop.is_set():
@@ -111,6 +113,12 @@ class Demo:
             elif worker.exit_code is not None:
                 raise ViewerWorkerError(f"the worker ended by itself with exit code {worker.exit_code}: {worker.log}")
         self._stop.set()
+
+    async def _drained(self, client: aioredis.Redis) -> None:
+        """Wait until nothing is pending; a worker that was just started may have to wait for the lease of the dead."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        while await _pending(client) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
 
     def _verdict(
         self,

@@ -41,6 +41,9 @@ class Metrics:
             "view_count_settle_replays_total",
             "Flushes settled from the ledger: Redis did not know of them yet (crash, lost reply, old snapshot).",
         )
+        self.marker_losses = self._counter(
+            "view_count_marker_losses_total", "Markers that were lost in Redis and written anew, by evidence."
+        )
         self.pending_keys = self._gauge("view_count_pending_keys", "Counter keys found and not flushed yet.")
         self.oldest_pending_seconds = self._gauge(
             "view_count_oldest_pending_seconds", "Seconds since the oldest of the pending keys was found."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import redis.asyncio as aioredis
@@ -21,8 +22,22 @@ if TYPE_CHECKING:
     from worker.redis.scripts import LuaScript
 
 # Below the time for which Postgres lets a transaction idle: a Redis that falls silent must not cost the row lock.
-COMMAND_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 4.0
 CONNECT_TIMEOUT_S = 3.0
+
+
+REPLID_LENGTH = 40
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """`replid` stays the same while a Redis runs and changes with every restart and every promotion of a replica.
+
+    `started_empty` is true only when it provably started without data and never was a replica.
+    """
+
+    replid: str | None
+    started_empty: bool
 
 
 class RedisClient:
@@ -42,8 +57,32 @@ class RedisClient:
             except NoPermissionError:
                 await self._redis.ping()
                 return None
-        replid = replication.get("master_replid")
-        return None if replid is None else str(replid)
+        return _text(replication, "master_replid")
+
+    async def history(self) -> History | None:
+        """Where the data set comes from, as far as Redis tells; None if INFO is forbidden."""
+        with redis_errors():
+            try:
+                facts: dict[str, Any] = await self._redis.info("replication")
+                facts |= await self._redis.info("persistence")
+            except NoPermissionError:
+                return None
+        return History(
+            replid=_text(facts, "master_replid"),
+            started_empty=(
+                facts.get("role") == "master"
+                and set(_text(facts, "master_replid2") or "?") == {"0"}
+                and facts.get("rdb_last_load_keys_loaded") == 0
+                # After an AOF was loaded, no keys count as loaded either; but then its base has a size.
+                and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)
+            ),
+        )
+
+    async def info(self) -> dict[str, Any]:
+        """All of INFO, parsed."""
+        with redis_errors():
+            facts: dict[str, Any] = await self._redis.info()
+        return facts
 
     async def ping(self, timeout: float) -> None:
         """Raises RedisUnavailable unless Redis answers within `timeout` seconds."""
@@ -65,6 +104,15 @@ class RedisClient:
         with redis_errors():
             kind = await self._redis.type(key)
         return cast("bytes", kind).decode()
+
+    async def types_of(self, keys: Sequence[bytes]) -> list[str]:
+        """`type_of` for many keys in one round trip."""
+        with redis_errors():
+            pipeline = self._redis.pipeline(transaction=False)
+            for key in keys:
+                pipeline.type(key)
+            kinds: list[bytes] = await pipeline.execute()
+        return [kind.decode() for kind in kinds]
 
     async def scan(self, cursor: int, pattern: bytes, count: int) -> tuple[int, list[bytes]]:
         """One page of SCAN: the next cursor (0: done) and the keys found."""
@@ -100,6 +148,14 @@ class RedisClient:
         await self._redis.aclose()
         for sentinel in self._sentinels:
             await sentinel.aclose()
+
+
+def _text(facts: dict[str, Any], name: str) -> str | None:
+    """A fact as text: replication ids that happen to be all digits come parsed as numbers."""
+    value = facts.get(name)
+    if isinstance(value, int):
+        return str(value).zfill(REPLID_LENGTH)
+    return None if value is None else str(value)
 
 
 @contextmanager

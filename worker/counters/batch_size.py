@@ -1,0 +1,31 @@
+"""How many keys one flush takes."""
+
+from __future__ import annotations
+
+QUICK_S = 0.5
+SLOW_S = 2.0
+
+
+class BatchSize:
+    """Between `smallest` and `largest` keys: doubled while there is a backlog and flushes are quick, halved when slow.
+
+    A small transaction holds its locks briefly and loses little when it fails; a large one carries a backlog faster.
+    """
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        self._smallest = smallest
+        self._largest = largest
+        self.keys = smallest
+
+    def flushed(self, seconds: float, left: int) -> None:
+        """A flush took `seconds`, and `left` keys are still pending."""
+        if seconds > SLOW_S:
+            self.keys = max(self._smallest, self.keys // 2)
+        elif left > self.keys and seconds < QUICK_S:
+            self.keys = min(self._largest, self.keys * 2)
+        elif left <= self._smallest:
+            self.keys = self._smallest
+
+    def failed(self) -> None:
+        """A flush failed, perhaps for its size: begin small again."""
+        self.keys = self._smallest

@@ -1,0 +1,170 @@
+"""The source row: the database's side of the agreement with one Redis data set, its lock, and the lease on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy import Interval, bindparam, case, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from worker.db.tables import view_count_sources
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+# Local to the transaction that holds the row lock. A worker that freezes in it loses the lock and the transaction
+# together; a commit that later steps rely on is on disk when it is confirmed, whatever the database's default.
+LOCAL_SETTINGS = {
+    "synchronous_commit": "on",
+    "lock_timeout": "5s",
+    "statement_timeout": "30s",
+    "idle_in_transaction_session_timeout": "8s",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source row, read under its lock. `last_nonce` is set as soon as `lineage` is.
+
+    `settled_id` is the last flush that is known to be settled; `refused` what a marker said that did not belong here.
+    """
+
+    lineage: UUID | None
+    last_flush_id: int
+    last_nonce: UUID | None
+    settled_id: int
+    replid: str | None
+    refused: str | None
+    lease_holder: str | None
+    lease_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseState:
+    holder: str | None
+    epoch: int
+
+
+_row = view_count_sources.c
+_COLUMNS = (
+    _row.lineage,
+    _row.last_flush_id,
+    _row.last_nonce,
+    _row.settled_id,
+    _row.replid,
+    _row.refused,
+    _row.lease_holder,
+    _row.lease_epoch,
+)
+_this = _row.source == bindparam("name")
+# The time of the statement, not of its transaction's begin: a lease must not be short by what the flush took.
+_now = func.clock_timestamp()
+_until = _now + bindparam("ttl", type_=Interval)
+
+_ENSURE = upsert(view_count_sources).values(source=bindparam("name")).on_conflict_do_nothing()
+
+_READ = select(*_COLUMNS).where(_this)
+_SETTINGS = [func.set_config(name, value, True) for name, value in LOCAL_SETTINGS.items()]
+# The lock and its limits in one round trip.
+_LOCK = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update(skip_locked=True)
+_LOCK_PATIENTLY = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update()
+
+_ADVANCE = (
+    update(view_count_sources)
+    .where(_this)
+    .values(
+        last_flush_id=bindparam("flush_id"),
+        last_nonce=bindparam("nonce"),
+        settled_id=bindparam("settled"),
+        replid=bindparam("new_replid"),
+        refused=None,
+        lease_until=_until,
+    )
+)
+_CONFIRM = update(view_count_sources).where(_this).values(settled_id=_row.last_flush_id, refused=None)
+_REFUSE = update(view_count_sources).where(_this).values(refused=bindparam("marker"))
+_FOUND = (
+    update(view_count_sources)
+    .where(_this)
+    .values(
+        lineage=bindparam("new_lineage"),
+        last_nonce=bindparam("new_nonce"),
+        settled_id=bindparam("settled"),
+        refused=None,
+    )
+)
+
+_mine = _row.lease_holder == bindparam("me")
+_free = or_(_row.lease_holder.is_(None), _row.lease_until <= _now, _mine)
+_TAKE_LEASE = (
+    update(view_count_sources)
+    # A row that is locked is at work: whoever waited for it here would only stand in the way.
+    .where(_row.source == select(_row.source).where(_this, _free).with_for_update(skip_locked=True).scalar_subquery())
+    .values(
+        lease_holder=bindparam("me"),
+        lease_epoch=case((_mine, _row.lease_epoch), else_=_row.lease_epoch + 1),
+        lease_until=_until,
+    )
+)
+_READ_LEASE = select(_row.lease_holder, _row.lease_epoch).where(_this)
+_RELEASE_LEASE = update(view_count_sources).where(_this, _mine).values(lease_holder=None, lease_until=None)
+
+
+class SourceRow:
+    """The row of one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def ensure(self, tx: AsyncConnection) -> None:
+        """Insert the row unless it is there. Does not wait for whoever holds its lock."""
+        await tx.execute(_ENSURE, {"name": self.name})
+
+    async def read(self, tx: AsyncConnection) -> Source | None:
+        """The row without its lock: for people to look at, not to act upon."""
+        row = (await tx.execute(_READ, {"name": self.name})).one_or_none()
+        return None if row is None else Source(*row)
+
+    async def lock(self, tx: AsyncConnection, *, wait: bool = False) -> Source | None:
+        """Lock the row until the end of the transaction. None: another worker has it (or it is missing).
+
+        With `wait`, wait for the other, for at most the lock timeout.
+        """
+        row = (await tx.execute(_LOCK_PATIENTLY if wait else _LOCK, {"name": self.name})).one_or_none()
+        return None if row is None else Source(*row[: len(_COLUMNS)])
+
+    async def advance(
+        self, tx: AsyncConnection, *, flush_id: int, nonce: UUID, settled: int, replid: str | None, ttl: timedelta
+    ) -> None:
+        """A flush was written; `settled` is the one before it. Renews the lease for `ttl`."""
+        values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_replid": replid, "ttl": ttl}
+        await tx.execute(_ADVANCE, {"name": self.name, **values})
+
+    async def confirm(self, tx: AsyncConnection) -> None:
+        """The marker was read under the lock and names the last flush: it is settled."""
+        await tx.execute(_CONFIRM, {"name": self.name})
+
+    async def refuse(self, tx: AsyncConnection, marker: str) -> None:
+        """Remember a marker that does not belong to this database: from now on only `adopt` may give birth."""
+        await tx.execute(_REFUSE, {"name": self.name, "marker": marker})
+
+    async def found(self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int) -> None:
+        """From now on this lineage says that a Redis data set and this database belong together."""
+        values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled}
+        await tx.execute(_FOUND, {"name": self.name, **values})
+
+    async def take_lease(self, tx: AsyncConnection, worker_id: str, ttl: timedelta) -> LeaseState | None:
+        """Take the lease if it is free, expired or our own, for `ttl`. Returns who has it now; None: there is no row.
+
+        Taking it over raises the epoch, renewing it does not. A row that is locked is left as it is.
+        """
+        await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "ttl": ttl})
+        row = (await tx.execute(_READ_LEASE, {"name": self.name})).one_or_none()
+        return None if row is None else LeaseState(*row)
+
+    async def release_lease(self, tx: AsyncConnection, worker_id: str) -> None:
+        await tx.execute(_RELEASE_LEASE, {"name": self.name, "me": worker_id})

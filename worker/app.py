@@ -8,12 +8,14 @@ import os
 import random
 import secrets
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from worker import __version__
+from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis
 from worker.clock import SystemClock
+from worker.counters.adopt import Adoption
 from worker.counters.batch_size import BatchSize
 from worker.counters.flush import Busy, Flusher
 from worker.counters.keys import Keys
@@ -29,6 +31,7 @@ from worker.db.schema import read_schema, upgrade
 from worker.db.session import Database
 from worker.db.sources import SourceRow
 from worker.engine.supervisor import Supervisor
+from worker.errors import Unavailable
 from worker.monitor import Monitor, postgres_probe, redis_probe
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
@@ -38,7 +41,7 @@ from worker.web.health import Health
 from worker.web.server import WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from worker.counters.flush import Flushed
     from worker.counters.recovery import Hold
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 T = TypeVar("T")
+
+AGREEMENT_NEEDS = ("postgres", "redis", "schema")
 
 # Longer than the lease of a worker that crashed.
 ONCE_TRIES = 20
@@ -62,6 +67,7 @@ class ViewCounters:
     retention: Retention
     flusher: Flusher
     settler: Settler
+    adoption: Adoption
     quarantine: Quarantine
 
 
@@ -131,7 +137,10 @@ def view_counters(
         batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
     )
     retention = Retention(database, ledger, source_row, lease, status, settings.view_ledger_retention)
-    return ViewCounters(loop, lease, retention, flusher, settler, quarantine)
+    adoption = Adoption(
+        database=database, source_row=source_row, redis=redis, keys=keys, settler=settler, recovery=recovery
+    )
+    return ViewCounters(loop, lease, retention, flusher, settler, adoption, quarantine)
 
 
 def worker_id() -> str:
@@ -179,22 +188,30 @@ async def run(settings: Settings) -> bool:
     return clean
 
 
-async def run_once(settings: Settings) -> Flushed | Busy | Hold:
-    """One full flush of everything that is pending now.
+@asynccontextmanager
+async def counters_for_a_command(settings: Settings, *, migrate: bool = False) -> AsyncIterator[ViewCounters]:
+    """The view counters, connected, on tables of this version.
 
     Raises Unavailable when a server cannot be used, SchemaNotCurrent when the tables are not those of this version.
     """
-    clock, metrics = SystemClock(), Metrics()
     async with AsyncExitStack() as resources:
         database = connect_database(settings)
         resources.push_async_callback(database.close)
         redis = RedisClient(settings.redis)
         resources.push_async_callback(redis.close)
-        if settings.migrate_on_start:
+        if migrate:
             await upgrade(database)
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
-        counters = view_counters(settings, database, redis, Status(clock, (CHECK,)), metrics)
+        yield view_counters(settings, database, redis, Status(SystemClock(), (CHECK,)), Metrics())
+
+
+async def run_once(settings: Settings) -> Flushed | Busy | Hold:
+    """One full flush of everything that is pending now.
+
+    Raises Unavailable when a server cannot be used, SchemaNotCurrent when the tables are not those of this version.
+    """
+    async with counters_for_a_command(settings, migrate=settings.migrate_on_start) as counters:
         outcome: Flushed | Busy | Hold = Busy()
         for _ in range(ONCE_TRIES):
             if await counters.lease.take():
@@ -224,3 +241,22 @@ async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState
             return before, await read_schema(tx)
     finally:
         await database.close()
+
+
+async def check(settings: Settings) -> list[Finding]:
+    """Everything the worker relies on. A server that cannot be used is a finding too, and the rest goes on."""
+    findings: list[Finding] = []
+    async with AsyncExitStack() as resources:
+        database = connect_database(settings)
+        resources.push_async_callback(database.close)
+        redis = RedisClient(settings.redis)
+        resources.push_async_callback(redis.close)
+        for name, look in (("postgres", check_postgres(database)), ("redis", check_redis(redis))):
+            try:
+                findings += await look
+            except Unavailable as error:
+                findings.append(Finding(name, Level.FAILURE, str(error), error.remedy))
+        if not any(finding.level is Level.FAILURE and finding.name in AGREEMENT_NEEDS for finding in findings):
+            counters = view_counters(settings, database, redis, Status(SystemClock(), (CHECK,)), Metrics())
+            findings.append(await check_agreement(counters.adoption))
+    return findings

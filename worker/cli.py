@@ -133,6 +133,88 @@ def config(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
 
 
 @cli.command()
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Look at everything the worker relies on, and say what to do about what is wrong.
+
+    Exit code 0 when nothing is, 1 when something is, 69 when a server is out of reach.
+    """
+    settings = _settings(env_file, log_level)
+    import json
+    from dataclasses import asdict
+
+    from worker import app
+    from worker.checkup import Level
+
+    findings = app.run_async(app.check(settings))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            colour = {Level.OK: "green", Level.WARNING: "yellow", Level.FAILURE: "red"}[finding.level]
+            typer.echo(typer.style(f"{finding.level:8}", fg=colour) + f"{finding.name:18}{finding.found}")
+            if finding.remedy:
+                typer.echo(f"{'':26}{finding.remedy}")
+    failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
+    raise typer.Exit(EXIT_UNAVAILABLE if failed & {"redis", "postgres"} else EXIT_FAILURE if failed else 0)
+
+
+@cli.command()
+def adopt(
+    count_pending: Annotated[
+        bool, typer.Option("--count-pending", help="The pending views are new: count them.")
+    ] = False,
+    discard_pending: Annotated[
+        bool, typer.Option("--discard-pending", help="The pending views are in Postgres already: subtract them.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """End a hold: show what Redis and Postgres say, and go on from there. Without an option, only show it."""
+    if count_pending and discard_pending:
+        raise typer.BadParameter("choose one of --count-pending and --discard-pending")
+    settings = _settings(env_file, log_level)
+    from worker import app
+
+    app.run_async(_adopt(settings, decided=count_pending or discard_pending, discard=discard_pending, yes=yes))
+
+
+async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool) -> None:
+    from worker import app
+    from worker.counters.adopt import describe_marker
+
+    async with app.counters_for_a_command(settings) as counters:
+        situation = await counters.adoption.look()
+        flushes = 0 if situation.source is None else situation.source.last_flush_id
+        examples = ", ".join(f"{vod_id}: {count}" for vod_id, count in situation.examples.items())
+        typer.echo(f"hold      {situation.hold.cause if situation.hold else 'none: Redis and Postgres agree'}")
+        typer.echo(f"marker    {describe_marker(situation.marker)}")
+        typer.echo(f"Postgres  {flushes} flushes")
+        typer.echo(f"pending   {situation.pending_views} views of {situation.pending_keys} ids")
+        if examples:
+            typer.echo(f"          {examples}")
+        if situation.hold is None or not decided:
+            return
+        typer.echo(
+            f"\n{situation.pending_views} pending views will be "
+            + (
+                "subtracted in Redis without being counted. Views that were in no flush are lost by it."
+                if discard
+                else "counted as new. Views that are in Postgres already are counted twice by it."
+            )
+        )
+        if not yes and not (sys.stdin.isatty() and typer.confirm("Go on?")):
+            typer.echo("Nothing was changed." + ("" if sys.stdin.isatty() else " Use --yes where nobody can answer."))
+            raise typer.Exit(EXIT_FAILURE)
+        discarded = await counters.adoption.adopt(situation, discard=discard)
+        typer.echo(f"Adopted; {discarded} views discarded. Flushing goes on within one interval.")
+
+
+@cli.command()
 def healthcheck(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
     """Ask the running worker's /livez; for a container's HEALTHCHECK. Exit code 0 when it answers well, else 1."""
     import http.client

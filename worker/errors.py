@@ -5,7 +5,8 @@ ViewerWorkerError
 ├── Unavailable              a server cannot be used right now; waiting may heal it (exit code 69)
 │   ├── RedisUnavailable
 │   └── DatabaseUnavailable
-└── SchemaNotCurrent         the database's tables are not those of this version
+├── SchemaNotCurrent         the database's tables are not those of this version
+└── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
 """
 
 from __future__ import annotations
@@ -58,3 +59,7 @@ class SchemaNotCurrent(ViewerWorkerError):
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
         self.remedy = remedy
+
+
+class NothingToAdopt(ViewerWorkerError):
+    """There is no hold, or not the one that was looked at."""

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import FakeClock
+from worker.counters.batch_size import BatchSize
 from worker.counters.keys import MAX_COUNT, InvalidId, Keys, parse_count
 from worker.counters.marker import Marker
 from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
-from worker.counters.quarantine import REPORTED_KEYS, Quarantine, printable
+from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, Quarantine, printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.db.sources import Source
 from worker.redis.address import RedisAddress
@@ -227,3 +228,33 @@ def test_printable_is_short_and_harmless(key: bytes) -> None:
     assert len(shown) <= 64
     assert shown.isascii()
     assert shown.isprintable()
+
+
+def test_batches_grow_under_backlog_shrink_when_slow_and_go_back() -> None:
+    size = BatchSize(100, 1000)
+    grown = []
+    for _ in range(5):
+        size.flushed(0.01, left=100_000)
+        grown.append(size.keys)
+    assert grown == [200, 400, 800, 1000, 1000]
+    size.flushed(3.0, left=100_000)
+    assert size.keys == 500
+    size.flushed(1.0, left=100_000)
+    assert size.keys == 500
+    size.flushed(0.01, left=50)
+    assert size.keys == 100
+    size.flushed(9.0, left=100_000)
+    assert size.keys == 100
+    size.flushed(0.01, left=100_000)
+    size.failed()
+    assert size.keys == 100
+
+
+def test_quarantine_is_bounded() -> None:
+    quarantine = Quarantine(FakeClock())
+    for number in range(REMEMBERED_KEYS + 500):
+        quarantine.report(b"%d" % number, "bad")
+    assert len(quarantine) == REMEMBERED_KEYS + 500
+    quarantine.next_sweep()
+    quarantine.next_sweep()
+    assert len(quarantine) == 0

@@ -103,10 +103,11 @@ class Recovery:
     metrics: Metrics
     trust_lost_marker: bool = False
 
-    async def replay(self, marker: Marker, last_flush_id: int) -> Hold | None:
+    async def replay(self, marker: Marker, last_flush_id: int, *, rehearse: bool = False) -> Hold | None:
         """Settle, in order, every flush after `marker`. Runs without the row lock: each settle names its predecessor.
 
-        None when there is nothing left to settle from here, or when somebody else moved the marker meanwhile.
+        None when there is nothing left to settle from here, or when somebody else moved the marker meanwhile. With
+        `rehearse`, only find out whether the ledger is complete.
         """
         for flush_id in range(marker.flush_id + 1, last_flush_id + 1):
             async with self.database.transaction() as tx:
@@ -116,7 +117,7 @@ class Recovery:
             if flush.prev_nonce != marker.nonce:
                 return Hold(f"Redis settled another flush {marker.flush_id} than the one before {flush_id} in Postgres")
             settled = Marker(marker.lineage, flush_id, flush.nonce)
-            if not await self.settler.settle(marker, settled, flush.deltas, replay=True):
+            if not rehearse and not await self.settler.settle(marker, settled, flush.deltas, replay=True):
                 return None
             marker = settled
         return None
@@ -134,8 +135,12 @@ class Recovery:
             return None
         if kind != "none":
             return await self._refuse(f"the marker's key holds a {kind}, not a string", f"({kind})")
-        if judged.last_flush_id > 0 and (hold := await self._doubt(judged)) is not None:
-            return hold
+        if judged.last_flush_id > 0:
+            evidence = await self.doubt(judged)
+            if isinstance(evidence, Hold):
+                return evidence
+            self.metrics.marker_losses.inc()
+            log.error("marker lost", flushes=judged.last_flush_id, going_on_because=evidence)
         marker = await self._found_lineage(judged)
         if not isinstance(marker, Marker):
             return marker
@@ -144,23 +149,21 @@ class Recovery:
             log.info("marker born", lineage=str(marker.lineage), flush_id=marker.flush_id)
         return None
 
-    async def _doubt(self, judged: Source) -> Hold | None:
-        """Whether something speaks against a marker that is just gone, with or without the rest of the data."""
+    async def doubt(self, judged: Source) -> Hold | str:
+        """Why it is certain that what is pending was not counted, although the marker is gone; a hold if it is not."""
         history = await self.redis.history()
-        missing = f"the marker is missing in Redis, and Postgres has {judged.last_flush_id} flushes"
         if history is not None and history.replid == judged.replid:
-            why = "Redis is the same as at the last flush, so the marker was deleted in place (FLUSHALL, DEL, eviction)"
-        elif history is not None and history.started_empty:
-            why = "Redis started without any data"
-        elif not await self._any_counter():
-            why = "Redis has no pending counter at all"
-        elif self.trust_lost_marker:
-            why = "VIEW_ON_LOST_MARKER=fresh"
-        else:
-            return Hold(f"{missing}; its pending counters may or may not be counted already")
-        self.metrics.marker_losses.inc()
-        log.error("marker lost", cause=missing, going_on_because=why)
-        return None
+            return "Redis is the same as at the last flush: the marker was deleted in place (FLUSHALL, DEL, eviction)"
+        if history is not None and history.started_empty:
+            return "Redis started without any data"
+        if not await self._any_counter():
+            return "Redis has no pending counter at all"
+        if self.trust_lost_marker:
+            return "VIEW_ON_LOST_MARKER=fresh"
+        return Hold(
+            f"the marker is missing in Redis, and Postgres has {judged.last_flush_id} flushes; "
+            "pending counters may or may not be counted already"
+        )
 
     async def _any_counter(self) -> bool:
         cursor = 0

@@ -124,6 +124,11 @@ class RedisClient:
         with redis_errors():
             await self._redis.set(key, value, ex=seconds)
 
+    async def overwrite(self, key: bytes, value: bytes) -> None:
+        """Set a key, whatever type it had."""
+        with redis_errors():
+            await self._redis.set(key, value)
+
     async def run(self, script: LuaScript, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
         """Run a script by its digest; it is sent whole when the server does not have it.
 

@@ -1,0 +1,99 @@
+"""Ending a hold by decision."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.world import World
+from worker.counters.flush import Flushed
+from worker.counters.marker import Marker
+from worker.counters.recovery import Hold
+from worker.errors import NothingToAdopt
+
+
+@pytest.fixture(params=["ahead", "foreign", "garbage", "another type", "pruned ledger"])
+async def on_hold(request: pytest.FixtureRequest, world: World) -> World:
+    """Five views in Postgres, four pending, and a marker that does not fit."""
+    worker = world.worker()
+    await worker.cycle()
+    born = await world.marker()
+    await world.view("a", 5)
+    await worker.cycle()
+    marker = await world.marker()
+    assert marker is not None
+    assert born is not None
+    match request.param:
+        case "ahead":
+            await world.redis.set(world.keys.marker, Marker(marker.lineage, 9, marker.nonce).encode())
+        case "foreign":
+            await world.redis.set(world.keys.marker, Marker(marker.nonce, 1, marker.nonce).encode())
+        case "garbage":
+            await world.redis.set(world.keys.marker, b"\xff\x00")
+        case "another type":
+            await world.redis.delete(world.keys.marker)
+            await world.redis.rpush(world.keys.marker, "x")
+        case "pruned ledger":
+            await world.redis.set(world.keys.marker, born.encode())
+            await world.sql.execute("DELETE FROM view_count_deltas; DELETE FROM view_count_flushes")
+    await world.redis.incrby(world.prefix + "a", 3)
+    await world.redis.incrby(world.prefix + "b", 1)
+    assert isinstance(await worker.cycle(), Hold)
+    return world
+
+
+async def test_counting_the_pending_views(on_hold: World) -> None:
+    adoption = on_hold.worker().counters.adoption
+    situation = await adoption.look()
+    assert situation.hold is not None
+    assert (situation.pending_keys, situation.pending_views) == (2, 4)
+    assert situation.examples == {"a": 3, "b": 1}
+    assert await adoption.adopt(situation, discard=False) == 0
+    assert await on_hold.worker().cycle() == Flushed(flush_id=2, keys=2, views=4)
+    assert await on_hold.totals() == Counter(a=8, b=1)
+    assert await on_hold.pending() == Counter()
+
+
+async def test_discarding_the_pending_views(on_hold: World) -> None:
+    adoption = on_hold.worker().counters.adoption
+    assert await adoption.adopt(await adoption.look(), discard=True) == 4
+    await on_hold.redis.incrby(on_hold.prefix + "a", 2)
+    assert await on_hold.worker().cycle() == Flushed(flush_id=2, keys=1, views=2)
+    assert await on_hold.totals() == Counter(a=7)
+
+
+async def test_what_changed_since_the_look_is_not_adopted(on_hold: World) -> None:
+    adoption = on_hold.worker().counters.adoption
+    situation = await adoption.look()
+    await on_hold.redis.set(on_hold.keys.marker, "something else")
+    with pytest.raises(NothingToAdopt, match="look again"):
+        await adoption.adopt(situation, discard=False)
+
+
+async def test_crash_on_the_way_leaves_the_hold(on_hold: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.db.sources import SourceRow
+
+    async def crash(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    adoption = on_hold.worker().counters.adoption
+    situation = await adoption.look()
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceRow, "found", crash)
+        with pytest.raises(RuntimeError):
+            await adoption.adopt(situation, discard=True)
+    assert isinstance(await on_hold.worker().cycle(), Hold)
+    await adoption.adopt(await adoption.look(), discard=True)
+    assert await on_hold.worker().cycle() == Flushed()
+    assert await on_hold.totals() == Counter(a=5)
+
+
+async def test_agreement_leaves_nothing_to_adopt(world: World) -> None:
+    await world.view("a")
+    await world.worker().cycle()
+    adoption = world.worker().counters.adoption
+    situation = await adoption.look()
+    assert situation.hold is None
+    with pytest.raises(NothingToAdopt):
+        await adoption.adopt(situation, discard=False)

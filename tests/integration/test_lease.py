@@ -1,0 +1,76 @@
+"""Of N replicas one works; counts stay right even when two believe they do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from tests.world import World
+from worker.counters.flush import Busy, Flushed
+from worker.counters.lease import TTL
+
+
+async def test_only_one_of_two_gets_the_lease(world: World) -> None:
+    one, two = world.worker(), world.worker()
+    assert await one.counters.lease.take()
+    assert not await two.counters.lease.take()
+    assert await one.counters.lease.take()
+    assert one.counters.lease.epoch == 1
+
+
+async def test_released_lease_is_free_at_once_and_raises_the_epoch(world: World) -> None:
+    one, two = world.worker(), world.worker()
+    await one.counters.lease.take()
+    await one.counters.lease.release()
+    assert await two.counters.lease.take()
+    assert two.counters.lease.epoch == 2
+
+
+async def test_expired_lease_can_be_taken_over_and_the_late_holder_does_nothing_wrong(world: World) -> None:
+    frozen, successor = world.worker(), world.worker()
+    await frozen.cycle()
+    await world.view("a", 5)
+    await world.expire_lease()
+    assert await successor.counters.lease.take()
+    assert await frozen.counters.loop.cycle() == Busy()  # it wakes, and still believes that it holds the lease
+    assert frozen.counters.lease.epoch is None
+    assert await world.totals() == Counter()
+    assert await successor.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=5)
+
+
+async def test_flush_renews_the_lease(world: World) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    await world.sql.execute("UPDATE view_count_sources SET lease_until = now() + interval '1 second'")
+    await world.view("a")
+    worker.counters.loop.reconnected()
+    await worker.counters.loop.cycle()
+    left = await world.sql.fetchval("SELECT lease_until - now() FROM view_count_sources")
+    assert left > TTL / 2
+
+
+async def test_renewing_does_not_wait_for_the_row_lock_of_the_own_flush(world: World) -> None:
+    worker = world.worker()
+    await worker.counters.lease.take()
+    async with world.sql.transaction():
+        await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
+        assert await asyncio.wait_for(worker.counters.lease.take(), 3)
+
+
+@pytest.mark.parametrize("down", ["redis", "postgres", "schema"])
+async def test_worker_that_cannot_work_does_not_take_the_lease(world: World, down: str) -> None:
+    worker = world.worker()
+    for check in {"redis", "postgres", "schema"} - {down}:
+        worker.status.ok(check)
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.counters.lease.run(stop))
+    await asyncio.sleep(0.3)
+    assert worker.counters.lease.epoch is None
+    worker.status.ok(down)
+    async with asyncio.timeout(5):
+        await worker.counters.lease.changed.wait()
+    assert worker.counters.lease.epoch == 1
+    stop.set()
+    await task

@@ -1,0 +1,264 @@
+"""A marker that is gone: what the evidence says, on real servers that are emptied, restarted and restored."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_flush import committed_but_not_settled
+from tests.world import World
+from worker.counters.flush import Flushed
+from worker.counters.recovery import BIRTH, Hold
+from worker.dev.servers import ValkeyServer
+
+
+async def test_flushall_in_place_is_healed_and_counted_once(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        worker = world.worker()
+        await world.view("a", 5)
+        await worker.cycle()
+        await world.redis.flushall()
+        await world.view("a", 2)
+        await worker.cycle()
+        await world.assert_exact()
+        assert worker.metric("view_count_marker_losses_total") == 1
+
+
+async def test_views_after_flushall_are_not_eaten_by_the_last_flush(valkey: ValkeyServer, database_url: str) -> None:
+    """The end of a cycle confirms its last settle, so there is nothing left to replay on the new data."""
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 100)
+        await world.worker().cycle()
+        source = await world.source()
+        assert source["settled_id"] == source["last_flush_id"] == 1
+        await world.redis.flushall()
+        await world.view("a", 30)
+        await world.worker().cycle()
+        await world.assert_exact()
+
+
+async def test_marker_deleted_between_commit_and_settle_counts_the_flush_once(world: World) -> None:
+    await world.view("a", 5)
+    await world.worker().cycle()
+    await world.view("a", 7)
+    await committed_but_not_settled(world, world.worker())
+    await world.redis.delete(world.keys.marker)
+    await world.view("a", 1)
+    await world.worker().cycle()
+    await world.assert_exact()
+
+
+async def test_marker_deleted_after_a_settle_that_was_not_confirmed_never_counts_more(world: World) -> None:
+    """The one case in which a flush may be missing: its settle was done, and nobody could know."""
+    worker = world.worker()
+    await world.view("a", 5)
+    await world.view("b", 1)
+    await worker.cycle()
+    await world.sql.execute("UPDATE view_count_sources SET settled_id = 0")
+    await world.redis.delete(world.keys.marker)
+    await world.view("a", 2)
+    await worker.cycle()
+    assert await world.totals() == Counter(a=5, b=1)
+    await world.assert_consistent()
+
+
+async def test_redis_that_restarted_empty_is_healed(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        await world.worker().cycle()
+        valkey.kill()
+        shutil.rmtree(valkey.folder)
+        valkey.folder.mkdir()
+        await world.restart_redis(valkey)
+        await world.view("a", 2)
+        worker = world.worker()
+        await worker.cycle()
+        await world.assert_exact()
+        assert worker.metric("view_count_marker_losses_total") == 1
+
+
+def copy_of(valkey: ValkeyServer, name: str) -> Path:
+    valkey.stop()
+    copy = valkey.folder.with_name(f"{valkey.folder.name}-{name}")
+    shutil.copytree(valkey.folder, copy)
+    valkey.start()
+    return copy
+
+
+def put_in_place(valkey: ValkeyServer, copy: Path) -> None:
+    valkey.kill()
+    shutil.rmtree(valkey.folder)
+    copy.rename(valkey.folder)
+
+
+async def test_copy_from_before_the_worker_with_pending_views_is_a_hold(
+    valkey: ValkeyServer, database_url: str
+) -> None:
+    """An AOF restart reports no loaded keys, as an empty start does; only its base tells them apart."""
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        before = copy_of(valkey, "before")
+        await world.redis.connection_pool.disconnect()
+        await world.worker().cycle()
+        put_in_place(valkey, before)
+        await world.restart_redis(valkey)
+        outcome = await world.worker().cycle()
+        assert isinstance(outcome, Hold)
+        assert outcome.cause.startswith("the marker is missing in Redis, and Postgres has 1 flushes")
+        assert await world.totals() == Counter(a=5)
+
+
+async def test_copy_without_pending_views_is_healed(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.redis.set("something else", 1)
+        before = copy_of(valkey, "before")
+        await world.redis.connection_pool.disconnect()
+        await world.view("a", 5)
+        await world.worker().cycle()
+        put_in_place(valkey, before)
+        await world.restart_redis(valkey)
+        assert await world.worker().cycle() == Flushed()
+        await world.view("a", 2)
+        await world.worker().cycle()
+        await world.assert_exact()
+
+
+async def test_pure_cache_goes_on_whatever_was_lost(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        await world.worker().cycle()
+        await world.view("b", 1)
+        await world.redis.delete(world.keys.marker)
+        valkey.stop()
+        await world.restart_redis(valkey)
+        assert isinstance(await world.worker().cycle(), Hold)
+        assert await world.worker(VIEW_ON_LOST_MARKER="fresh").cycle() == Flushed(flush_id=2, keys=1, views=1)
+        await world.assert_exact()
+
+
+async def test_birth_fails_on_a_data_set_that_was_put_in_place_after_the_judgement(
+    valkey: ValkeyServer, database_url: str
+) -> None:
+    """Empty was judged; then an old copy, with views that are counted already, takes its place."""
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        old = copy_of(valkey, "old")
+        await world.redis.connection_pool.disconnect()
+        await world.worker().cycle()
+        await world.redis.flushall()
+        worker = world.worker()
+        run = worker.redis.run
+
+        async def copy_comes_first(script: object, *rest: object) -> object:
+            if script is BIRTH and old.exists():
+                put_in_place(valkey, old)
+                await world.restart_redis(valkey)
+                await worker.redis.close()
+            return await run(script, *rest)  # type: ignore[arg-type]
+
+        worker.redis.run = copy_comes_first  # type: ignore[method-assign]
+        outcome = await worker.cycle()
+        assert isinstance(outcome, Hold)
+        assert await world.totals() == Counter(a=5)
+        assert await world.pending() == Counter(a=5)
+
+
+async def test_second_database_does_not_take_over_after_flushall(
+    world: World, empty_database_url: str, redis_url: str
+) -> None:
+    from worker.db import schema
+
+    await world.view("a", 5)
+    await world.worker().cycle()
+    wrong = World(redis_url, empty_database_url, prefix=world.prefix)
+    async with wrong:
+        stranger = wrong.worker()
+        await schema.upgrade(stranger.database)
+        assert isinstance(await stranger.cycle(), Hold)
+        await world.redis.delete(world.keys.marker)  # as FLUSHALL does
+        await world.view("a", 2)
+        outcome = await stranger.cycle()
+        assert isinstance(outcome, Hold)
+        assert outcome.cause.startswith("this database refused a marker before")
+        assert await wrong.totals() == Counter()
+        await world.worker().cycle()
+        await world.assert_exact()
+
+
+async def test_database_restored_to_an_older_state_is_a_hold_that_names_what_is_missing(world: World) -> None:
+    worker = world.worker()
+    await world.view("a", 5)
+    await worker.cycle()
+    older = await world.source()
+    for _ in range(3):
+        await world.view("a")
+        await worker.cycle()
+    await world.sql.execute("DELETE FROM view_count_flushes WHERE flush_id > 1")
+    await world.sql.execute("DELETE FROM view_count_deltas WHERE flush_id > 1")
+    await world.sql.execute(
+        "UPDATE view_count_sources SET last_flush_id = $1, last_nonce = $2, settled_id = $3",
+        older["last_flush_id"],
+        older["last_nonce"],
+        older["settled_id"],
+    )
+    outcome = await worker.cycle()
+    assert isinstance(outcome, Hold)
+    assert outcome.cause.startswith("Postgres lacks 3 flushes")
+
+
+async def test_retention_keeps_what_a_marker_may_need(world: World) -> None:
+    worker = world.worker(VIEW_LEDGER_RETENTION="1d")
+    for _ in range(5):
+        await world.view("a")
+        await worker.cycle()
+    await world.sql.execute("UPDATE view_count_flushes SET flushed_at = flushed_at - interval '2 days'")
+    await world.sql.execute("UPDATE view_count_deltas SET flushed_at = flushed_at - interval '2 days'")
+    await world.sql.execute("UPDATE view_count_sources SET settled_id = 4")
+    assert await worker.counters.retention.prune() == 3  # flush 5 is not settled for sure, 4 is what it follows
+    left = await world.sql.fetch("SELECT flush_id FROM view_count_flushes ORDER BY 1")
+    assert [row["flush_id"] for row in left] == [4, 5]
+    assert await world.sql.fetchval("SELECT count(*) FROM view_count_deltas") == 2
+    assert await worker.counters.retention.prune() == 0
+
+
+async def test_retention_keeps_what_is_young(world: World) -> None:
+    worker = world.worker()
+    for _ in range(3):
+        await world.view("a")
+        await worker.cycle()
+    assert await worker.counters.retention.prune() == 0
+
+
+async def test_snapshot_older_than_the_ledger_is_a_hold(world: World) -> None:
+    worker = world.worker(VIEW_LEDGER_RETENTION="1d")
+    await worker.cycle()
+    born = await world.marker()
+    assert born is not None
+    for _ in range(5):
+        await world.view("a")
+        await worker.cycle()
+    await world.sql.execute("UPDATE view_count_flushes SET flushed_at = flushed_at - interval '2 days'")
+    assert await worker.counters.retention.prune() == 4
+    await world.redis.set(world.keys.marker, born.encode())
+    outcome = await worker.cycle()
+    assert isinstance(outcome, Hold)
+    assert outcome.cause.startswith("flush 1 is no longer complete in the ledger")
+
+
+@pytest.mark.parametrize("number", [1, 3])
+async def test_total_that_would_overflow_is_left_pending_and_hinders_nobody(world: World, number: int) -> None:
+    for index in range(number):
+        await world.view(f"full_{index}", 2**63 - 1)
+    worker = world.worker()
+    await worker.cycle()
+    await world.assert_exact()
+    for index in range(number):
+        await world.redis.incr(f"{world.prefix}full_{index}")
+    await world.view("other", 3)
+    assert await worker.cycle() == Flushed(flush_id=2, keys=1, views=3)
+    assert await world.totals() == world.truth
+    assert worker.metric("view_count_quarantined_keys") == number
+    await world.assert_consistent()

@@ -1,0 +1,108 @@
+"""`viewer-worker check`: looks at everything that the worker relies on, and says what to do about what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+
+from worker.db.schema import read_schema
+from worker.errors import SchemaNotCurrent
+
+if TYPE_CHECKING:
+    from worker.counters.adopt import Adoption
+    from worker.db.session import Database
+    from worker.redis.client import RedisClient
+
+OLDEST_REDIS = (6, 2)
+OLDEST_POSTGRES = 150_000
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: what was found, and what to do about it (empty when it is well)."""
+
+    name: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+async def check_postgres(database: Database) -> list[Finding]:
+    """Raises DatabaseUnavailable."""
+    async with database.transaction() as tx:
+        number = int((await tx.execute(text("SHOW server_version_num"))).scalar_one())
+        version = (await tx.execute(text("SHOW server_version"))).scalar_one()
+        timescale = (
+            await tx.execute(text("SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'"))
+        ).scalar()
+        schema = await read_schema(tx)
+    findings = [Finding("postgres version", Level.OK, str(version))]
+    if number < OLDEST_POSTGRES:
+        findings = [Finding("postgres version", Level.FAILURE, str(version), "Use PostgreSQL 15 or newer.")]
+    kind = f"{timescale}: tables by time are hypertables" if timescale else "not installed: tables by time are plain"
+    findings.append(Finding("timescaledb", Level.OK, kind))
+    try:
+        schema.require_current()
+        findings.append(Finding("schema", Level.OK, f"revision {schema.current}"))
+    except SchemaNotCurrent as error:
+        findings.append(Finding("schema", Level.FAILURE, str(error), error.remedy))
+    return findings
+
+
+async def check_redis(redis: RedisClient) -> list[Finding]:
+    """Raises RedisUnavailable."""
+    facts = await redis.info()
+    return [_redis_version(facts), _role(facts), _eviction(facts), _persistence(facts)]
+
+
+def _redis_version(facts: dict[str, Any]) -> Finding:
+    version = str(facts.get("redis_version", "0"))
+    shown = f"{facts.get('server_name', 'redis')} {facts.get('valkey_version', version)}"
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if numbers < OLDEST_REDIS:
+        return Finding("redis version", Level.FAILURE, shown, "Use Redis 6.2 or newer, or Valkey.")
+    return Finding("redis version", Level.OK, shown)
+
+
+def _role(facts: dict[str, Any]) -> Finding:
+    role = str(facts.get("role"))
+    if role == "master":
+        return Finding("redis role", Level.OK, role)
+    return Finding("redis role", Level.FAILURE, role, "Point REDIS_URL at the master, or use redis+sentinel://.")
+
+
+def _eviction(facts: dict[str, Any]) -> Finding:
+    policy, limit = str(facts.get("maxmemory_policy", "unknown")), facts.get("maxmemory", 0)
+    if policy.startswith("allkeys"):
+        remedy = "Views can be evicted before they are flushed. Set maxmemory-policy to noeviction or volatile-*."
+        return Finding("redis eviction", Level.FAILURE if limit else Level.WARNING, policy, remedy)
+    return Finding("redis eviction", Level.OK, policy)
+
+
+def _persistence(facts: dict[str, Any]) -> Finding:
+    if facts.get("aof_enabled"):
+        return Finding("redis persistence", Level.OK, "AOF is on")
+    remedy = "Views that are not flushed yet are lost when Redis ends. Set appendonly yes."
+    saved = "AOF is off" + (
+        ", snapshots are taken" if facts.get("rdb_last_save_time") and facts.get("rdb_saves") else ""
+    )
+    return Finding("redis persistence", Level.WARNING, saved, remedy)
+
+
+async def check_agreement(adoption: Adoption) -> Finding:
+    """Marker against ledger. Raises Unavailable."""
+    situation = await adoption.look()
+    pending = f"{situation.pending_views} views of {situation.pending_keys} ids are pending"
+    if situation.hold is not None:
+        return Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)
+    flushes = 0 if situation.source is None else situation.source.last_flush_id
+    return Finding("marker", Level.OK, f"Redis and Postgres agree after {flushes} flushes; {pending}")

@@ -1,0 +1,138 @@
+"""Ending a hold by decision: an operator says what the pending views are, and Redis and Postgres go on together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from sqlalchemy import func, select
+
+from worker.counters.keys import InvalidId, parse_count
+from worker.counters.marker import Marker
+from worker.counters.quarantine import printable
+from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.errors import NothingToAdopt
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from worker.counters.keys import Keys
+    from worker.counters.recovery import Recovery
+    from worker.counters.settle import Settler
+    from worker.db.session import Database
+    from worker.db.sources import Source, SourceRow
+    from worker.redis.client import RedisClient
+
+SCAN_COUNT = 1000
+EXAMPLES = 5
+# Discarding goes through all pending keys while the row is locked.
+PATIENCE = "10min"
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What both sides say, and what is pending. `hold` is None when there is nothing to decide."""
+
+    hold: Hold | None
+    source: Source | None
+    marker: bytes | None
+    pending_keys: int
+    pending_views: int
+    examples: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adoption:
+    """Looks at a hold, and ends it."""
+
+    database: Database
+    source_row: SourceRow
+    redis: RedisClient
+    keys: Keys
+    settler: Settler
+    recovery: Recovery
+
+    async def look(self) -> Situation:
+        """Both sides, without changing anything. Raises Unavailable."""
+        async with self.database.transaction() as tx:
+            source = await self.source_row.read(tx)
+        (marker,) = await self.redis.read([self.keys.marker])
+        hold = None if source is None else await self._hold(marker, source)
+        counts: dict[str, int] = {}
+        async for page in self._pending():
+            counts.update(page)
+        largest = sorted(counts, key=lambda vod_id: counts[vod_id], reverse=True)[:EXAMPLES]
+        examples = {vod_id: counts[vod_id] for vod_id in largest}
+        return Situation(hold, source, marker, len(counts), sum(counts.values()), examples)
+
+    async def adopt(self, situation: Situation, *, discard: bool) -> int:
+        """Go on from here under a new lineage: pending views count as new, or with `discard` are subtracted first.
+
+        Returns the number of views discarded. Raises NothingToAdopt when there is no hold or when anything changed
+        since `situation` was looked at, Unavailable when a server fails on the way: then it is still on hold, and
+        may be adopted again.
+        """
+        if situation.hold is None or situation.source is None:
+            raise NothingToAdopt("Redis and Postgres agree: there is nothing to adopt")
+        discarded = 0
+        async with self.database.transaction() as tx:
+            source = await self.source_row.lock(tx, wait=True)
+            await tx.execute(select(func.set_config("idle_in_transaction_session_timeout", PATIENCE, True)))
+            (marker,) = await self.redis.read([self.keys.marker])
+            if source is None or marker != situation.marker or _facts(source) != _facts(situation.source):
+                raise NothingToAdopt("something changed since it was looked at: look again")
+            # Until the commit this marker is foreign to every worker, so they stay on hold whatever happens here.
+            adopted = Marker(uuid4(), source.last_flush_id, uuid4())
+            await self.redis.overwrite(self.keys.marker, adopted.encode())
+            if discard:
+                async for page in self._pending():
+                    following = Marker(adopted.lineage, adopted.flush_id, uuid4())
+                    if not await self.settler.settle(adopted, following, page):
+                        raise NothingToAdopt("another adoption is at work")
+                    adopted = following
+                    discarded += sum(page.values())
+            await self.source_row.found(tx, adopted.lineage, adopted.nonce, source.last_flush_id)
+        return discarded
+
+    async def _hold(self, marker: bytes | None, source: Source) -> Hold | None:
+        match judge(marker, source):
+            case Hold() as hold:
+                return hold
+            case Missing():
+                if (kind := await self.redis.type_of(self.keys.marker)) != "none":
+                    return Hold(f"the marker's key holds a {kind}, not a string")
+                doubt = await self.recovery.doubt(source) if source.last_flush_id else None
+                return doubt if isinstance(doubt, Hold) else None
+            case Behind(behind):
+                return await self.recovery.replay(behind, source.last_flush_id, rehearse=True)
+            case Agreed():
+                return None
+
+    async def _pending(self) -> AsyncIterator[dict[str, int]]:
+        """The pending counts, page by page, sorted within a page."""
+        cursor = 0
+        while True:
+            cursor, found = await self.redis.scan(cursor, self.keys.pattern, SCAN_COUNT)
+            names = sorted(set(found))
+            counts: dict[str, int] = {}
+            for key, value in zip(names, await self.redis.read(names) if names else (), strict=True):
+                try:
+                    vod_id = self.keys.vod_id(key)
+                except InvalidId:
+                    continue
+                if value is not None and (count := parse_count(value)):
+                    counts[vod_id] = count
+            if counts:
+                yield counts
+            if cursor == 0:
+                return
+
+
+def _facts(source: Source) -> tuple[object, ...]:
+    """What must not have changed; a worker on hold may renew its lease and remember the marker it refused."""
+    return source.lineage, source.last_flush_id, source.last_nonce, source.settled_id
+
+
+def describe_marker(marker: bytes | None) -> str:
+    return "missing" if marker is None else printable(marker) if Marker.parse(marker) is None else marker.decode()

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test lint format lock build clean
+.PHONY: help install demo dev test faults mutants lint format lock build clean
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,12 @@ dev: install ## The demo without an end (Ctrl-C stops it and prints the verdict)
 
 test: install ## All tests, on real embedded servers
 	@$(BIN)/python -m pytest
+
+faults: install ## Three replicas, killed and frozen for a minute; the protocol's property test, many examples, random seed
+	@FAULT_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200
+
+mutants: install ## Plant mistakes in a copy of the code, and see whether the tests catch each
+	@$(BIN)/python tests/mutants.py
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .

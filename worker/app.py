@@ -236,6 +236,8 @@ async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState
             before = await read_schema(tx)
         if only_status:
             return before, before
+        if not before.is_behind:
+            before.require_current()
         await upgrade(database)
         async with database.transaction() as tx:
             return before, await read_schema(tx)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from worker.counters.flush import Busy, Flushed
+    from worker.counters.recovery import Hold
     from worker.settings import Settings
 
 # Exit codes beyond 0, 1 and 2 are those of sysexits.h.
@@ -42,8 +46,18 @@ def main() -> None:
         _fail(str(error), error.remedy, EXIT_UNAVAILABLE)
     except ViewerWorkerError as error:
         _fail(str(error), error.remedy, EXIT_FAILURE)
+    except Exception as error:
+        if not _is_database_error(error):
+            raise
+        from worker.db.errors import describe
+
+        _fail(f"Postgres refused: {describe(error)}", "Check the rights of the user in DATABASE_URL.", EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_database_error(error: Exception) -> bool:
+    return any(kind.__module__.partition(".")[0] in ("sqlalchemy", "asyncpg") for kind in type(error).__mro__)
 
 
 def _fail(message: str, remedy: str, code: int) -> None:
@@ -76,6 +90,9 @@ def run(
     log_level: LogLevel = None,
 ) -> None:
     """Run the worker until SIGTERM or Ctrl-C. Servers that are missing are waited for."""
+    if not once:
+        # Until the worker listens to signals itself there is nothing to drain.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = _settings(env_file, log_level)
     from worker import app
 
@@ -86,11 +103,12 @@ def run(
         clean = app.run_async(app.run(settings))
     except OSError as error:
         where = f"{settings.health_check_host}:{settings.health_check_port}"
-        return _fail(f"cannot listen on {where}: {error.strerror}", "Set HEALTH_CHECK_PORT to a free port.", 1)
+        name = "HEALTH_CHECK_PORT to a free port" if error.errno == errno.EADDRINUSE else "HEALTH_CHECK_HOST"
+        return _fail(f"cannot listen on {where}: {error.strerror}", f"Set {name}.", EXIT_FAILURE)
     raise typer.Exit(0 if clean else EXIT_FAILURE)
 
 
-def _report_once(outcome: Any) -> None:
+def _report_once(outcome: Flushed | Busy | Hold) -> None:
     from worker.counters.flush import Flushed
     from worker.counters.recovery import Hold
 

@@ -6,7 +6,9 @@ ViewerWorkerError
 │   ├── RedisUnavailable
 │   └── DatabaseUnavailable
 ├── SchemaNotCurrent         the database's tables are not those of this version
-└── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
+├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
+├── InvalidId                (counters.keys) a key does not name an id
+└── ServerFailed             (dev.servers) an embedded server did not start
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ class RedisUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
+
+    def __init__(self, cause: str, remedy: str | None = None) -> None:
+        super().__init__(cause)
+        if remedy is not None:
+            self.remedy = remedy
 
 
 class SchemaNotCurrent(ViewerWorkerError):

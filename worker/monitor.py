@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Gauge
 
+    from worker.db.schema import SchemaState
     from worker.db.session import Database
     from worker.observability.status import Status
     from worker.redis.client import RedisClient
@@ -48,6 +50,7 @@ class Monitor:
         self._backoff = Backoff(first=0.2, cap=5.0)
 
     async def run(self, stop: asyncio.Event) -> None:
+        self._status.expect_beat(self._name, within=60.0)
         while not stop.is_set():
             delay = await self._look()
             self._status.expect_beat(self._name, within=delay + 60.0)
@@ -74,6 +77,20 @@ class Monitor:
         return self._backoff.next()
 
 
+async def _migrate(database: Database, status: Status, schema: SchemaState) -> bool:
+    """True when the schema is up to date afterwards; else the check `schema` says why not."""
+    log.info("migrating", found=schema.current, to=schema.head)
+    status.expect_beat("postgres", within=math.inf)  # as long as it takes
+    try:
+        await upgrade(database)
+    except Unavailable:
+        raise
+    except Exception as error:
+        status.failing("schema", f"migration failed: {describe(error)}", "Run: viewer-worker migrate, as its owner.")
+        return False
+    return True
+
+
 def redis_probe(redis: RedisClient) -> Callable[[], Awaitable[None]]:
     async def probe() -> None:
         await redis.ping(PROBE_TIMEOUT_S)
@@ -86,13 +103,13 @@ def postgres_probe(database: Database, status: Status, *, migrate: bool) -> Call
 
     async def probe() -> None:
         with database_errors():
-            async with asyncio.timeout(PROBE_TIMEOUT_S), database.engine.connect() as connection:
-                schema = await read_schema(connection)
-        if migrate and schema.is_behind:
-            log.info("migrating", found=schema.current, to=schema.head)
-            await upgrade(database)
-            schema = replace(schema, current=schema.head)
+            async with asyncio.timeout(PROBE_TIMEOUT_S), database.transaction() as tx:
+                schema = await read_schema(tx)
+        if migrate and schema.is_behind and not await _migrate(database, status, schema):
+            return
         try:
+            if migrate and schema.is_behind:
+                schema = replace(schema, current=schema.head)
             schema.require_current()
         except SchemaNotCurrent as error:
             status.failing("schema", str(error), error.remedy)

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from worker.db.address import SSL_MODES, DatabaseAddress, database_address, parse_database_url
+from worker.db.address import DatabaseAddress, database_address, parse_database_url
 from worker.errors import InvalidSettings, SettingProblem
 from worker.redis.address import RedisAddress, parse_redis_url
 from worker.urls import MASK, mask_url
@@ -101,74 +101,68 @@ Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 NotYet: dict[str, JsonValue] = {"in_effect": False}
 
 
+class WrongTogether(ValueError):
+    """A rule between settings is broken: `field` is the one to change, `expected` says to what."""
+
+    def __init__(self, field: str, expected: str) -> None:
+        super().__init__(expected)
+        self.field = field
+        self.expected = expected
+
+
 class Settings(BaseModel):
     """Field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
-        None, description="PostgreSQL URL; `sslmode` and `sslrootcert` are honoured"
-    )
-    db_host: str | None = Field(None, description="Host; the DB_* group is used when DATABASE_URL is unset")
-    db_port: int | None = Field(None, ge=1, le=65535, description="Port of the DB_* group")
-    db_user: str | None = Field(None, description="User of the DB_* group")
-    db_password: SecretStr | None = Field(None, description="Password of the DB_* group, unencoded")
-    db_name: str | None = Field(None, description="Database of the DB_* group")
-    db_ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(
-        None, description=f"TLS of the DB_* group: {', '.join(SSL_MODES)}"
-    )
-    db_max_connections: int = Field(25, ge=2, le=1000, description="Connections to Postgres at most")
-    db_max_idle_conns: int = Field(5, ge=1, le=1000, description="Connections that are kept open")
-    db_conn_max_lifetime: Duration = Field(timedelta(minutes=5), description="Age at which a connection is replaced")
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(None)
+    db_host: str | None = Field(None)
+    db_port: int | None = Field(None, ge=1, le=65535)
+    db_user: str | None = Field(None)
+    db_password: SecretStr | None = Field(None)
+    db_name: str | None = Field(None)
+    db_ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(None)
+    db_max_connections: int = Field(25, ge=2, le=1000)
+    db_max_idle_conns: int = Field(5, ge=1, le=1000)
+    db_conn_max_lifetime: Duration = Field(timedelta(minutes=5))
 
-    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
-        SecretStr("redis://localhost:6379"), description="`redis://`, `rediss://`, `unix://`, `redis+sentinel://`"
-    )
+    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(SecretStr("redis://localhost:6379"))
 
-    batch_size: int = Field(100, ge=1, le=10_000, description="Keys in one flush transaction")
-    batch_size_max: int = Field(5000, ge=1, le=10_000, description="Keys in one flush transaction under backlog")
-    batch_interval_ms: int = Field(30_000, ge=10, le=86_400_000, description="Milliseconds between two flushes")
+    batch_size: int = Field(100, ge=1, le=10_000)
+    batch_size_max: int = Field(5000, ge=1, le=10_000)
+    batch_interval_ms: int = Field(30_000, ge=10, le=86_400_000)
 
-    health_check_port: int = Field(3003, ge=0, le=65535, description="Port of the HTTP server; 0 takes a free one")
-    health_check_host: str = Field("0.0.0.0", min_length=1, description="Address of the HTTP server")  # noqa: S104
-    health_grace: Duration = Field(timedelta(seconds=30), description="Outage after which /health answers 503")
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
-        "info", description="debug, info, warning, error"
-    )
-    pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(
-        ("view_counts",), description="What to run, comma-separated"
-    )
+    health_check_port: int = Field(3003, ge=0, le=65535)
+    health_check_host: str = Field("0.0.0.0", min_length=1)  # noqa: S104
+    health_grace: Duration = Field(timedelta(seconds=30))
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field("info")
+    pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
 
-    view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field(
-        "vod:views:", description="Counter keys are this prefix and an id"
-    )
-    view_channel: str = Field(
-        "view_count_updates", min_length=1, description="Channel of messages", json_schema_extra=NotYet
-    )
-    view_totals_channel: str = Field(
-        "view_counts", min_length=1, description="Channel on which new totals are published", json_schema_extra=NotYet
-    )
-    view_source_name: str = Field("default", min_length=1, max_length=63, description="Name of the row in the ledger")
-    view_count_source: Literal["both", "counters", "messages", "sum"] = Field(
-        "both", description="both, counters, messages, sum", json_schema_extra=NotYet
-    )
-    view_on_lost_marker: Literal["hold", "fresh"] = Field(
-        "hold", description="hold, or fresh for a Redis that is a pure cache"
-    )
-    view_target_table: str | None = Field(None, description="The application's own table", json_schema_extra=NotYet)
-    view_target_key: str | None = Field(None, description="Its key column", json_schema_extra=NotYet)
-    view_target_column: str | None = Field(None, description="Its total column", json_schema_extra=NotYet)
-    view_ledger_retention: Duration = Field(timedelta(days=30), description="Age at which ledger rows may go")
+    view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field("vod:views:")
+    view_channel: str = Field("view_count_updates", min_length=1, json_schema_extra=NotYet)
+    view_totals_channel: str = Field("view_counts", min_length=1, json_schema_extra=NotYet)
+    view_source_name: str = Field("default", min_length=1, max_length=63)
+    view_count_source: Literal["both", "counters", "messages", "sum"] = Field("both", json_schema_extra=NotYet)
+    view_on_lost_marker: Literal["hold", "fresh"] = Field("hold")
+    view_target_table: str | None = Field(None, json_schema_extra=NotYet)
+    view_target_key: str | None = Field(None, json_schema_extra=NotYet)
+    view_target_column: str | None = Field(None, json_schema_extra=NotYet)
+    view_ledger_retention: Duration = Field(timedelta(days=30))
 
-    shutdown_timeout: Duration = Field(timedelta(seconds=8), description="Time to drain after SIGTERM")
-    migrate_on_start: bool = Field(False, description="Bring the schema up to date at start")
+    shutdown_timeout: Duration = Field(timedelta(seconds=8))
+    migrate_on_start: bool = Field(False)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.batch_size > self.batch_size_max:
-            raise ValueError("BATCH_SIZE_MAX|a number that is not below BATCH_SIZE")
+            raise WrongTogether("batch_size_max", "a number that is not below BATCH_SIZE")
         if self.db_max_idle_conns > self.db_max_connections:
-            raise ValueError("DB_MAX_IDLE_CONNS|a number that is not above DB_MAX_CONNECTIONS")
+            raise WrongTogether("db_max_idle_conns", "a number that is not above DB_MAX_CONNECTIONS")
+        # What would change the meaning of the counts is refused, not passed over, until it is there.
+        if self.view_count_source in ("messages", "sum"):
+            raise WrongTogether("view_count_source", "both or counters (this version does not read messages yet)")
+        if self.view_target_table is not None:
+            raise WrongTogether("view_target_table", "nothing (this version does not write to such a table yet)")
         return self
 
     @property
@@ -201,11 +195,13 @@ class Settings(BaseModel):
         """Variable → effective value as it may be printed. Secrets are masked."""
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
         if self.database_url is None:
-            values["DATABASE_URL"] = mask_url(self.database.url.render_as_string(hide_password=False))
+            url = self.database.url.set(drivername="postgresql").render_as_string(hide_password=False)
+            values["DATABASE_URL"] = mask_url(f"{url}?{self.database.options}" if self.database.options else url)
         return values
 
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
+SECRETS = {"database_url", "redis_url", "db_password"}
 
 
 def _not_yet(extra: object) -> bool:
@@ -237,18 +233,22 @@ def load_settings(
     """
     if env_file is not None and not env_file.is_file():
         raise InvalidSettings([SettingProblem("--env-file", str(env_file), "a file that exists")])
-    dotenv = dotenv_values(env_file or ".env")
-    given = {name: value for name, value in dotenv.items() if value is not None} | dict(
-        os.environ if environ is None else environ
-    )
-    raw = _collect(given) | {name: value for name, value in overrides.items() if value is not None}
-    size, largest = raw.get("batch_size", ""), Settings.model_fields["batch_size_max"].default
-    if size.isdecimal() and int(size) > largest:
-        raw.setdefault("batch_size_max", size)
+    dotenv = {name: value for name, value in dotenv_values(env_file or ".env").items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    raw = _collect(dotenv) | _collect(os.environ if environ is None else environ) | given
+    _follow(raw, "batch_size", "batch_size_max", more=True)
+    _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise InvalidSettings([_problem(dict(details), raw) for details in error.errors()]) from None
+
+
+def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
+    """A default that a given value leaves behind moves along with it."""
+    value, default = raw.get(given, ""), Settings.model_fields[other].default
+    if value.isdecimal() and (int(value) > default) is more and int(value) != default:
+        raw.setdefault(other, value)
 
 
 def _collect(given: Mapping[str, str]) -> dict[str, str]:
@@ -274,14 +274,12 @@ def _read_file(name: str, path: str) -> str:
 
 
 def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
-    message = str(details["msg"]).removeprefix("Value error, ")
-    if not details["loc"]:  # a rule between settings names its variable itself
-        name, _, expected = message.partition("|")
-        field = name.lower()
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, WrongTogether):
+        field, expected = cause.field, cause.expected
     else:
+        message = str(details["msg"]).removeprefix("Value error, ")
         field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
-        name = field.upper()
-    info = Settings.model_fields[field]
-    secret = "SecretStr" in str(info.annotation)
-    value = raw.get(field, str(info.default))
-    return SettingProblem(name, (mask_url(value) if "://" in value else MASK) if secret else value[:64], expected)
+    value = raw.get(field, str(Settings.model_fields[field].default))
+    shown = (mask_url(value) if "://" in value else MASK) if field in SECRETS else value[:64]
+    return SettingProblem(field.upper(), shown, expected)

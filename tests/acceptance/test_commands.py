@@ -48,11 +48,11 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_config_prints_effective_values_without_secrets() -> None:
-    done = cli("config", DATABASE_URL="postgres://me:hunter2@db/app", BATCH_SIZE="7", VIEW_COUNT_SOURCE="sum")
+    done = cli("config", DATABASE_URL="postgres://me:hunter2@db/app", BATCH_SIZE="7", VIEW_CHANNEL="views")
     assert done.returncode == 0
     assert "DATABASE_URL=postgres://me:***@db/app\n" in done.stdout
     assert "BATCH_SIZE=7\n" in done.stdout
-    assert "VIEW_COUNT_SOURCE=sum  # no effect in this version\n" in done.stdout
+    assert "VIEW_CHANNEL=views  # no effect in this version\n" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
 
 

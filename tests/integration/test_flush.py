@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.world import InProcessWorker, World
-from worker.counters.flush import Busy, Flushed
+from worker.counters.flush import Busy, Committed, Flushed
 from worker.counters.marker import Marker
 from worker.counters.recovery import Hold
 from worker.counters.settle import SETTLE
@@ -157,17 +157,28 @@ async def test_settling_twice_subtracts_once(world: World) -> None:
     assert await world.pending() == Counter(vod_1=6)
 
 
-async def test_late_settle_of_a_lost_flush_with_a_reused_number_does_nothing(world: World) -> None:
+async def test_flush_number_that_a_database_used_twice_is_noticed(world: World) -> None:
+    """The database loses a commit and uses its number again; then the settle of the lost one lands, late."""
     worker = world.worker()
     await worker.cycle()
     born = await world.marker()
     assert born is not None
-    lost = Marker(born.lineage, 1, Marker.parse(bytes(born.encode())).nonce)  # type: ignore[union-attr]
-    await world.view("vod_1", 5)
-    await worker.cycle()
-    await world.view("vod_1", 3)
-    assert not await worker.counters.settler.settle(born, lost, {"vod_1": 3})
-    assert await world.pending() == Counter(vod_1=3)
+    await world.view("a", 5)
+    await world.redis.set(world.prefix + "b", 3)
+    lost = await worker.counters.flusher._commit(["a"])
+    assert isinstance(lost, Committed)
+    await world.sql.execute("DELETE FROM view_counts; DELETE FROM view_count_deltas; DELETE FROM view_counts_hourly")
+    await world.sql.execute("DELETE FROM view_count_flushes")
+    await world.sql.execute("UPDATE view_count_sources SET last_flush_id = 0, last_nonce = $1", born.nonce)
+    again = await worker.counters.flusher._commit(["b"])
+    assert isinstance(again, Committed)
+    settler = worker.counters.settler
+    assert await settler.settle(lost.before, lost.marker, lost.flush.deltas)
+    assert not await settler.settle(again.before, again.marker, again.flush.deltas)
+    outcome = await worker.cycle()
+    assert isinstance(outcome, Hold)
+    assert outcome.cause == "Redis settled another flush 1 than the one Postgres has"
+    assert await world.totals() == Counter(b=3)
 
 
 async def test_redis_restored_from_an_older_snapshot_is_replayed(valkey: ValkeyServer, database_url: str) -> None:
@@ -229,6 +240,7 @@ async def test_worker_leaves_while_another_has_the_source_locked(world: World) -
     async with world.sql.transaction():
         await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
         assert await worker.counters.loop.cycle() == Busy()
+    worker.counters.loop.reconnected()
     assert await worker.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=1)
 
 

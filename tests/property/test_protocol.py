@@ -1,11 +1,11 @@
 """The flush protocol against everything that real life does to it.
 
-A state machine over the real code and real servers: three workers are stopped before and after every command they send, and
-go on in any order; between any two steps, workers are killed or frozen, replies are lost, Redis and Postgres go back in
-time, markers and counters are deleted. The invariants are checked after every step.
+A state machine over the real code and real servers: three workers are stopped before and after every command they send,
+and go on in any order; between any two steps, workers are killed or frozen, replies are lost, Redis and Postgres go
+back in time, markers and counters are deleted. The invariants are checked after every step.
 
-Only the identity that Redis gives itself (`master_replid`, started empty or not) is played: a rewind stands for a restart
-from an older copy, and so changes it.
+Only the identity that Redis gives itself (`master_replid`, started empty or not) is played: a rewind stands for a
+restart from an older copy, and so changes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -354,7 +354,8 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert shown >= self.happened
         last = self.run(
             self.world.sql.fetchval(
-                "SELECT f.views::bigint FROM view_count_flushes f JOIN view_count_sources s ON f.flush_id = s.last_flush_id"
+                "SELECT f.views::bigint FROM view_count_flushes f "
+                "JOIN view_count_sources s ON f.flush_id = s.last_flush_id"
             )
         )
         assert shown.total() <= self.happened.total() + (last or 0)
@@ -418,6 +419,7 @@ ProtocolTest.settings = settings(
     max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "40")),
     stateful_step_count=40,
     deadline=None,
+    phases=[Phase.explicit, Phase.generate] + ([] if os.environ.get("PROPERTY_SHRINK") == "no" else [Phase.shrink]),
     derandomize="PROPERTY_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
     print_blob=True,

@@ -113,6 +113,8 @@ def test_redis_urls() -> None:
         ("VIEW_KEY_PREFIX", "viewer-worker:"),
         ("VIEW_KEY_PREFIX", "view"),
         ("VIEW_COUNT_SOURCE", "all"),
+        ("VIEW_COUNT_SOURCE", "sum"),
+        ("VIEW_TARGET_TABLE", "Vod"),
         ("VIEW_ON_LOST_MARKER", "panic"),
         ("MIGRATE_ON_START", "perhaps"),
         ("DB_PORT", "http"),
@@ -144,6 +146,7 @@ def test_all_wrong_values_are_named_at_once() -> None:
 
 def test_batch_size_above_the_default_maximum_raises_the_maximum() -> None:
     assert load(BATCH_SIZE="7000").batch_size_max == 7000
+    assert load(DB_MAX_CONNECTIONS="3").db_max_idle_conns == 3
     assert problem(BATCH_SIZE="9", BATCH_SIZE_MAX="8").startswith("BATCH_SIZE_MAX=")
 
 
@@ -156,6 +159,10 @@ def test_secret_from_a_file(tmp_path: Path) -> None:
     settings = load(DATABASE_URL_FILE=str(tmp_path / "secret"))
     assert settings.database.url.password == "hunter2"
     assert "only one of" in problem(DATABASE_URL_FILE=str(tmp_path / "secret"), DATABASE_URL="postgresql://u@h/x")
+    env_file = tmp_path / "worker.env"
+    env_file.write_text("DATABASE_URL=postgresql://u@other/x")
+    wins = load_settings(env_file, {"DATABASE_URL_FILE": str(tmp_path / "secret")})
+    assert wins.database.url.password == "hunter2"
     assert "DATABASE_URL_FILE" in problem(DATABASE_URL_FILE=str(tmp_path / "missing"))
 
 
@@ -167,7 +174,7 @@ def test_environment_wins_over_env_file_and_flags_win_over_both(tmp_path: Path) 
 
 
 def test_settings_without_effect_are_known() -> None:
-    assert load(VIEW_TARGET_TABLE="Vod", BATCH_SIZE="5").without_effect() == ["VIEW_TARGET_TABLE"]
+    assert load(VIEW_CHANNEL="views", BATCH_SIZE="5").without_effect() == ["VIEW_CHANNEL"]
 
 
 CANARY = "c4n4ry/@:%#"

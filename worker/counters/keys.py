@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from worker.errors import ViewerWorkerError
+
 MAX_COUNT = 2**63 - 1
 MAX_ID_BYTES = 256
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
 _GLOB = re.compile(rb"([*?\[\]\\^-])")
 
 
-class InvalidId(ValueError):
+class InvalidId(ViewerWorkerError):
     """The part of a key after the prefix cannot be an id in Postgres; the text says why."""
 
 

@@ -76,6 +76,7 @@ class FlushLoop:
 
     async def run(self, stop: asyncio.Event) -> None:
         """While this worker holds the lease: flush every interval until `stop`, and once more after it."""
+        self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
         while not stop.is_set():
             if await self._wait_for_work(stop):
                 delay = await self._guarded_cycle()
@@ -122,7 +123,9 @@ class FlushLoop:
             outcome = await self._flusher.flush(ids)
             if not isinstance(outcome, Flushed):
                 return outcome
+            self._status.ok(CHECK, role="working")
             if not ids:
+                self._metrics.last_agreement.set_to_current_time()
                 return total
             self._pending.remove(ids)
             self._batch_size.flushed(self._clock.monotonic() - began, left=len(self._pending))
@@ -149,8 +152,6 @@ class FlushLoop:
             return BUSY_RETRY_S * self._rng.uniform(0.5, 1.5)
         if isinstance(outcome, Hold):
             self._status.hold(CHECK, outcome.cause, outcome.remedy)
-        else:
-            self._status.ok(CHECK, role="working")
         return self._interval
 
     def _failed(self, error: Exception) -> float:
@@ -158,8 +159,9 @@ class FlushLoop:
         self._batch_size.failed()
         cause = str(error) if isinstance(error, ViewerWorkerError) else describe(error)
         remedy = error.remedy if isinstance(error, ViewerWorkerError) else UNEXPECTED
-        # What heals by waiting is told in a line; anything else needs the traceback.
-        log.error("flush failed", cause=cause, exc_info=None if isinstance(error, Unavailable) else error)
+        # What heals by waiting is told in a line. Anything else needs the traceback, but not at every try.
+        unexpected = not isinstance(error, Unavailable) and cause != self._status.checks[CHECK].cause
+        log.error("flush failed", cause=cause, exc_info=error if unexpected else None)
         self._status.failing(CHECK, cause, remedy)
         # Whatever was pending may have been settled by a replica before this worker is back.
         self._sweep.request()

@@ -28,9 +28,7 @@ log = get_logger(__name__)
 BIRTH = LuaScript.load(Path(__file__).with_name("birth.lua"))
 # Longer than gathering the evidence can take: it may scan the whole keyspace.
 PROBE_LIFETIME_S = 3600
-RUNBOOK = (
-    "Nothing is lost: views keep accumulating in Redis. docs/protocol.md, 'When flushing is on hold', has the steps."
-)
+REMEDY = "Nothing is lost: views keep accumulating in Redis. `viewer-worker adopt` shows both sides and the ways out."
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Hold:
     """Not certain what happened: stop flushing, stay up, say why. `refused` is a marker to be remembered."""
 
     cause: str
-    remedy: str = RUNBOOK
+    remedy: str = REMEDY
     refused: str | None = None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -41,12 +40,13 @@ def is_transient(error: BaseException) -> bool:
         return state.startswith(TRANSIENT_PREFIXES) or state in TRANSIENT_STATES
     if isinstance(error, DBAPIError):
         return error.connection_invalidated or isinstance(error, InterfaceError) or is_transient_cause(error.orig)
-    return isinstance(error, OSError | TimeoutError | asyncio.TimeoutError | asyncpg.InterfaceError)
+    return is_transient_cause(error)
 
 
 def is_transient_cause(error: BaseException | None) -> bool:
+    """OSError includes every timeout."""
     while error is not None:
-        if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.PostgresConnectionError):
+        if isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.PostgresConnectionError):
             return True
         error = error.__cause__
     return False
@@ -62,7 +62,9 @@ def database_errors() -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        if is_transient(error) or is_refused(error):
+        if is_refused(error):
+            raise DatabaseUnavailable(describe(error), "Check user, password and database in DATABASE_URL.") from error
+        if is_transient(error):
             raise DatabaseUnavailable(describe(error)) from error
         raise
 

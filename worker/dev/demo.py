@@ -84,6 +84,7 @@ class Demo:
             self._say_where(valkey, postgres, worker)
             viewers = Viewers(client, PREFIX, IDS, self._rate, random.Random())
             traffic = asyncio.create_task(viewers.run(self._stop), name="viewers")
+            stack.callback(traffic.cancel)
             await self._watch(viewers, database, client, worker, before.total())
             await traffic
             self._say("Traffic stopped; the worker takes the rest, and is stopped (SIGTERM) …")
@@ -135,7 +136,7 @@ class Demo:
             least = before[vod_id] + viewers.acknowledged[vod_id]
             if not least <= stored[vod_id] <= least + viewers.indeterminate[vod_id]:
                 wrong[vod_id] = (least, stored[vod_id])
-                lost += max(0, least - stored[vod_id])
+                lost += max(0, least - stored[vod_id] - pending[vod_id])
                 double += max(0, stored[vod_id] - least - viewers.indeterminate[vod_id])
         self._console.print()
         rows = (

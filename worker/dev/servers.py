@@ -20,11 +20,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from worker.errors import ViewerWorkerError
+
 START_TIMEOUT_S = 30.0
 PR_SET_PDEATHSIG = 1
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(ViewerWorkerError):
     """An embedded server did not start; the text ends with what it logged last."""
 
 
@@ -234,4 +236,8 @@ def _data_folder(folder: Path) -> Path:
     if os.getuid() != 0 or _open_to_all(folder.parent.resolve()):
         return folder
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"viewer-worker-data-{name}"
+    data = Path(tempfile.gettempdir()) / f"viewer-worker-data-{name}"
+    if not folder.exists():  # removed, and with it the data that it stands for
+        shutil.rmtree(data, ignore_errors=True)
+        folder.mkdir()
+    return data

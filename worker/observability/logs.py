@@ -11,8 +11,6 @@ import structlog
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     """Send all logs of the process to `stream`: console lines when it is a terminal, else one JSON object a line.

@@ -48,6 +48,10 @@ class Metrics:
         self.oldest_pending_seconds = self._gauge(
             "view_count_oldest_pending_seconds", "Seconds since the oldest of the pending keys was found."
         )
+        self.last_agreement = self._gauge(
+            "view_count_last_agreement_timestamp_seconds",
+            "When everything that was pending was last flushed, and Redis and Postgres agreed. Unix time.",
+        )
         self.holds = self._gauge("view_count_holds", "1 while flushing is on hold; /health says why. Else 0.")
         self.quarantined_keys = self._gauge(
             "view_count_quarantined_keys", "Counter keys left alone: their id or value cannot be counted."

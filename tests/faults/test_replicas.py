@@ -1,0 +1,191 @@
+"""Three replicas, two servers, and no mercy: every acknowledged view is in Postgres once.
+
+`make faults` runs it for a minute; CI and `make test` run a short slice. FAULT_SECONDS and FAULT_SEED say how long and
+with which seed; the seed is printed, so that a failure can be run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from tests.world import CliWorker
+from worker.db import schema
+from worker.db.address import parse_database_url
+from worker.db.session import Database
+from worker.dev.servers import PostgresServer, Server, ValkeyServer
+
+SECONDS = float(os.environ.get("FAULT_SECONDS", "16"))
+SEED = int(os.environ.get("FAULT_SEED", random.randrange(2**32)))
+IDS = [f"vod_{number}" for number in range(200)]
+PREFIX = "vod:views:"
+
+
+class Truth:
+    """What producers know: acknowledged, and sent without an answer (it may have counted or not)."""
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+        self.acknowledged: Counter[str] = Counter()
+
+    @property
+    def indeterminate(self) -> Counter[str]:
+        return self.sent - self.acknowledged
+
+
+class Chaos:
+    def __init__(self, folder: Path, rng: random.Random) -> None:
+        self.rng = rng
+        self.valkey = ValkeyServer(folder / "redis", options=("--appendfsync", "always"))
+        self.postgres = PostgresServer(folder / "postgres")
+        self.truth = Truth()
+        self.replicas: list[CliWorker] = []
+        self.samples = 0
+        self.done = asyncio.Event()
+
+    def start_replica(self) -> CliWorker:
+        environment = {
+            "REDIS_URL": self.valkey.url,
+            "DATABASE_URL": self.postgres.url,
+            "BATCH_INTERVAL_MS": "50",
+            "BATCH_SIZE": "20",
+            "HEALTH_CHECK_HOST": "127.0.0.1",
+            "HEALTH_CHECK_PORT": "0",
+        }
+        return CliWorker(environment, "run")
+
+    def redis(self) -> aioredis.Redis:
+        return aioredis.from_url(self.valkey.url, retry=Retry(NoBackoff(), 0), socket_timeout=2)
+
+    async def produce(self) -> None:
+        client = self.redis()
+        while not self.done.is_set():
+            views = self.rng.choices(IDS, weights=range(len(IDS), 0, -1), k=20)
+            pipeline = client.pipeline(transaction=False)
+            for vod_id in views:
+                pipeline.incr(PREFIX + vod_id)
+            self.truth.sent.update(views)
+            try:
+                await pipeline.execute()
+            except (RedisError, OSError):
+                await asyncio.sleep(0.05)
+            else:
+                self.truth.acknowledged.update(views)
+            await asyncio.sleep(0.005)
+        await client.aclose()
+
+    async def read(self) -> None:
+        """An application that shows GET + database, in this order, is never below the truth; a total never above."""
+        client = self.redis()
+        while not self.done.is_set():
+            with contextlib.suppress(RedisError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                surely = self.truth.acknowledged.copy()
+                pending = await client.mget([PREFIX + vod_id for vod_id in IDS])
+                totals = await self.totals()
+                for vod_id, value in zip(IDS, pending, strict=True):
+                    assert int(value or 0) + totals[vod_id] >= surely[vod_id], f"{vod_id}: a dip"
+                assert totals <= self.truth.sent
+                self.samples += 1
+            await asyncio.sleep(0.05)
+        await client.aclose()
+
+    async def totals(self) -> Counter[str]:
+        sql = await asyncpg.connect(self.postgres.url, timeout=2)
+        try:
+            return Counter({row["vod_id"]: row["views"] for row in await sql.fetch("SELECT * FROM view_counts")})
+        finally:
+            sql.terminate()
+
+    async def torment(self) -> None:
+        """Every two seconds a replica is killed or frozen; on the way both servers are killed twice."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        servers: list[tuple[float, Server]] = [
+            (SECONDS * share, server)
+            for share, server in ((0.2, self.valkey), (0.4, self.postgres), (0.6, self.valkey), (0.8, self.postgres))
+        ]
+        while loop.time() - began < SECONDS:
+            victim = self.rng.randrange(len(self.replicas))
+            if self.rng.random() < 0.5:
+                self.replicas[victim].close()
+                self.replicas[victim] = self.start_replica()
+            else:
+                frozen = self.replicas[victim].process
+                frozen.send_signal(signal.SIGSTOP)
+                loop.call_later(self.rng.uniform(1, 4), _wake, frozen)
+            while servers and loop.time() - began >= servers[0][0]:
+                server = servers.pop(0)[1]
+                await asyncio.to_thread(server.kill)
+                await asyncio.sleep(self.rng.uniform(0, 0.5))
+                await asyncio.to_thread(server.start)
+            await asyncio.sleep(2)
+
+
+def _wake(process: Any) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.timeout(SECONDS + 150)
+async def test_three_replicas_are_exact_whatever_is_killed_or_frozen(servers_folder: Path) -> None:
+    print(f"FAULT_SEED={SEED} FAULT_SECONDS={SECONDS}")
+    folder = servers_folder / f"chaos-{uuid4().hex[:8]}"
+    folder.mkdir()
+    folder.chmod(0o755)
+    chaos = Chaos(folder, random.Random(SEED))
+    chaos.valkey.start()
+    chaos.postgres.start()
+    try:
+        database = Database(parse_database_url(chaos.postgres.url))
+        await schema.upgrade(database)
+        await database.close()
+        chaos.replicas = [chaos.start_replica() for _ in range(3)]
+        others = [asyncio.create_task(chaos.produce()), asyncio.create_task(chaos.read())]
+        await chaos.torment()
+        chaos.done.set()
+        await asyncio.gather(*others)
+        await _healed(chaos)
+        totals, truth = await chaos.totals(), chaos.truth
+        assert truth.acknowledged <= totals
+        assert totals <= truth.sent
+        print(f"{truth.acknowledged.total()} acknowledged, {truth.indeterminate.total()} indeterminate, ", end="")
+        print(f"{totals.total()} in Postgres, {chaos.samples} samples")
+        assert chaos.samples > 10
+        assert truth.acknowledged.total() > 500
+    except BaseException:
+        for replica in chaos.replicas:
+            print(replica.log[-3000:])
+        raise
+    finally:
+        chaos.done.set()
+        for replica in chaos.replicas:
+            replica.close()
+        chaos.valkey.kill()
+        chaos.postgres.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _healed(chaos: Chaos) -> None:
+    """Wait until nothing is pending and no total moves any more."""
+    client = chaos.redis()
+    async with asyncio.timeout(60):
+        while await client.exists(*(PREFIX + vod_id for vod_id in IDS)):
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(1)
+    assert not await client.exists(*(PREFIX + vod_id for vod_id in IDS))
+    await client.aclose()

@@ -1,0 +1,160 @@
+"""Is the suite awake? Plants one mistake after another in a copy of the code, and sees whether the tests catch it.
+
+Run by `make mutants`. Exit code 1 if a mistake survives. Each is a remedy of the flush protocol taken away.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# The quick and certain first; the property test finds what they do not think of.
+TESTS = (
+    "tests/integration/test_flush.py",
+    "tests/integration/test_recovery.py",
+    "tests/integration/test_lease.py",
+    "tests/property",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, `old` (which must be there once) becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    Mutant(
+        "settle before commit",
+        "worker/counters/flush.py",
+        "        return flush\n\n    async def _continue(",
+        "        before = Marker(source.lineage, source.last_flush_id, source.last_nonce)\n"
+        "        after = Marker(source.lineage, flush.flush_id, flush.nonce)\n"
+        "        await self.settler.settle(before, after, flush.deltas)\n"
+        "        return flush\n\n    async def _continue(",
+    ),
+    Mutant(
+        "no marker test in settle",
+        "worker/counters/settle.lua",
+        "if marker ~= ARGV[1] then return {'moved', marker} end\n",
+        "",
+    ),
+    Mutant(
+        "no clamp in settle",
+        "worker/counters/settle.lua",
+        "      if value ~= '0' then table.insert(take, {KEYS[i], value}) end\n      table.insert(zero, KEYS[i])\n",
+        "      table.insert(take, {KEYS[i], taken})\n      if value == taken then table.insert(zero, KEYS[i]) end\n",
+    ),
+    Mutant(
+        "no nonce",
+        "worker/counters/flush.py",
+        "flush = Flush(source.last_flush_id + 1, uuid4(),",
+        "flush = Flush(source.last_flush_id + 1, source.last_nonce,",
+    ),
+    Mutant(
+        "birth at last_flush_id",
+        "worker/counters/recovery.py",
+        "        return Marker(lineage, source.settled_id, nonce)",
+        "        return Marker(lineage, source.last_flush_id, source.last_nonce or nonce)",
+    ),
+    Mutant(
+        "no row lock",
+        "worker/db/sources.py",
+        ".where(_this).with_for_update(skip_locked=True)\n_LOCK_PATIENTLY",
+        ".where(_this)\n_LOCK_PATIENTLY",
+    ),
+    Mutant(
+        "writes before looks in settle",
+        "worker/counters/settle.lua",
+        "      table.insert(take, {KEYS[i], taken})\n    else",
+        "      redis.call('DECRBY', KEYS[i], taken)\n    else",
+    ),
+    Mutant(
+        "no probe before birth",
+        "worker/counters/birth.lua",
+        "if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 'moved' end\n",
+        "",
+    ),
+    Mutant(
+        "deltas are not counted against the header",
+        "worker/db/ledger.py",
+        "        if len(rows) != keys:\n            return None\n",
+        "",
+    ),
+    Mutant(
+        "an AOF restart is taken for an empty start",
+        "worker/redis/client.py",
+        'and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)',
+        "and True",
+    ),
+    Mutant(
+        "the refusal is not remembered",
+        "worker/counters/flush.py",
+        "await self.source_row.refuse(tx, str(verdict.refused))",
+        "pass",
+    ),
+    Mutant(
+        "no epoch under the lock",
+        "worker/counters/flush.py",
+        "if not self.lease.covers(source):",
+        "if False:",
+    ),
+)
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    survivors = []
+    for mutant in MUTANTS:
+        if wanted and not any(word in mutant.name for word in wanted):
+            continue
+        began = time.monotonic()
+        caught = _caught(mutant)
+        print(f"{'caught' if caught else 'SURVIVED':9} {mutant.name}  ({time.monotonic() - began:.0f} s)", flush=True)
+        if not caught:
+            survivors.append(mutant.name)
+    print(f"{len(survivors)} survived" if survivors else "all caught")
+    return 1 if survivors else 0
+
+
+def _caught(mutant: Mutant) -> bool:
+    with tempfile.TemporaryDirectory(prefix="viewer-worker-mutant-") as name:
+        copy = Path(name)
+        for part in ("worker", "tests", "alembic", "alembic.ini", "pyproject.toml"):
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
+            else:
+                shutil.copy(source, copy)
+        target = copy / mutant.file
+        text = target.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: its place in {mutant.file} is gone; bring tests/mutants.py up to date")
+        target.write_text(text.replace(mutant.old, mutant.new))
+        done = subprocess.run(
+            # `python -m` puts the copy before the installed package.
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
+            cwd=copy,
+            env=os.environ | {"PROPERTY_EXAMPLES": "60", "PROPERTY_SHRINK": "no"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode not in (0, 1):  # 1: tests failed; anything else means that they did not run
+            raise SystemExit(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
+        return done.returncode == 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

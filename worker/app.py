@@ -108,6 +108,7 @@ def view_counters(
         keys=keys,
         settler=settler,
         metrics=metrics,
+        status=status,
         trust_lost_marker=settings.view_on_lost_marker == "fresh",
     )
     flusher = Flusher(
@@ -157,7 +158,7 @@ async def run(settings: Settings) -> bool:
     metrics = Metrics()
     status = Status(clock, ("redis", "postgres", "schema", CHECK))
     _warn_of_idle_settings(settings)
-    # Closed in reverse: the HTTP server answers until everything else has ended.
+    # Closed in reverse, after all loops have ended: the HTTP server answers while they drain.
     async with AsyncExitStack() as resources:
         database = connect_database(settings)
         resources.push_async_callback(database.close)

@@ -281,5 +281,7 @@ def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
         message = str(details["msg"]).removeprefix("Value error, ")
         field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
     value = raw.get(field, str(Settings.model_fields[field].default))
-    shown = (mask_url(value) if "://" in value else MASK) if field in SECRETS else value[:64]
+    # Of a secret that is not well-formed nobody can tell where the password stands.
+    shown = f"{value.partition('://')[0]}://{MASK}" if "://" in value else MASK
+    shown = shown if field in SECRETS else value[:64]
     return SettingProblem(field.upper(), shown, expected)

@@ -262,3 +262,149 @@ async def test_total_that_would_overflow_is_left_pending_and_hinders_nobody(worl
     assert await world.totals() == world.truth
     assert worker.metric("view_count_quarantined_keys") == number
     await world.assert_consistent()
+
+
+@pytest.mark.parametrize("constraint", ["CHECK (vod_id <> 'bad')", "trigger"])
+async def test_id_that_postgres_refuses_hinders_nobody(world: World, constraint: str) -> None:
+    if constraint == "trigger":
+        await world.sql.execute(
+            """
+            CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN IF new.vod_id = 'bad' THEN RAISE 'no'; END IF; RETURN new; END $$;
+            CREATE TRIGGER no BEFORE INSERT ON view_counts FOR EACH ROW EXECUTE FUNCTION no()
+            """
+        )
+    else:
+        await world.sql.execute(f"ALTER TABLE view_counts ADD {constraint}")
+    await world.view_many([f"good_{number}" for number in range(20)])
+    await world.redis.incr(world.prefix + "bad")
+    worker = world.worker()
+    for _ in range(2):
+        await worker.cycle()
+        assert await world.totals() == world.truth
+        assert await world.pending() == Counter(bad=1)
+        assert worker.metric("view_count_quarantined_keys") == 1
+    await world.assert_consistent()
+
+
+async def test_row_that_somebody_holds_locked_is_left_and_hinders_nobody(world: World) -> None:
+    worker = world.worker()
+    await world.view_many(["a", "b"])
+    await worker.cycle()
+    await world.view_many(["a", "b"])
+    async with world.sql.transaction():
+        await world.sql.execute("SELECT * FROM view_counts WHERE vod_id = 'b' FOR UPDATE")
+        await worker.cycle()
+        assert await world.pending() == Counter(b=1)
+    await worker.cycle()
+    await world.assert_exact()
+
+
+async def test_two_redis_servers_do_not_share_a_lineage(
+    valkey: ValkeyServer, redis_url: str, database_url: str
+) -> None:
+    """A worker looked at an empty Redis by mistake; the right one must not be settled by that one's flushes."""
+    async with World(redis_url, database_url) as wrong, World(valkey.url, database_url, prefix=wrong.prefix) as right:
+        assert await wrong.worker().cycle() == Flushed()
+        assert await right.worker().cycle() == Flushed()
+        await right.view("v", 10)
+        await right.worker().cycle()
+        await wrong.redis.incrby(wrong.prefix + "v", 7)
+        outcome = await wrong.worker().cycle()
+        assert isinstance(outcome, Hold)
+        assert outcome.cause.startswith("the marker in Redis belongs to another database")
+        await right.assert_exact()
+
+
+async def test_two_prefixes_do_not_share_a_lineage(redis_url: str, database_url: str) -> None:
+    async with World(redis_url, database_url) as one, World(redis_url, database_url) as other:
+        await one.worker().cycle()
+        await other.worker().cycle()
+        await one.view("v", 7)
+        await other.view("v", 10)
+        await other.worker().cycle()
+        assert isinstance(await one.worker().cycle(), Hold)
+        await other.assert_exact()
+        assert await one.pending() == one.truth
+
+
+async def test_server_that_was_demoted_synchronised_and_promoted_is_another_data_set(
+    valkey: ValkeyServer, servers_folder: Path, database_url: str
+) -> None:
+    """It keeps its run_id, but has the data of the other; its `master_replid` tells."""
+    other = ValkeyServer(servers_folder / "other-redis")
+    other.start()
+    try:
+        async with (
+            World(valkey.url, database_url) as world,
+            World(other.url, database_url, prefix=world.prefix) as copy,
+        ):
+            await world.view("a", 5)
+            await world.worker().cycle()
+            await copy.redis.incrby(copy.prefix + "a", 5)  # views that are counted already, without a marker
+            run_id = (await world.redis.info("server"))["run_id"]
+            await world.redis.replicaof("127.0.0.1", str(other.port))  # type: ignore[no-untyped-call]
+            while (await world.redis.info("replication")).get("master_link_status") != "up":
+                await world.redis.ping()
+            await world.redis.replicaof("NO", "ONE")  # type: ignore[no-untyped-call]
+            assert (await world.redis.info("server"))["run_id"] == run_id
+            assert isinstance(await world.worker().cycle(), Hold)
+            assert await world.totals() == Counter(a=5)
+    finally:
+        other.kill()
+
+
+async def test_first_start_at_maxmemory_begins(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view_many([f"vod_{number}" for number in range(100)])
+        await world.redis.config_set("maxmemory", "1mb")
+        await world.worker().cycle()
+        await world.assert_exact()
+
+
+async def test_worker_that_is_cut_off_from_redis_does_not_take_the_row_lock(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.db.sources import SourceRow
+    from worker.errors import RedisUnavailable
+
+    worker = world.worker()
+    await worker.cycle()
+    locked: list[bool] = []
+    lock = SourceRow.lock
+
+    async def noticed(self: SourceRow, *args: object, **kwargs: bool) -> object:
+        locked.append(True)
+        return await lock(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    async def silence() -> str:
+        raise RedisUnavailable("no answer in time")
+
+    monkeypatch.setattr(SourceRow, "lock", noticed)
+    worker.redis.probe = silence  # type: ignore[method-assign]
+    with pytest.raises(RedisUnavailable):
+        await worker.cycle()
+    assert locked == []
+
+
+async def test_row_lock_that_somebody_keeps_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.counters.loop.BUSY_LIMIT_S", 0.0)
+    worker = world.worker()
+    await worker.cycle()
+    async with world.sql.transaction():
+        await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
+        for _ in range(2):
+            await worker.counters.loop._guarded_cycle()
+        assert worker.status.checks["view_counts"].cause.startswith("another session keeps the row")
+    await worker.counters.loop._guarded_cycle()
+    assert worker.status.is_ok("view_counts")
+
+
+async def test_connections_that_the_server_closed_are_replaced(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        worker = world.worker()
+        for _ in range(3):
+            await world.view("a")
+            await worker.cycle()
+            await world.redis.client_kill_filter(_type="normal", skipme=True)  # type: ignore[no-untyped-call]
+        await world.assert_exact()

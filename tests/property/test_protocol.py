@@ -55,7 +55,7 @@ class Actor:
 
     def _gate_redis(self) -> None:
         redis = self.worker.redis
-        for name in ("read", "type_of", "types_of", "scan", "set_expiring", "run"):
+        for name in ("read", "type_of", "types_of", "scan", "run"):
             setattr(redis, name, self._gated(name, getattr(redis, name)))
 
         async def probe() -> str:

@@ -82,3 +82,17 @@ async def test_loop_that_misses_the_deadline_is_cancelled() -> None:
 async def test_first_signal_asks_to_drain() -> None:
     asyncio.get_running_loop().call_later(0.01, os.kill, os.getpid(), signal.SIGTERM)
     assert await Supervisor(5).run({"a": UntilStop()})
+
+
+class SwallowsTheFirstCancellation:
+    async def run(self, stop: asyncio.Event) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+
+
+async def test_loop_that_swallows_a_cancellation_ends_all_the_same() -> None:
+    supervisor = Supervisor(0.01)
+    supervisor.stop()
+    assert not await asyncio.wait_for(supervisor.run({"deaf": SwallowsTheFirstCancellation()}), 5)

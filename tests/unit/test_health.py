@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -155,3 +156,14 @@ async def test_metrics_speak_both_formats(url: str) -> None:
         "process_resident_memory_bytes",
     ):
         assert f"\n{name}" in text, name
+
+
+async def test_client_that_never_reads_does_not_hold_up_the_end(status: Status, health: Health) -> None:
+    server = WebServer(health, Metrics().registry, "127.0.0.1", 0)
+    await server.start()
+    port = int(server.url.rpartition(":")[2])
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
+    await asyncio.sleep(0.5)
+    await asyncio.wait_for(server.close(), 10)
+    writer.transport.abort()

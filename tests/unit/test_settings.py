@@ -182,7 +182,17 @@ CANARY = "c4n4ry/@:%#"
 
 @pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL", "DB_PASSWORD"])
 @pytest.mark.parametrize(
-    "form", ["postgresql://u:{}@h/x", "redis://:{}@h", "http://u:{}@h", "{}", "postgresql://h:{}/x"]
+    "form",
+    [
+        "postgresql://u:{}@h/x",
+        "redis://:{}@h",
+        "http://u:{}@h",
+        "{}",
+        "postgresql://h:{}/x",
+        "redis://default:{}",
+        "rediss://:{}",
+        "postgresql://u:{}/db",
+    ],
 )
 def test_secrets_never_show(name: str, form: str) -> None:
     try:

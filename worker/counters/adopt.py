@@ -92,7 +92,8 @@ class Adoption:
                         raise NothingToAdopt("another adoption is at work")
                     adopted = following
                     discarded += sum(page.values())
-            await self.source_row.found(tx, adopted.lineage, adopted.nonce, source.last_flush_id)
+            identity = self.keys.identity(await self.redis.probe())
+            await self.source_row.found(tx, adopted.lineage, adopted.nonce, source.last_flush_id, identity)
         return discarded
 
     async def _hold(self, marker: bytes | None, source: Source) -> Hold | None:

@@ -11,9 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.counters.keys import parse_count
 from worker.counters.lease import TTL
 from worker.counters.marker import Marker
+from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, Verdict, judge
-from worker.db.errors import sqlstate
+from worker.db.errors import describe, sqlstate
 from worker.db.ledger import Flush
+from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ log = get_logger(__name__)
 
 # A flush that finds the marker moved starts over. More often than this in a row means that others are at work.
 MAX_ROUNDS = 8
-NUMERIC_VALUE_OUT_OF_RANGE = "22003"
+LONG_VALUE = 100
+# Data that the tables do not take: out of range, not in the database's encoding, against a constraint or trigger.
+REFUSED_CLASSES = ("22", "23", "P0")
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,9 @@ class Flushed:
     flush_id: int | None = None
     keys: int = 0
     views: int = 0
+
+    def __add__(self, other: Flushed) -> Flushed:
+        return Flushed(other.flush_id or self.flush_id, self.keys + other.keys, self.views + other.views)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +75,13 @@ class Committed:
 class Reading:
     """Marker and counters as Redis had them at one instant.
 
-    `deltas`: what can be taken, id → views above zero. `unusable`: ids whose value is no count. `absent`: ids without
-    a value, because they were settled or reset since they were found, or because the key is no string.
+    `deltas`: what can be taken, id → views above zero. `unusable`: ids whose value is no count, id → bytes it has.
+    `absent`: ids without a value, because they were settled or reset since they were found, or the key is no string.
     """
 
     marker: bytes | None
     deltas: dict[str, int] = field(default_factory=dict)
-    unusable: list[str] = field(default_factory=list)
+    unusable: dict[str, int] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
 
 
@@ -96,17 +104,29 @@ class Flusher:
     async def flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
         """Flush the pending views of `ids` (sorted, no repeats). With no ids, only compare Redis and Postgres.
 
-        Raises Unavailable. Whatever was or was not done by then, the next flush finds out from marker and ledger.
+        Ids that Postgres refuses are quarantined, ids whose row somebody has locked are left for the next sweep; the
+        others are flushed. Raises Unavailable. Whatever was or was not done by then, the next flush finds out.
         """
+        try:
+            return await self._flush(ids)
+        except (SQLAlchemyError, DatabaseUnavailable) as error:
+            state = sqlstate(error) or ""
+            if not ids or not (state.startswith(REFUSED_CLASSES) or state == LOCK_NOT_AVAILABLE):
+                raise
+            if len(ids) == 1:
+                self._leave(ids[0], error, locked=state == LOCK_NOT_AVAILABLE)
+                return Flushed()
+        half = len(ids) // 2
+        first = await self.flush(ids[:half])
+        if not isinstance(first, Flushed):
+            return first
+        second = await self.flush(ids[half:])
+        return first + second if isinstance(second, Flushed) else second
+
+    async def _flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
         started = self.clock.monotonic()
         for _ in range(MAX_ROUNDS):
-            try:
-                step = await self._commit(ids)
-            except SQLAlchemyError as error:
-                if sqlstate(error) != NUMERIC_VALUE_OUT_OF_RANGE:
-                    raise
-                ids = await self._without_overflowing(ids, error)
-                continue
+            step = await self._commit(ids)
             if isinstance(step, Committed):
                 if await self.settler.settle(step.before, step.marker, step.flush.deltas):
                     return self._finished(step.flush, started)
@@ -115,10 +135,17 @@ class Flusher:
                 return step
         return Busy()
 
+    def _leave(self, vod_id: str, error: Exception, *, locked: bool) -> None:
+        key = self.keys.counter(vod_id)
+        if locked:
+            log.warning("left pending, its row is locked", key=printable(key))
+        else:
+            self.quarantine.report(key, f"Postgres refuses it: {describe(error)}", rest=True)
+
     async def _commit(self, ids: Sequence[str]) -> Committed | Flushed | Busy | Hold | None:
         """Commit one flush, or do what the marker asks for first (None: done, start over)."""
         # Before the lock is taken: a worker that is cut off from Redis must not keep it from one that is not.
-        replid = await self.redis.probe()
+        identity = self.keys.identity(await self.redis.probe())
         flush: Flush | None = None
         async with self.database.transaction() as tx:
             source = await self.source_row.lock(tx)
@@ -130,13 +157,15 @@ class Flusher:
             reading = await self._read(ids)
             verdict = judge(reading.marker, source)
             if isinstance(verdict, Agreed):
-                flush = await self._record(tx, source, reading, replid)
+                flush = await self._record(tx, source, reading, identity)
             elif isinstance(verdict, Hold) and verdict.refused not in (None, source.refused):
                 await self.source_row.refuse(tx, str(verdict.refused))
         await self._report(reading)
         return await self._continue(verdict, source, flush)
 
-    async def _record(self, tx: AsyncConnection, source: Source, reading: Reading, replid: str | None) -> Flush | None:
+    async def _record(
+        self, tx: AsyncConnection, source: Source, reading: Reading, identity: str | None
+    ) -> Flush | None:
         """Write what was read, in the transaction that holds the lock. None when there is nothing to take."""
         if not reading.deltas:
             if source.settled_id < source.last_flush_id or source.refused is not None:
@@ -148,7 +177,7 @@ class Flusher:
         # The marker, read under this lock, named the flush before: that one is settled.
         settled = source.last_flush_id
         await self.source_row.advance(
-            tx, flush_id=flush.flush_id, nonce=flush.nonce, settled=settled, replid=replid, ttl=TTL
+            tx, flush_id=flush.flush_id, nonce=flush.nonce, settled=settled, replid=identity, ttl=TTL
         )
         return flush
 
@@ -175,29 +204,21 @@ class Flusher:
             if value is None:
                 reading.absent.append(vod_id)
             elif count is None:
-                reading.unusable.append(vod_id)
+                reading.unusable[vod_id] = len(value)
             elif count > 0:
                 reading.deltas[vod_id] = count
         return reading
 
     async def _report(self, reading: Reading) -> None:
-        for vod_id in reading.unusable:
-            self.quarantine.report(self.keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1")
+        for vod_id, size in reading.unusable.items():
+            # What is far too long for a number is not fetched again every time.
+            self.quarantine.report(
+                self.keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1", rest=size > LONG_VALUE
+            )
         absent = [self.keys.counter(vod_id) for vod_id in reading.absent]
         for key, kind in zip(absent, await self.redis.types_of(absent) if absent else (), strict=True):
             if kind not in ("none", "string"):
                 self.quarantine.report(key, f"the key holds a {kind}, not a number")
-
-    async def _without_overflowing(self, ids: Sequence[str], error: SQLAlchemyError) -> list[str]:
-        """The ids less those whose total would not fit into a bigint; these stay pending and are reported."""
-        reading = await self._read(ids)
-        async with self.database.transaction() as tx:
-            overflowing = set(await self.ledger.overflowing(tx, reading.deltas))
-        if not overflowing:
-            raise error
-        for vod_id in overflowing:
-            self.quarantine.report(self.keys.counter(vod_id), "the total would exceed 2^63-1")
-        return [vod_id for vod_id in ids if vod_id not in overflowing]
 
     def _finished(self, flush: Flush, started: float) -> Flushed:
         seconds = self.clock.monotonic() - started

@@ -36,6 +36,10 @@ class Keys:
         """For SCAN: every counter, whatever special characters the prefix has."""
         return _GLOB.sub(rb"\\\1", self.prefix) + b"*"
 
+    def identity(self, replid: str | None) -> str | None:
+        """What a data set is recognised by: its history, and which of its keys are meant. None if Redis hides it."""
+        return None if replid is None else f"{replid} {self.prefix.decode(errors='backslashreplace')}"
+
     def counter(self, vod_id: str) -> bytes:
         return self.prefix + vod_id.encode()
 

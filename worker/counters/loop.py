@@ -15,6 +15,7 @@ from worker.engine.retry import Backoff
 from worker.engine.waiting import wait_first
 from worker.errors import Unavailable, ViewerWorkerError
 from worker.observability.logs import get_logger
+from worker.observability.status import STEP_LIMIT_S
 
 if TYPE_CHECKING:
     from worker.clock import Clock
@@ -33,8 +34,7 @@ CHECK = "view_counts"
 # Ids kept in memory at most; a sweep that finds more lets them be flushed before it goes on.
 PENDING_LIMIT = 50_000
 BUSY_RETRY_S = 1.0
-# Longer than any single step may take with all its timeouts.
-STEP_LIMIT_S = 120.0
+BUSY_LIMIT_S = 30.0
 
 
 class FlushLoop:
@@ -70,6 +70,7 @@ class FlushLoop:
         self._rng = rng or random.Random()
         self._backoff = Backoff(first=0.2, cap=10.0, rng=self._rng)
         self._wake = asyncio.Event()
+        self._busy_since: float | None = None
         metrics.pending_keys.set_function(lambda: len(pending))
         metrics.oldest_pending_seconds.set_function(pending.oldest_seconds)
         metrics.quarantined_keys.set_function(lambda: len(quarantine))
@@ -88,7 +89,7 @@ class FlushLoop:
             log.warning("stopping without a last flush: pending views stay in Redis")
         elif self._lease.epoch is not None:
             self._sweep.request()
-            await self._guarded_cycle()
+            await self._guarded_cycle(draining=True)
             await self._release_lease()
 
     def reconnected(self) -> None:
@@ -96,21 +97,29 @@ class FlushLoop:
         self._sweep.request()
         self._wake.set()
 
-    async def cycle(self) -> Flushed | Busy | Hold:
-        """Sweep if it is due, then flush until nothing is pending. Raises Unavailable."""
+    async def cycle(self, *, draining: bool = False) -> Flushed | Busy | Hold:
+        """Sweep if it is due, then flush until nothing is pending. Raises Unavailable.
+
+        When `draining`, what is known is flushed before more is looked for: there may not be time for all of it.
+        """
         total = Flushed()
+        if draining and self._pending:
+            outcome = await self._flush_pending()
+            if not isinstance(outcome, Flushed):
+                return outcome
+            total += outcome
         if self._sweep.is_due:
             async for page in self._sweep.pages():
                 self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
                 self._add(page)
-                if len(self._pending) >= PENDING_LIMIT or self._pending.oldest_seconds() >= self._interval:
+                if draining or len(self._pending) >= PENDING_LIMIT or self._pending.oldest_seconds() >= self._interval:
                     outcome = await self._flush_pending()
                     if not isinstance(outcome, Flushed):
                         return outcome
-                    total = _sum(total, outcome)
+                    total += outcome
             self._quarantine.next_sweep()
         outcome = await self._flush_pending()
-        return _sum(total, outcome) if isinstance(outcome, Flushed) else outcome
+        return total + outcome if isinstance(outcome, Flushed) else outcome
 
     async def _flush_pending(self) -> Flushed | Busy | Hold:
         """Flush until nothing is pending, and then nothing: that finds out whether Redis and Postgres still agree,
@@ -129,30 +138,44 @@ class FlushLoop:
                 return total
             self._pending.remove(ids)
             self._batch_size.flushed(self._clock.monotonic() - began, left=len(self._pending))
-            total = _sum(total, outcome)
+            total += outcome
 
     def _add(self, page: list[bytes]) -> None:
         ids = []
         for key in page:
+            if self._quarantine.is_resting(key):
+                continue
             try:
                 ids.append(self._keys.vod_id(key))
             except InvalidId as error:
                 self._quarantine.report(key, str(error))
         self._pending.add(ids)
 
-    async def _guarded_cycle(self) -> float:
+    async def _guarded_cycle(self, *, draining: bool = False) -> float:
         """Run one cycle and report how it went. Returns the seconds to wait before the next."""
         try:
-            outcome = await self.cycle()
+            outcome = await self.cycle(draining=draining)
         except Exception as error:
             return self._failed(error)
         self._backoff.reset()
         self._metrics.holds.set(isinstance(outcome, Hold))
         if isinstance(outcome, Busy):
-            return BUSY_RETRY_S * self._rng.uniform(0.5, 1.5)
+            return self._kept_out()
+        self._busy_since = None
         if isinstance(outcome, Hold):
             self._status.hold(CHECK, outcome.cause, outcome.remedy)
         return self._interval
+
+    def _kept_out(self) -> float:
+        now = self._clock.monotonic()
+        self._busy_since = self._busy_since or now
+        if now - self._busy_since > BUSY_LIMIT_S and self._lease.epoch is not None:
+            self._status.failing(
+                CHECK,
+                "another session keeps the row in view_count_sources locked",
+                "Find it in pg_locks and pg_stat_activity, and end it.",
+            )
+        return BUSY_RETRY_S * self._rng.uniform(0.5, 1.5)
 
     def _failed(self, error: Exception) -> float:
         self._metrics.flush_failures.inc()
@@ -165,7 +188,7 @@ class FlushLoop:
         self._status.failing(CHECK, cause, remedy)
         # Whatever was pending may have been settled by a replica before this worker is back.
         self._sweep.request()
-        return min(self._backoff.next(), self._interval)
+        return self._backoff.next()
 
     async def _wait_for_work(self, stop: asyncio.Event) -> bool:
         """True as soon as both servers can be used and the lease is held; False when stopped before that."""
@@ -193,7 +216,3 @@ class FlushLoop:
 
 
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."
-
-
-def _sum(a: Flushed, b: Flushed) -> Flushed:
-    return Flushed(b.flush_id or a.flush_id, a.keys + b.keys, a.views + b.views)

@@ -66,7 +66,7 @@ class Sweep:
         return self._clock.monotonic() >= self._not_before
 
     async def pages(self) -> AsyncIterator[list[bytes]]:
-        """Counter keys, page by page; a key may come twice. Only the time spent in Redis counts as scanning.
+        """Counter keys, page by page; a page may be empty, a key may come twice. Only time in Redis counts as scanning.
 
         Raises RedisUnavailable; the sweep then stays due.
         """
@@ -75,8 +75,7 @@ class Sweep:
             asked = self._clock.monotonic()
             cursor, page = await self._redis.scan(cursor, self._keys.pattern, SCAN_COUNT)
             spent += self._clock.monotonic() - asked
-            if page:
-                yield page
+            yield page
             if cursor == 0:
                 break
         self._not_before = started + spent / SWEEP_SHARE

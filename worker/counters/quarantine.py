@@ -13,8 +13,11 @@ log = get_logger(__name__)
 
 # Beyond this many, keys are only counted: a mistake can fill Redis with a million of them, but not this process.
 REMEMBERED_KEYS = 10_000
+REMEMBERED_BYTES = 512
 REPORTED_KEYS = 100
+LOGGED_KEYS = 100
 LOG_AGAIN_S = 3600.0
+REST_S = 600.0
 
 
 def printable(key: bytes) -> str:
@@ -31,20 +34,40 @@ class Quarantine:
         self._previous: dict[bytes, str] = {}
         self._beyond = 0
         self._logged: dict[bytes, float] = {}
+        self._resting: dict[bytes, tuple[float, str]] = {}
 
     def __len__(self) -> int:
         return len(self._previous.keys() | self._current.keys()) + self._beyond
 
-    def report(self, key: bytes, reason: str) -> None:
-        """Remember that `key` was left alone. Logged once an hour for each of the remembered keys."""
+    def report(self, key: bytes, reason: str, *, rest: bool = False) -> None:
+        """Remember that `key` was left alone; logged once an hour, for the first hundred.
+
+        With `rest`, it is costly to look at and not tried again for ten minutes.
+        """
+        key = key[:REMEMBERED_BYTES]
+        if rest and len(self._resting) < REMEMBERED_KEYS:
+            self._resting[key] = self._clock.monotonic() + REST_S, reason
         if key not in self._current and len(self._current) >= REMEMBERED_KEYS:
             self._beyond += 1
             return
         self._current[key] = reason
         now = self._clock.monotonic()
-        if now - self._logged.get(key, -LOG_AGAIN_S) >= LOG_AGAIN_S:
+        seen = self._logged.get(key)
+        if (seen is None and len(self._logged) < LOGGED_KEYS) or (seen is not None and now - seen >= LOG_AGAIN_S):
             self._logged[key] = now
             log.warning("counter quarantined", key=printable(key), reason=reason)
+
+    def is_resting(self, key: bytes) -> bool:
+        """True when `key` is not to be tried now; it is reported anew."""
+        resting = self._resting.get(key)
+        if resting is None:
+            return False
+        until, reason = resting
+        if self._clock.monotonic() >= until:
+            del self._resting[key]
+            return False
+        self.report(key, reason)
+        return True
 
     def next_sweep(self) -> None:
         """A sweep was finished: what it did not report again is no longer bad."""

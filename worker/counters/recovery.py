@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.observability.logs import get_logger
+from worker.observability.status import STEP_LIMIT_S
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from worker.db.session import Database
     from worker.db.sources import Source, SourceRow
     from worker.observability.metrics import Metrics
+    from worker.observability.status import Status
     from worker.redis.client import RedisClient
 
 log = get_logger(__name__)
 
+PROBE = LuaScript.load(Path(__file__).with_name("probe.lua"))
 BIRTH = LuaScript.load(Path(__file__).with_name("birth.lua"))
 # Longer than gathering the evidence can take: it may scan the whole keyspace.
 PROBE_LIFETIME_S = 3600
@@ -99,6 +102,7 @@ class Recovery:
     keys: Keys
     settler: Settler
     metrics: Metrics
+    status: Status
     trust_lost_marker: bool = False
 
     async def replay(self, marker: Marker, last_flush_id: int, *, rehearse: bool = False) -> Hold | None:
@@ -108,6 +112,7 @@ class Recovery:
         `rehearse`, only find out whether the ledger is complete.
         """
         for flush_id in range(marker.flush_id + 1, last_flush_id + 1):
+            self.status.expect_beat("view_counts", within=STEP_LIMIT_S)
             async with self.database.transaction() as tx:
                 flush = await self.ledger.read_flush(tx, flush_id)
             if flush is None:
@@ -127,7 +132,7 @@ class Recovery:
         """
         # The probe first: a copy that is put in place after this has none, and birth then fails.
         nonce = uuid4().hex.encode()
-        await self.redis.set_expiring(self.keys.probe, nonce, PROBE_LIFETIME_S)
+        await self.redis.run(PROBE, (self.keys.probe,), (nonce, b"%d" % PROBE_LIFETIME_S))
         kind = await self.redis.type_of(self.keys.marker)
         if kind == "string":
             return None
@@ -139,7 +144,8 @@ class Recovery:
                 return evidence
             self.metrics.marker_losses.inc()
             log.error("marker lost", flushes=judged.last_flush_id, going_on_because=evidence)
-        marker = await self._found_lineage(judged)
+        identity = self.keys.identity(await self.redis.probe())
+        marker = await self._found_lineage(judged, identity)
         if not isinstance(marker, Marker):
             return marker
         outcome: bytes = await self.redis.run(BIRTH, (self.keys.marker, self.keys.probe), (nonce, marker.encode()))
@@ -150,7 +156,8 @@ class Recovery:
     async def doubt(self, judged: Source) -> Hold | str:
         """Why it is certain that what is pending was not counted, although the marker is gone; a hold if it is not."""
         history = await self.redis.history()
-        if history is not None and history.replid == judged.replid:
+        identity = self.keys.identity(history.replid) if history is not None else None
+        if identity is not None and identity == judged.replid:
             return "Redis is the same as at the last flush: the marker was deleted in place (FLUSHALL, DEL, eviction)"
         if history is not None and history.started_empty:
             return "Redis started without any data"
@@ -170,7 +177,7 @@ class Recovery:
             if page or cursor == 0:
                 return bool(page)
 
-    async def _found_lineage(self, judged: Source) -> Marker | Hold | None:
+    async def _found_lineage(self, judged: Source, identity: str | None) -> Marker | Hold | None:
         """Commit the lineage that the new marker will name, at the last flush that is known to be settled.
 
         What follows that flush is replayed: if the marker alone was lost, it may not be settled yet.
@@ -180,15 +187,18 @@ class Recovery:
             if source != judged:
                 return None
             if source.last_flush_id == 0:
-                # A lineage that never flushed is used again: of two workers that start at once, both mean the same.
-                lineage, nonce = source.lineage or uuid4(), source.last_nonce or uuid4()
+                # A lineage that never flushed is used again on the data set it was founded for: of two workers that
+                # start at once, both mean the same. Another data set (a wrong URL before) must not share it.
+                lineage, nonce = uuid4(), uuid4()
+                if source.lineage is not None and source.last_nonce is not None and source.replid == identity:
+                    lineage, nonce = source.lineage, source.last_nonce
                 last_nonce = nonce
             else:
                 settled_nonce = await self._nonce_of(tx, source)
                 if settled_nonce is None or source.last_nonce is None:
                     return Hold(f"flush {source.settled_id + 1} is no longer complete in the ledger")
                 lineage, nonce, last_nonce = uuid4(), settled_nonce, source.last_nonce
-            await self.source_row.found(tx, lineage, last_nonce, source.settled_id)
+            await self.source_row.found(tx, lineage, last_nonce, source.settled_id, identity)
         return Marker(lineage, source.settled_id, nonce)
 
     async def _nonce_of(self, tx: AsyncConnection, source: Source) -> UUID | None:

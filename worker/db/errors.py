@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from worker.errors import DatabaseUnavailable
 
@@ -40,7 +41,7 @@ def is_transient(error: BaseException) -> bool:
         return state.startswith(TRANSIENT_PREFIXES) or state in TRANSIENT_STATES
     if isinstance(error, DBAPIError):
         return error.connection_invalidated or isinstance(error, InterfaceError) or is_transient_cause(error.orig)
-    return is_transient_cause(error)
+    return isinstance(error, PoolTimeout) or is_transient_cause(error)
 
 
 def is_transient_cause(error: BaseException | None) -> bool:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-MAX_BIGINT = 2**63 - 1
-
 
 @dataclass(frozen=True, slots=True)
 class Flush:
@@ -108,12 +106,6 @@ _PRUNE_FLUSHES = delete(view_count_flushes).where(
     _flush.source == bindparam("name"), _flush.flush_id <= bindparam("upto")
 )
 
-_OVERFLOWING = (
-    select(_batch.c.vod_id)
-    .join(view_counts, view_counts.c.vod_id == _batch.c.vod_id)
-    .where(view_counts.c.counted > MAX_BIGINT - _batch.c.counted)
-)
-
 
 class Ledger:
     """What was flushed from one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
@@ -150,11 +142,6 @@ class Ledger:
         if len(rows) != keys:
             return None
         return Flush(flush_id, nonce, prev_nonce, {row.vod_id: row.counted for row in rows})
-
-    async def overflowing(self, tx: AsyncConnection, deltas: Mapping[str, int]) -> list[str]:
-        """The ids whose total cannot take what is added: it would not fit into a bigint."""
-        batch = {"ids": list(deltas), "counts": list(deltas.values())}
-        return list((await tx.execute(_OVERFLOWING, batch)).scalars())
 
     async def prune(self, tx: AsyncConnection, settled_id: int, age: timedelta, at_most: int) -> int:
         """Delete the oldest flushes, at most so many, that are below `settled_id` and older than `age`.

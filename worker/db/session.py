@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 # Past the server's own statement timeout, so that this one only speaks when the server is out of reach.
 COMMAND_TIMEOUT_S = 35.0
+GOODBYE_S = 1.0
 KEPT_STATEMENTS = 100
 NO_SUCH_STATEMENT = "26000"
 
@@ -100,4 +103,7 @@ class Database:
         await self.engine.dispose()
 
     async def close(self) -> None:
-        await self.engine.dispose()
+        """Say goodbye to the server, but not for long: it may be out of reach."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self.engine.dispose()

@@ -30,7 +30,8 @@ LOCAL_SETTINGS = {
 class Source:
     """A source row, read under its lock. `last_nonce` is set as soon as `lineage` is.
 
-    `settled_id` is the last flush that is known to be settled; `refused` what a marker said that did not belong here.
+    `settled_id` is the last flush that is known to be settled; `replid` what the data set was recognised by then (its
+    `master_replid` and the key prefix); `refused` what a marker said that did not belong here.
     """
 
     lineage: UUID | None
@@ -94,6 +95,7 @@ _FOUND = (
         lineage=bindparam("new_lineage"),
         last_nonce=bindparam("new_nonce"),
         settled_id=bindparam("settled"),
+        replid=bindparam("new_replid"),
         refused=None,
     )
 )
@@ -152,9 +154,9 @@ class SourceRow:
         """Remember a marker that does not belong to this database: from now on only `adopt` may give birth."""
         await tx.execute(_REFUSE, {"name": self.name, "marker": marker})
 
-    async def found(self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int) -> None:
-        """From now on this lineage says that a Redis data set and this database belong together."""
-        values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled}
+    async def found(self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int, identity: str | None) -> None:
+        """From now on this lineage says that a Redis data set (`identity`) and this database belong together."""
+        values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_replid": identity}
         await tx.execute(_FOUND, {"name": self.name, **values})
 
     async def take_lease(self, tx: AsyncConnection, worker_id: str, ttl: timedelta) -> LeaseState | None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.observability.logs import get_logger
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 log = get_logger(__name__)
+
+CANCEL_AGAIN_S = 0.1
+CANCEL_TRIES = 10
 
 
 class Loop(Protocol):
@@ -50,16 +53,14 @@ class Supervisor:
                 self._stop.set()
                 _, late = await asyncio.wait(tasks, timeout=self._drain_timeout)
         finally:
-            for task in (*tasks, stopping):
-                task.cancel()
-            await asyncio.wait({*tasks, stopping})
+            await _cancel({*tasks, stopping})
         for task in late:
             log.error("drain deadline passed", loop=tasks[task], timeout_s=self._drain_timeout)
         failed = [name for task, name in tasks.items() if not self._ended_well(task, name)]
         return clean and not failed
 
     def _ended_well(self, task: asyncio.Task[None], name: str) -> bool:
-        if task.cancelled():
+        if not task.done() or task.cancelled():
             return False
         error = task.exception()
         if error is not None:
@@ -85,3 +86,14 @@ class Supervisor:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 event_loop.remove_signal_handler(number)
+
+
+async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel until it takes: up to Python 3.11 `wait_for`, which drivers use, may swallow a cancellation."""
+    for _ in range(CANCEL_TRIES):
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
+        if not tasks:
+            return
+    log.error("tasks do not end", tasks=[task.get_name() for task in tasks])

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 
+# Seconds; longer than any single step of a loop may take with all its timeouts.
+STEP_LIMIT_S = 300.0
+
+
 class State(StrEnum):
     STARTING = "starting"
     OK = "ok"

@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from worker.errors import RedisUnavailable
 
@@ -120,10 +121,6 @@ class RedisClient:
             page = await self._redis.scan(cursor, match=pattern, count=count)
         return cast("tuple[int, list[bytes]]", page)
 
-    async def set_expiring(self, key: bytes, value: bytes, seconds: int) -> None:
-        with redis_errors():
-            await self._redis.set(key, value, ex=seconds)
-
     async def overwrite(self, key: bytes, value: bytes) -> None:
         """Set a key, whatever type it had."""
         with redis_errors():
@@ -185,7 +182,8 @@ def _connect(address: RedisAddress) -> tuple[aioredis.Redis, list[aioredis.Redis
         "socket_timeout": COMMAND_TIMEOUT_S,
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "retry": Retry(NoBackoff(), 0),
-        "client_name": "viewer-worker",
+        # With these notifications the pool hands out connections that hold unread data: another reply's, or an end.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
     if address.master is not None:
         sentinel = Sentinel(  # type: ignore[no-untyped-call]

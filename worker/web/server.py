@@ -35,7 +35,9 @@ class WebServer:
                 web.get("/metrics", self._metrics),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=15.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, keepalive_timeout=15.0, shutdown_timeout=1.0
+        )
 
     @property
     def url(self) -> str:

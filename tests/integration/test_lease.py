@@ -74,3 +74,14 @@ async def test_worker_that_cannot_work_does_not_take_the_lease(world: World, dow
     assert worker.counters.lease.epoch == 1
     stop.set()
     await task
+
+
+async def test_worker_that_freezes_while_it_takes_the_lease_loses_the_row_lock(
+    world: World,
+) -> None:
+    worker = world.worker()
+    await worker.counters.lease.take()
+    async with worker.database.transaction() as tx:
+        await worker.counters.lease._source_row.take_lease(tx, "frozen", TTL)
+        limit = (await tx.exec_driver_sql("SHOW idle_in_transaction_session_timeout")).scalar_one()
+    assert limit == "8s"

@@ -62,9 +62,10 @@ class Lease:
 
     async def take(self) -> bool:
         """Take or renew it. True when it is held afterwards. Raises DatabaseUnavailable."""
-        async with self._database.transaction() as tx:
-            if self.epoch is None:
+        if self.epoch is None:
+            async with self._database.transaction() as tx:
                 await self._source_row.ensure(tx)
+        async with self._database.transaction() as tx:
             state = await self._source_row.take_lease(tx, self._worker_id, TTL)
         if state is not None and state.holder == self._worker_id:
             self._become(state.epoch)

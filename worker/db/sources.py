@@ -70,6 +70,7 @@ _ENSURE = upsert(view_count_sources).values(source=bindparam("name")).on_conflic
 
 _READ = select(*_COLUMNS).where(_this)
 _SETTINGS = [func.set_config(name, value, True) for name, value in LOCAL_SETTINGS.items()]
+_LIMIT = select(*_SETTINGS)
 # The lock and its limits in one round trip.
 _LOCK = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update(skip_locked=True)
 _LOCK_PATIENTLY = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update()
@@ -124,6 +125,7 @@ class SourceRow:
 
     async def ensure(self, tx: AsyncConnection) -> None:
         """Insert the row unless it is there. Does not wait for whoever holds its lock."""
+        await tx.execute(_LIMIT)
         await tx.execute(_ENSURE, {"name": self.name})
 
     async def read(self, tx: AsyncConnection) -> Source | None:
@@ -164,9 +166,12 @@ class SourceRow:
 
         Taking it over raises the epoch, renewing it does not. A row that is locked is left as it is.
         """
+        # A worker that freezes right after this must not keep the row locked.
+        await tx.execute(_LIMIT)
         await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "ttl": ttl})
         row = (await tx.execute(_READ_LEASE, {"name": self.name})).one_or_none()
         return None if row is None else LeaseState(*row)
 
     async def release_lease(self, tx: AsyncConnection, worker_id: str) -> None:
+        await tx.execute(_LIMIT)
         await tx.execute(_RELEASE_LEASE, {"name": self.name, "me": worker_id})

@@ -146,7 +146,7 @@ def _caught(mutant: Mutant) -> bool:
             # `python -m` puts the copy before the installed package.
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
             cwd=copy,
-            env=os.environ | {"PROPERTY_EXAMPLES": "60", "PROPERTY_SHRINK": "no"},
+            env=os.environ | {"PROPERTY_EXAMPLES": "100", "PROPERTY_SHRINK": "no"},
             capture_output=True,
             text=True,
             check=False,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.world import CliWorker, World, clean_environment
-from worker.dev.servers import free_port
+from worker.dev.servers import ValkeyServer, free_port
 
 Start = Callable[..., CliWorker]
 ROOT = Path(__file__).parents[2]
@@ -35,7 +37,7 @@ async def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedPr
 
 def test_help_lists_the_commands_and_version_is_printed() -> None:
     shown = cli("--help").stdout
-    for command in ("run", "migrate", "config", "healthcheck", "dev"):
+    for command in ("run", "migrate", "check", "adopt", "config", "healthcheck", "dev"):
         assert f" {command} " in shown
     assert cli("--version").stdout == "viewer-worker 0.1.0\n"
 
@@ -150,3 +152,73 @@ def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0001"]
+
+
+async def test_check_finds_everything_well(world: World) -> None:
+    await world.view("a", 3)
+    assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+    done = await run_cli("check", **world.environment)
+    assert done.returncode == 0, done.stdout
+    assert "Redis and Postgres agree after 1 flushes; 0 views of 0 ids are pending" in done.stdout
+    names = [finding["name"] for finding in json.loads((await run_cli("check", "--json", **world.environment)).stdout)]
+    assert names == [
+        "postgres version",
+        "timescaledb",
+        "schema",
+        "redis version",
+        "redis role",
+        "redis eviction",
+        "redis persistence",
+        "marker",
+    ]
+
+
+async def test_check_tells_what_is_wrong_and_what_to_do(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+        await world.redis.set(world.keys.marker, "garbage")
+        await world.redis.config_set("maxmemory", "100mb")
+        await world.redis.config_set("maxmemory-policy", "allkeys-lru")
+        await world.redis.config_set("appendonly", "no")
+        done = await run_cli("check", "--json", **world.environment)
+        assert done.returncode == 1
+        findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+        assert findings["redis eviction"]["level"] == "failure"
+        assert "noeviction" in findings["redis eviction"]["remedy"]
+        assert findings["redis persistence"]["level"] == "warning"
+        assert findings["marker"]["found"] == "the marker in Redis cannot be read"
+        assert "viewer-worker adopt" in findings["marker"]["remedy"]
+
+
+def test_check_goes_on_when_a_server_is_out_of_reach() -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    done = cli("check", DATABASE_URL=f"postgresql://me:hunter2@{nowhere}/x", REDIS_URL=f"redis://:hunter2@{nowhere}")
+    assert done.returncode == 69
+    assert "postgres" in done.stdout
+    assert "redis" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
+    await world.view("a", 5)
+    assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+    agreed = await run_cli("adopt", **world.environment)
+    assert agreed.returncode == 0
+    assert "none: Redis and Postgres agree" in agreed.stdout
+
+    await world.redis.set(world.keys.marker, "garbage")
+    await world.view("b", 2)
+    shown = await run_cli("adopt", **world.environment)
+    assert shown.returncode == 0
+    assert "hold      the marker in Redis cannot be read" in shown.stdout
+    assert "pending   2 views of 1 ids" in shown.stdout
+    asked = await run_cli("adopt", "--count-pending", **world.environment)
+    assert asked.returncode == 1
+    assert "Nothing was changed" in asked.stdout
+    assert (await run_cli("run", "--once", **world.environment)).returncode == 1
+    assert (await run_cli("adopt", "--count-pending", "--discard-pending", **world.environment)).returncode == 2
+    done = await run_cli("adopt", "--count-pending", "--yes", **world.environment)
+    assert done.returncode == 0, done.stderr
+    assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+    assert await world.totals() == world.truth
+    assert await world.pending() == Counter()

@@ -263,3 +263,29 @@ async def test_port_that_is_taken_stops_the_start(world: World, start: Start) ->
     assert await second.wait() == 1
     assert f"cannot listen on 127.0.0.1:{port}" in second.log
     assert "Traceback" not in second.log
+
+
+async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(world: World, start: Start) -> None:
+    first = start(world.environment, "run")
+    await first.wait_for_log('"lease taken"')
+    second = start(world.environment, "run")
+    await second.wait_for_log("standing by")
+    first.kill()
+    await world.view("a", 3)
+    await second.wait_for_log('"lease taken"', timeout=12)
+    await wait_until(lambda: all_in_postgres(world))
+    third = start(world.environment, "run")
+    await third.wait_for_log("standing by")
+    second.terminate()
+    assert await second.wait() == 0
+    await world.view("a", 4)
+    await third.wait_for_log('"lease taken"', timeout=4)
+    await wait_until(lambda: all_in_postgres(world))
+    await world.assert_exact()
+
+
+async def test_sigterm_while_it_starts_is_a_clean_end(world: World, start: Start) -> None:
+    worker = start(world.environment, "run")
+    await asyncio.sleep(0.35)
+    worker.terminate()
+    assert await worker.wait() == 0

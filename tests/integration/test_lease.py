@@ -51,12 +51,13 @@ async def test_flush_renews_the_lease(world: World) -> None:
     assert left > TTL / 2
 
 
-async def test_renewing_does_not_wait_for_the_row_lock_of_the_own_flush(world: World) -> None:
-    worker = world.worker()
-    await worker.counters.lease.take()
+async def test_nobody_waits_for_the_row_lock_of_a_flush(world: World) -> None:
+    holder, standby = world.worker(), world.worker()
+    await holder.counters.lease.take()
     async with world.sql.transaction():
-        await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
-        assert await asyncio.wait_for(worker.counters.lease.take(), 3)
+        await world.sql.execute("UPDATE view_count_sources SET last_flush_id = last_flush_id")
+        assert await asyncio.wait_for(holder.counters.lease.take(), 3)
+        assert not await asyncio.wait_for(standby.counters.lease.take(), 3)
 
 
 @pytest.mark.parametrize("down", ["redis", "postgres", "schema"])

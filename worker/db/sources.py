@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Interval, bindparam, case, func, or_, select, update
+from sqlalchemy import Interval, Text, bindparam, case, exists, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_sources
@@ -66,7 +66,15 @@ _this = _row.source == bindparam("name")
 _now = func.clock_timestamp()
 _until = _now + bindparam("ttl", type_=Interval)
 
-_ENSURE = upsert(view_count_sources).values(source=bindparam("name")).on_conflict_do_nothing()
+# Looked for first: ON CONFLICT alone waits for whoever is just updating the row.
+_ENSURE = (
+    upsert(view_count_sources)
+    .from_select(
+        ["source"],
+        select(bindparam("name", type_=Text)).where(~exists().where(_row.source == bindparam("name"))),
+    )
+    .on_conflict_do_nothing()
+)
 
 _READ = select(*_COLUMNS).where(_this)
 _SETTINGS = [func.set_config(name, value, True) for name, value in LOCAL_SETTINGS.items()]

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The quick and certain first; the property test finds what they do not think of.
 TESTS = (
+    "tests/unit/test_counters.py",
     "tests/integration/test_flush.py",
     "tests/integration/test_recovery.py",
     "tests/integration/test_lease.py",
@@ -103,6 +104,42 @@ MUTANTS = (
         "worker/counters/flush.py",
         "await self.source_row.refuse(tx, str(verdict.refused))",
         "pass",
+    ),
+    Mutant(
+        "two births found two lineages",
+        "worker/counters/recovery.py",
+        "if source.lineage is not None and source.last_nonce is not None and source.replid == identity:",
+        "if False:",
+    ),
+    Mutant(
+        "two data sets share a lineage",
+        "worker/counters/recovery.py",
+        " and source.replid == identity:",
+        ":",
+    ),
+    Mutant(
+        "settle is refused at maxmemory",
+        "worker/counters/settle.lua",
+        "#!lua flags=allow-oom\n",
+        "#!lua\n",
+    ),
+    Mutant(
+        "no sign of life before the lock",
+        "worker/counters/flush.py",
+        "identity = self.keys.identity(await self.redis.probe())",
+        "identity = None",
+    ),
+    Mutant(
+        "sorted first, then the first hundred",
+        "worker/counters/pending.py",
+        "return sorted(itertools.islice(self._found, count))",
+        "return sorted(self._found)[:count]",
+    ),
+    Mutant(
+        "retention goes by age alone",
+        "worker/db/ledger.py",
+        ', _flush.flush_id < bindparam("settled"))',
+        ', bindparam("settled") >= 0)',
     ),
     Mutant(
         "no epoch under the lock",

@@ -35,7 +35,7 @@ from worker.settings import load_settings
 
 IDS = ["a", "b", "c"]
 WORKERS = 3
-GATES = ["before BEGIN", "after read", "before COMMIT", "after COMMIT", "before run", "after run"]
+GATES = ["before BEGIN", "after read", "before COMMIT", "after COMMIT", "before run", "after run", "the end", "the end"]
 TABLES = ("view_counts", "view_count_deltas", "view_counts_hourly", "view_count_flushes", "view_count_sources")
 
 

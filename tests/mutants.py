@@ -106,16 +106,10 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "two births found two lineages",
-        "worker/counters/recovery.py",
-        "if source.lineage is not None and source.last_nonce is not None and source.replid == identity:",
-        "if False:",
-    ),
-    Mutant(
         "two data sets share a lineage",
         "worker/counters/recovery.py",
-        " and source.replid == identity:",
-        ":",
+        "            lineage, nonce, last_nonce = uuid4(), uuid4(), source.last_nonce\n",
+        "            lineage, nonce, last_nonce = source.lineage or uuid4(), source.last_nonce or uuid4(), source.last_nonce\n",
     ),
     Mutant(
         "settle is refused at maxmemory",

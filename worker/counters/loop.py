@@ -112,7 +112,7 @@ class FlushLoop:
             async for page in self._sweep.pages():
                 self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
                 self._add(page)
-                if draining or len(self._pending) >= PENDING_LIMIT or self._pending.oldest_seconds() >= self._interval:
+                if self._pending and (draining or self._is_overdue()):
                     outcome = await self._flush_pending()
                     if not isinstance(outcome, Flushed):
                         return outcome
@@ -120,6 +120,10 @@ class FlushLoop:
             self._quarantine.next_sweep()
         outcome = await self._flush_pending()
         return total + outcome if isinstance(outcome, Flushed) else outcome
+
+    def _is_overdue(self) -> bool:
+        """Whether flushing should not wait for the end of the sweep."""
+        return len(self._pending) >= PENDING_LIMIT or self._pending.oldest_seconds() >= self._interval
 
     async def _flush_pending(self) -> Flushed | Busy | Hold:
         """Flush until nothing is pending, and then nothing: that finds out whether Redis and Postgres still agree,
@@ -186,8 +190,6 @@ class FlushLoop:
         unexpected = not isinstance(error, Unavailable) and cause != self._status.checks[CHECK].cause
         log.error("flush failed", cause=cause, exc_info=error if unexpected else None)
         self._status.failing(CHECK, cause, remedy)
-        # Whatever was pending may have been settled by a replica before this worker is back.
-        self._sweep.request()
         return self._backoff.next()
 
     async def _wait_for_work(self, stop: asyncio.Event) -> bool:

@@ -180,24 +180,22 @@ class Recovery:
     async def _found_lineage(self, judged: Source, identity: str | None) -> Marker | Hold | None:
         """Commit the lineage that the new marker will name, at the last flush that is known to be settled.
 
-        What follows that flush is replayed: if the marker alone was lost, it may not be settled yet.
+        What follows that flush is replayed: if the marker alone was lost, it may not be settled yet. The lineage is
+        always a new one, or two data sets could share it. Two workers cannot end up with two: who founds later left its
+        probe before, and with that took the birth from who founded earlier.
         """
         async with self.database.transaction() as tx:
             source = await self.source_row.lock(tx)
             if source != judged:
                 return None
+            lineage, nonce, last_nonce = uuid4(), uuid4(), source.last_nonce
             if source.last_flush_id == 0:
-                # A lineage that never flushed is used again on the data set it was founded for: of two workers that
-                # start at once, both mean the same. Another data set (a wrong URL before) must not share it.
-                lineage, nonce = uuid4(), uuid4()
-                if source.lineage is not None and source.last_nonce is not None and source.replid == identity:
-                    lineage, nonce = source.lineage, source.last_nonce
                 last_nonce = nonce
             else:
                 settled_nonce = await self._nonce_of(tx, source)
-                if settled_nonce is None or source.last_nonce is None:
+                if settled_nonce is None or last_nonce is None:
                     return Hold(f"flush {source.settled_id + 1} is no longer complete in the ledger")
-                lineage, nonce, last_nonce = uuid4(), settled_nonce, source.last_nonce
+                nonce = settled_nonce
             await self.source_row.found(tx, lineage, last_nonce, source.settled_id, identity)
         return Marker(lineage, source.settled_id, nonce)
 

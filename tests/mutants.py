@@ -108,8 +108,8 @@ MUTANTS = (
     Mutant(
         "two data sets share a lineage",
         "worker/counters/recovery.py",
-        "            lineage, nonce, last_nonce = uuid4(), uuid4(), source.last_nonce\n",
-        "            lineage, nonce, last_nonce = source.lineage or uuid4(), source.last_nonce or uuid4(), source.last_nonce\n",
+        "lineage, nonce, last_nonce = uuid4(), uuid4(), source",
+        "lineage, nonce, last_nonce = source.lineage or uuid4(), source.last_nonce or uuid4(), source",
     ),
     Mutant(
         "settle is refused at maxmemory",

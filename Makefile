@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test faults mutants lint format lock build clean
+.PHONY: help install demo dev test faults mutants bench lint format lock build clean
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ faults: install ## Three replicas, killed and frozen for a minute; the protocol'
 
 mutants: install ## Plant mistakes in a copy of the code, and see whether the tests catch each
 	@$(BIN)/python tests/mutants.py
+
+bench: install ## How fast a backlog is carried, beside what one would write in an afternoon
+	@$(BIN)/python benchmarks/flush.py
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .

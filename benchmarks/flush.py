@@ -1,8 +1,8 @@
 """How fast a backlog is carried into Postgres, beside what one would write in an afternoon. Run by `make bench`.
 
-All contenders move the same counters from the same Redis to the same Postgres, in turn, several rounds, on embedded servers;
-what counts is the ratio within a round, since machines are noisy. The others lose views when they are killed between
-GETDEL and COMMIT; that is what the ratio buys.
+All contenders move the same counters from the same Redis to the same Postgres, in turn, several rounds, on embedded
+servers; what counts is the ratio within a round, since machines are noisy. The others lose views when they are killed
+between GETDEL and COMMIT.
 """
 
 from __future__ import annotations

@@ -112,6 +112,12 @@ MUTANTS = (
         "lineage, nonce, last_nonce = source.lineage or uuid4(), source.last_nonce or uuid4(), source",
     ),
     Mutant(
+        "identity asked for after the evidence",
+        "worker/counters/recovery.py",
+        "self._found_lineage(judged, evidence.identity)",
+        "self._found_lineage(judged, self.keys.identity(await self.redis.probe()))",
+    ),
+    Mutant(
         "settle is refused at maxmemory",
         "worker/counters/settle.lua",
         "#!lua flags=allow-oom\n",

@@ -11,7 +11,7 @@ import pytest
 from tests.integration.test_flush import committed_but_not_settled
 from tests.world import World
 from worker.counters.flush import Flushed
-from worker.counters.recovery import BIRTH, Hold
+from worker.counters.recovery import BIRTH, Hold, Recovery
 from worker.dev.servers import ValkeyServer
 
 
@@ -139,8 +139,9 @@ async def test_pure_cache_goes_on_whatever_was_lost(valkey: ValkeyServer, databa
         await world.assert_exact()
 
 
+@pytest.mark.parametrize("moment", ["before the lineage is founded", "before birth"])
 async def test_birth_fails_on_a_data_set_that_was_put_in_place_after_the_judgement(
-    valkey: ValkeyServer, database_url: str
+    valkey: ValkeyServer, database_url: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Empty was judged; then an old copy, with views that are counted already, takes its place."""
     async with World(valkey.url, database_url) as world:
@@ -152,14 +153,26 @@ async def test_birth_fails_on_a_data_set_that_was_put_in_place_after_the_judgeme
         worker = world.worker()
         run = worker.redis.run
 
-        async def copy_comes_first(script: object, *rest: object) -> object:
-            if script is BIRTH and old.exists():
+        async def copy_comes_first() -> None:
+            if old.exists():
                 put_in_place(valkey, old)
                 await world.restart_redis(valkey)
                 await worker.redis.close()
+
+        async def before_birth(script: object, *rest: object) -> object:
+            if script is BIRTH and moment == "before birth":
+                await copy_comes_first()
             return await run(script, *rest)  # type: ignore[arg-type]
 
-        worker.redis.run = copy_comes_first  # type: ignore[method-assign]
+        async def after_the_evidence(self: Recovery, *rest: object) -> object:
+            found = await evidence(self, *rest)  # type: ignore[arg-type]
+            if moment == "before the lineage is founded":
+                await copy_comes_first()
+            return found
+
+        evidence = Recovery.evidence
+        worker.redis.run = before_birth  # type: ignore[method-assign]
+        monkeypatch.setattr(Recovery, "evidence", after_the_evidence)
         outcome = await worker.cycle()
         assert isinstance(outcome, Hold)
         assert await world.totals() == Counter(a=5)

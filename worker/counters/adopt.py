@@ -103,8 +103,8 @@ class Adoption:
             case Missing():
                 if (kind := await self.redis.type_of(self.keys.marker)) != "none":
                     return Hold(f"the marker's key holds a {kind}, not a string")
-                doubt = await self.recovery.doubt(source) if source.last_flush_id else None
-                return doubt if isinstance(doubt, Hold) else None
+                evidence = await self.recovery.evidence(source)
+                return evidence if isinstance(evidence, Hold) else None
             case Behind(behind):
                 return await self.recovery.replay(behind, source.last_flush_id, rehearse=True)
             case Agreed():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from worker.db.sources import Source, SourceRow
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
-    from worker.redis.client import RedisClient
+    from worker.redis.client import History, RedisClient
 
 log = get_logger(__name__)
 
@@ -63,6 +63,14 @@ class Hold:
 
 
 Verdict = Agreed | Missing | Behind | Hold
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Why a missing marker may be written anew, and the data set (`identity`) that this was found out about."""
+
+    reason: str
+    identity: str | None
 
 
 def judge(raw: bytes | None, source: Source) -> Verdict:
@@ -138,14 +146,15 @@ class Recovery:
             return None
         if kind != "none":
             return await self._refuse(f"the marker's key holds a {kind}, not a string", f"({kind})")
+        evidence = await self.evidence(judged)
+        if isinstance(evidence, Hold):
+            return evidence
         if judged.last_flush_id > 0:
-            evidence = await self.doubt(judged)
-            if isinstance(evidence, Hold):
-                return evidence
             self.metrics.marker_losses.inc()
-            log.error("marker lost", flushes=judged.last_flush_id, going_on_because=evidence)
-        identity = self.keys.identity(await self.redis.probe())
-        marker = await self._found_lineage(judged, identity)
+            log.error("marker lost", flushes=judged.last_flush_id, going_on_because=evidence.reason)
+        # The identity is that of the evidence: asked for anew, it could be that of a copy put in place since, and the
+        # next look would take the copy for a data set whose marker was deleted in place.
+        marker = await self._found_lineage(judged, evidence.identity)
         if not isinstance(marker, Marker):
             return marker
         outcome: bytes = await self.redis.run(BIRTH, (self.keys.marker, self.keys.probe), (nonce, marker.encode()))
@@ -153,10 +162,21 @@ class Recovery:
             log.info("marker born", lineage=str(marker.lineage), flush_id=marker.flush_id)
         return None
 
-    async def doubt(self, judged: Source) -> Hold | str:
-        """Why it is certain that what is pending was not counted, although the marker is gone; a hold if it is not."""
+    async def evidence(self, judged: Source) -> Hold | Evidence:
+        """Why it is certain that what is pending was not counted, although there is no marker; a hold if it is not."""
         history = await self.redis.history()
         identity = self.keys.identity(history.replid) if history is not None else None
+        reason = await self._reason(judged, history, identity)
+        if reason is not None:
+            return Evidence(reason, identity)
+        return Hold(
+            f"the marker is missing in Redis, and Postgres has {judged.last_flush_id} flushes; "
+            "pending counters may or may not be counted already"
+        )
+
+    async def _reason(self, judged: Source, history: History | None, identity: str | None) -> str | None:
+        if judged.last_flush_id == 0:
+            return "nothing was ever flushed"
         if identity is not None and identity == judged.replid:
             return "Redis is the same as at the last flush: the marker was deleted in place (FLUSHALL, DEL, eviction)"
         if history is not None and history.started_empty:
@@ -165,10 +185,7 @@ class Recovery:
             return "Redis has no pending counter at all"
         if self.trust_lost_marker:
             return "VIEW_ON_LOST_MARKER=fresh"
-        return Hold(
-            f"the marker is missing in Redis, and Postgres has {judged.last_flush_id} flushes; "
-            "pending counters may or may not be counted already"
-        )
+        return None
 
     async def _any_counter(self) -> bool:
         cursor = 0

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
@@ -196,7 +196,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.redis_states: list[RedisState] = []
         self.database_states: list[dict[str, list[Any]]] = []
         self.actors = [Actor(self) for _ in range(WORKERS)]
-        self.largest_flush = 0
+        self.seen_flushes: set[UUID] = set()
 
     def finished(self, outcome: Any) -> None:
         assert isinstance(outcome, Flushed | Busy | Hold)
@@ -397,14 +397,14 @@ class ProtocolMachine(RuleBasedStateMachine):
     def stale_epoch_never_writes(self) -> None:
         row = self.run(
             self.world.sql.fetchrow(
-                "SELECT f.worker_id, s.lease_holder FROM view_count_sources s "
+                "SELECT f.nonce, f.worker_id, s.lease_holder FROM view_count_sources s "
                 "JOIN view_count_flushes f ON f.flush_id = s.last_flush_id"
             )
         )
-        known: set[str] = getattr(self, "_seen", set())
-        if row is not None and row["lease_holder"] is not None and row["worker_id"] not in known:
-            assert row["worker_id"] == row["lease_holder"]
-            self._seen = known | {row["worker_id"]}
+        if row is None or row["nonce"] in self.seen_flushes:
+            return
+        self.seen_flushes.add(row["nonce"])
+        assert row["lease_holder"] in (None, row["worker_id"])
 
     def teardown(self) -> None:
         if hasattr(self, "world"):

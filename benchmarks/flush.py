@@ -64,7 +64,7 @@ async def compare(redis_url: str, database_url: str) -> None:
     await sql.execute("CREATE TABLE naive (vod_id text PRIMARY KEY, views bigint NOT NULL)")
 
     async def ours() -> None:
-        counters.loop.reconnected()
+        counters.loop.sweep_soon()
         await counters.loop.cycle()
 
     async def batched() -> None:

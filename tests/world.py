@@ -54,7 +54,7 @@ class InProcessWorker:
         async with self.database.transaction() as tx:
             await tx.execute(text("UPDATE view_count_sources SET lease_until = NULL, lease_holder = NULL"))
         await self.counters.lease.take()
-        self.counters.loop.reconnected()
+        self.counters.loop.sweep_soon()
         return await self.counters.loop.cycle()
 
     async def cycle_until_done(self) -> Any:

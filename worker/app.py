@@ -16,21 +16,28 @@ from worker import __version__
 from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis
 from worker.clock import SystemClock
 from worker.counters.adopt import Adoption
+from worker.counters.announced import Announced
 from worker.counters.batch_size import BatchSize
 from worker.counters.flush import Busy, Flusher
 from worker.counters.keys import Keys
 from worker.counters.lease import Lease
+from worker.counters.listener import CHECK as MESSAGES
+from worker.counters.listener import Listener
 from worker.counters.loop import CHECK, FlushLoop
 from worker.counters.pending import Pending, Sweep
 from worker.counters.quarantine import Quarantine
+from worker.counters.reading import CounterReader
 from worker.counters.recovery import Recovery
 from worker.counters.retention import Retention
 from worker.counters.settle import Settler
+from worker.counters.totals import TotalsChannel
+from worker.counters.updates import Updates
 from worker.db.ledger import Ledger
 from worker.db.schema import read_schema, upgrade
 from worker.db.session import Database
 from worker.db.sources import SourceRow
-from worker.engine.supervisor import Supervisor
+from worker.db.target import TargetTable
+from worker.engine.supervisor import Loop, Supervisor
 from worker.errors import Unavailable
 from worker.monitor import Monitor, postgres_probe, redis_probe
 from worker.observability.logs import get_logger
@@ -63,6 +70,8 @@ class ViewCounters:
     """The view counters of one worker, wired together."""
 
     loop: FlushLoop
+    listener: Listener
+    announced: Announced
     lease: Lease
     retention: Retention
     flusher: Flusher
@@ -95,10 +104,11 @@ def view_counters(
     clock = SystemClock()
     me = worker_id()
     keys = Keys(settings.view_key_prefix.encode())
-    ledger = Ledger(settings.view_source_name, me)
+    ledger = Ledger(settings.view_source_name, me, settings.view_count_source)
     source_row = SourceRow(settings.view_source_name)
     lease = Lease(database, source_row, me, status)
     quarantine = Quarantine(clock)
+    announced = Announced(metrics)
     settler = Settler(redis, keys, metrics)
     recovery = Recovery(
         database=database,
@@ -115,20 +125,27 @@ def view_counters(
         database=database,
         ledger=ledger,
         source_row=source_row,
+        target=target_table(settings),
         lease=lease,
         redis=redis,
         keys=keys,
+        announced=announced,
+        reader=CounterReader(redis, keys, quarantine),
         settler=settler,
         recovery=recovery,
         quarantine=quarantine,
+        totals=TotalsChannel(redis, settings.view_totals_channel),
         metrics=metrics,
         clock=clock,
     )
+    intake_ended = asyncio.Event()
     loop = FlushLoop(
         lease=lease,
         flusher=flusher,
         pending=Pending(clock),
         sweep=Sweep(redis, keys, clock),
+        announced=announced,
+        intake_ended=intake_ended,
         quarantine=quarantine,
         keys=keys,
         status=status,
@@ -137,11 +154,27 @@ def view_counters(
         interval=settings.batch_interval_ms / 1000,
         batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
     )
+    listener = Listener(
+        redis=redis,
+        channel=settings.view_channel,
+        lease=lease,
+        announced=announced,
+        updates=Updates(metrics, clock),
+        status=status,
+        metrics=metrics,
+        missed=loop.sweep_soon,
+        full=loop.flush_soon,
+        ended=intake_ended,
+    )
     retention = Retention(database, ledger, source_row, lease, status, settings.view_ledger_retention)
     adoption = Adoption(
         database=database, source_row=source_row, redis=redis, keys=keys, settler=settler, recovery=recovery
     )
-    return ViewCounters(loop, lease, retention, flusher, settler, adoption, quarantine)
+    return ViewCounters(loop, listener, announced, lease, retention, flusher, settler, adoption, quarantine)
+
+
+def target_table(settings: Settings) -> TargetTable | None:
+    return None if settings.view_target is None else TargetTable(settings.view_target)
 
 
 def worker_id() -> str:
@@ -156,8 +189,9 @@ async def run(settings: Settings) -> bool:
     """
     clock = SystemClock()
     metrics = Metrics()
-    status = Status(clock, ("redis", "postgres", "schema", CHECK))
-    _warn_of_idle_settings(settings)
+    # Counted by their keys alone, views are found by sweeping; the channel would say nothing new.
+    listens = settings.view_count_source != "counters"
+    status = Status(clock, ("redis", "postgres", "schema", CHECK, *((MESSAGES,) if listens else ())))
     # Closed in reverse, after all loops have ended: the HTTP server answers while they drain.
     async with AsyncExitStack() as resources:
         database = connect_database(settings)
@@ -171,20 +205,17 @@ async def run(settings: Settings) -> bool:
         await web.start()
         log.info("started", version=__version__, url=web.url, pipelines=list(settings.pipelines))
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
-        clean = await supervisor.run(
-            {
-                "redis": Monitor("redis", redis_probe(redis), status, metrics.redis_up, counters.loop.reconnected),
-                "postgres": Monitor(
-                    "postgres",
-                    postgres_probe(database, status, migrate=settings.migrate_on_start),
-                    status,
-                    metrics.postgres_up,
-                ),
-                "lease": counters.lease,
-                CHECK: counters.loop,
-                "retention": counters.retention,
-            }
-        )
+        postgres = postgres_probe(database, status, target_table(settings), migrate=settings.migrate_on_start)
+        loops: dict[str, Loop] = {
+            "redis": Monitor("redis", redis_probe(redis), status, metrics.redis_up, counters.loop.sweep_soon),
+            "postgres": Monitor("postgres", postgres, status, metrics.postgres_up),
+            "lease": counters.lease,
+            CHECK: counters.loop,
+            "retention": counters.retention,
+        }
+        if listens:
+            loops[MESSAGES] = counters.listener
+        clean = await supervisor.run(loops)
     log.info("stopped", clean=clean)
     return clean
 
@@ -222,11 +253,6 @@ async def run_once(settings: Settings) -> Flushed | Busy | Hold:
             await asyncio.sleep(random.uniform(0.5, 1.0))
         await counters.lease.release()
     return outcome
-
-
-def _warn_of_idle_settings(settings: Settings) -> None:
-    for name in settings.without_effect():
-        log.warning("setting has no effect in this version", setting=name)
 
 
 async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState, SchemaState]:

@@ -145,9 +145,8 @@ def migrate(
 def config(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
     """Print the effective settings, secrets masked."""
     settings = _settings(env_file, log_level)
-    idle = settings.without_effect()
     for name, value in settings.shown().items():
-        typer.echo(f"{name}={value}" + ("  # no effect in this version" if name in idle else ""))
+        typer.echo(f"{name}={value}")
 
 
 @cli.command()

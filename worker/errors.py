@@ -6,6 +6,7 @@ ViewerWorkerError
 │   ├── RedisUnavailable
 │   └── DatabaseUnavailable
 ├── SchemaNotCurrent         the database's tables are not those of this version
+├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
 ├── InvalidId                (counters.keys) a key does not name an id
 └── ServerFailed             (dev.servers) an embedded server did not start
@@ -62,6 +63,14 @@ class DatabaseUnavailable(Unavailable):
 
 class SchemaNotCurrent(ViewerWorkerError):
     """The tables are missing, older or newer than this version of the worker needs."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class TargetUnusable(ViewerWorkerError):
+    """The table that VIEW_TARGET_TABLE names cannot be kept up to date."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)

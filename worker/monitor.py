@@ -11,7 +11,7 @@ from worker.db.errors import database_errors, describe
 from worker.db.schema import read_schema, upgrade
 from worker.engine.retry import Backoff
 from worker.engine.waiting import wait_first
-from worker.errors import SchemaNotCurrent, Unavailable
+from worker.errors import SchemaNotCurrent, TargetUnusable, Unavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from worker.db.schema import SchemaState
     from worker.db.session import Database
+    from worker.db.target import TargetTable
     from worker.observability.status import Status
     from worker.redis.client import RedisClient
 
@@ -98,20 +99,33 @@ def redis_probe(redis: RedisClient) -> Callable[[], Awaitable[None]]:
     return probe
 
 
-def postgres_probe(database: Database, status: Status, *, migrate: bool) -> Callable[[], Awaitable[None]]:
-    """Looks at the schema too (check `schema`), and with `migrate` brings it up to date when it is missing or old."""
+def postgres_probe(
+    database: Database, status: Status, target: TargetTable | None, *, migrate: bool
+) -> Callable[[], Awaitable[None]]:
+    """Looks at the schema too (check `schema`), and with `migrate` brings it up to date when it is missing or old.
+
+    The application's own table, if one is to be kept up to date (`target`), is part of what must fit.
+    """
 
     async def probe() -> None:
+        unusable: TargetUnusable | None = None
         with database_errors():
             async with asyncio.timeout(PROBE_TIMEOUT_S), database.transaction() as tx:
                 schema = await read_schema(tx)
+                if target is not None:
+                    try:
+                        await target.check(tx)
+                    except TargetUnusable as error:
+                        unusable = error
         if migrate and schema.is_behind and not await _migrate(database, status, schema):
             return
         try:
             if migrate and schema.is_behind:
                 schema = replace(schema, current=schema.head)
             schema.require_current()
-        except SchemaNotCurrent as error:
+            if unusable is not None:
+                raise unusable
+        except (SchemaNotCurrent, TargetUnusable) as error:
             status.failing("schema", str(error), error.remedy)
             return
         status.ok("schema", revision=schema.head)

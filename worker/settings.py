@@ -16,13 +16,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     SecretStr,
     ValidationError,
     model_validator,
 )
 
 from worker.db.address import DatabaseAddress, database_address, parse_database_url
+from worker.db.target import TargetNames, parse_target
+from worker.db.witnesses import CountSource
 from worker.errors import InvalidSettings, SettingProblem
 from worker.redis.address import RedisAddress, parse_redis_url
 from worker.urls import MASK, mask_url
@@ -98,7 +99,6 @@ def _lower(value: object) -> object:
 OWN_KEYS = "viewer-worker:"
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
-NotYet: dict[str, JsonValue] = {"in_effect": False}
 
 
 class WrongTogether(ValueError):
@@ -122,7 +122,7 @@ class Settings(BaseModel):
     db_password: SecretStr | None = Field(None)
     db_name: str | None = Field(None)
     db_ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(None)
-    db_max_connections: int = Field(25, ge=2, le=1000)
+    db_max_connections: int = Field(25, ge=3, le=1000)
     db_max_idle_conns: int = Field(5, ge=1, le=1000)
     db_conn_max_lifetime: Duration = Field(timedelta(minutes=5))
 
@@ -139,14 +139,14 @@ class Settings(BaseModel):
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
 
     view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field("vod:views:")
-    view_channel: str = Field("view_count_updates", min_length=1, json_schema_extra=NotYet)
-    view_totals_channel: str = Field("view_counts", min_length=1, json_schema_extra=NotYet)
+    view_channel: str = Field("view_count_updates", min_length=1)
+    view_totals_channel: str = Field("view_counts", min_length=1)
     view_source_name: str = Field("default", min_length=1, max_length=63)
-    view_count_source: Literal["both", "counters", "messages", "sum"] = Field("both", json_schema_extra=NotYet)
+    view_count_source: CountSource = Field("both")
     view_on_lost_marker: Literal["hold", "fresh"] = Field("hold")
-    view_target_table: str | None = Field(None, json_schema_extra=NotYet)
-    view_target_key: str | None = Field(None, json_schema_extra=NotYet)
-    view_target_column: str | None = Field(None, json_schema_extra=NotYet)
+    view_target_table: str | None = Field(None)
+    view_target_key: str | None = Field(None)
+    view_target_column: str | None = Field(None)
     view_ledger_retention: Duration = Field(timedelta(days=30))
 
     shutdown_timeout: Duration = Field(timedelta(seconds=8))
@@ -158,11 +158,16 @@ class Settings(BaseModel):
             raise WrongTogether("batch_size_max", "a number that is not below BATCH_SIZE")
         if self.db_max_idle_conns > self.db_max_connections:
             raise WrongTogether("db_max_idle_conns", "a number that is not above DB_MAX_CONNECTIONS")
-        # What would change the meaning of the counts is refused, not passed over, until it is there.
-        if self.view_count_source in ("messages", "sum"):
-            raise WrongTogether("view_count_source", "both or counters (this version does not read messages yet)")
-        if self.view_target_table is not None:
-            raise WrongTogether("view_target_table", "nothing (this version does not write to such a table yet)")
+        if self.view_channel == self.view_totals_channel:
+            raise WrongTogether("view_totals_channel", "another channel than VIEW_CHANNEL")
+        target = ("view_target_table", "view_target_key", "view_target_column")
+        missing = [name for name in target if getattr(self, name) is None]
+        if 0 < len(missing) < len(target):
+            raise WrongTogether(missing[0], "a value: VIEW_TARGET_TABLE, _KEY and _COLUMN go together")
+        try:
+            _ = self.view_target
+        except ValueError as error:
+            raise WrongTogether("view_target_table", str(error)) from None
         return self
 
     @property
@@ -186,10 +191,12 @@ class Settings(BaseModel):
     def redis(self) -> RedisAddress:
         return parse_redis_url(self.redis_url.get_secret_value())
 
-    def without_effect(self) -> list[str]:
-        """Variables that were set but that this version does not act on yet."""
-        fields = type(self).model_fields
-        return [name.upper() for name in sorted(self.model_fields_set) if _not_yet(fields[name].json_schema_extra)]
+    @property
+    def view_target(self) -> TargetNames | None:
+        """The application's own table; None when there is none to be kept up to date."""
+        if self.view_target_table is None:
+            return None
+        return parse_target(self.view_target_table, str(self.view_target_key), str(self.view_target_column))
 
     def shown(self) -> dict[str, str]:
         """Variable → effective value as it may be printed. Secrets are masked."""
@@ -202,10 +209,6 @@ class Settings(BaseModel):
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
 SECRETS = {"database_url", "redis_url", "db_password"}
-
-
-def _not_yet(extra: object) -> bool:
-    return isinstance(extra, Mapping) and extra.get("in_effect") is False
 
 
 def _show(value: object) -> str:
@@ -280,7 +283,7 @@ def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
     else:
         message = str(details["msg"]).removeprefix("Value error, ")
         field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
-    value = raw.get(field, str(Settings.model_fields[field].default))
+    value = raw.get(field, str(Settings.model_fields[field].default or ""))
     # Of a secret that is not well-formed nobody can tell where the password stands.
     shown = f"{value.partition('://')[0]}://{MASK}" if "://" in value else MASK
     shown = shown if field in SECRETS else value[:64]

@@ -54,7 +54,7 @@ def test_config_prints_effective_values_without_secrets() -> None:
     assert done.returncode == 0
     assert "DATABASE_URL=postgres://me:***@db/app\n" in done.stdout
     assert "BATCH_SIZE=7\n" in done.stdout
-    assert "VIEW_CHANNEL=views  # no effect in this version\n" in done.stdout
+    assert "VIEW_CHANNEL=views\n" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
 
 
@@ -95,7 +95,7 @@ async def test_migrate_and_its_status(empty_database_url: str) -> None:
     assert "no tables" in status.stdout
     assert "Run: viewer-worker migrate" in status.stderr
     done = await run_cli("migrate", DATABASE_URL=empty_database_url)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0001")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0002")
     again = await run_cli("migrate", DATABASE_URL=empty_database_url)
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "nothing to do")
     assert (await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)).returncode == 0
@@ -151,7 +151,7 @@ def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0001"]
+    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0002"]
 
 
 async def test_check_finds_everything_well(world: World) -> None:

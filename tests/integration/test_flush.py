@@ -173,8 +173,8 @@ async def test_flush_number_that_a_database_used_twice_is_noticed(world: World) 
     again = await worker.counters.flusher._commit(["b"])
     assert isinstance(again, Committed)
     settler = worker.counters.settler
-    assert await settler.settle(lost.before, lost.marker, lost.flush.deltas)
-    assert not await settler.settle(again.before, again.marker, again.flush.deltas)
+    assert await settler.settle(lost.before, lost.marker, lost.flush.counted)
+    assert not await settler.settle(again.before, again.marker, again.flush.counted)
     outcome = await worker.cycle()
     assert isinstance(outcome, Hold)
     assert outcome.cause == "Redis settled another flush 1 than the one Postgres has"
@@ -240,7 +240,7 @@ async def test_worker_leaves_while_another_has_the_source_locked(world: World) -
     async with world.sql.transaction():
         await world.sql.execute("SELECT * FROM view_count_sources FOR UPDATE")
         assert await worker.counters.loop.cycle() == Busy()
-    worker.counters.loop.reconnected()
+    worker.counters.loop.sweep_soon()
     assert await worker.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=1)
 
 

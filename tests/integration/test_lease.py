@@ -45,7 +45,7 @@ async def test_flush_renews_the_lease(world: World) -> None:
     await worker.cycle()
     await world.sql.execute("UPDATE view_count_sources SET lease_until = now() + interval '1 second'")
     await world.view("a")
-    worker.counters.loop.reconnected()
+    worker.counters.loop.sweep_soon()
     await worker.counters.loop.cycle()
     left = await world.sql.fetchval("SELECT lease_until - now() FROM view_count_sources")
     assert left > TTL / 2

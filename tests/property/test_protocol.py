@@ -106,7 +106,7 @@ class Actor:
         counters = self.worker.counters
         if not await counters.lease.take():
             return Busy()
-        counters.loop.reconnected()
+        counters.loop.sweep_soon()
         return await counters.loop.cycle()
 
     async def step(self, *, fail: bool = False) -> None:

@@ -98,6 +98,7 @@ def source(last: int = 7, **changes: Any) -> Source:
         "settled_id": last - 1,
         "replid": "r",
         "refused": None,
+        "announced_nonce": None,
         "lease_holder": "me",
         "lease_epoch": 1,
     }

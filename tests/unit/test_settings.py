@@ -113,8 +113,7 @@ def test_redis_urls() -> None:
         ("VIEW_KEY_PREFIX", "viewer-worker:"),
         ("VIEW_KEY_PREFIX", "view"),
         ("VIEW_COUNT_SOURCE", "all"),
-        ("VIEW_COUNT_SOURCE", "sum"),
-        ("VIEW_TARGET_TABLE", "Vod"),
+        ("VIEW_TOTALS_CHANNEL", "view_count_updates"),
         ("VIEW_ON_LOST_MARKER", "panic"),
         ("MIGRATE_ON_START", "perhaps"),
         ("DB_PORT", "http"),
@@ -171,10 +170,6 @@ def test_environment_wins_over_env_file_and_flags_win_over_both(tmp_path: Path) 
     env_file.write_text("BATCH_SIZE=11\nLOG_LEVEL=error\nBATCH_INTERVAL_MS=1000\nUNRELATED=1\n")
     settings = load_settings(env_file, {"BATCH_SIZE": "22"}, log_level="debug")
     assert (settings.batch_size, settings.log_level, settings.batch_interval_ms) == (22, "debug", 1000)
-
-
-def test_settings_without_effect_are_known() -> None:
-    assert load(VIEW_CHANNEL="views", BATCH_SIZE="5").without_effect() == ["VIEW_CHANNEL"]
 
 
 CANARY = "c4n4ry/@:%#"

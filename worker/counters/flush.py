@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.counters.keys import parse_count
 from worker.counters.lease import TTL
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, Verdict, judge
-from worker.db.errors import describe, sqlstate
+from worker.db.errors import describe, is_refused_data, sqlstate
 from worker.db.ledger import Flush
 from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from worker.clock import Clock
+    from worker.counters.announced import Announced
     from worker.counters.keys import Keys
     from worker.counters.lease import Lease
     from worker.counters.quarantine import Quarantine
+    from worker.counters.reading import CounterReader, Reading
     from worker.counters.recovery import Recovery
     from worker.counters.settle import Settler
-    from worker.db.ledger import Ledger
+    from worker.counters.totals import TotalsChannel
+    from worker.db.ledger import Change, Ledger
     from worker.db.session import Database
     from worker.db.sources import Source, SourceRow
+    from worker.db.target import TargetTable
     from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient
 
@@ -39,10 +42,9 @@ log = get_logger(__name__)
 
 # A flush that finds the marker moved starts over. More often than this in a row means that others are at work.
 MAX_ROUNDS = 8
-LONG_VALUE = 100
-# Data that the tables do not take: out of range, not in the database's encoding, against a constraint or trigger.
-REFUSED_CLASSES = ("22", "23", "P0")
 LOCK_NOT_AVAILABLE = "55P03"
+# Deadlock, serialization failure: this transaction was sacrificed for another, and may be tried again at once.
+COLLISIONS = ("40P01", "40001")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +66,16 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A flush that is in Postgres and still has to be settled."""
+    """A flush that is in Postgres and still has to be settled. `skipped`: views the target was not given, by reason."""
 
     before: Marker
-    marker: Marker
     flush: Flush
+    changes: list[Change]
+    skipped: Mapping[str, int]
 
-
-@dataclass(slots=True)
-class Reading:
-    """Marker and counters as Redis had them at one instant.
-
-    `deltas`: what can be taken, id → views above zero. `unusable`: ids whose value is no count, id → bytes it has.
-    `absent`: ids without a value, because they were settled or reset since they were found, or the key is no string.
-    """
-
-    marker: bytes | None
-    deltas: dict[str, int] = field(default_factory=dict)
-    unusable: dict[str, int] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
+    @property
+    def marker(self) -> Marker:
+        return Marker(self.before.lineage, self.flush.flush_id, self.flush.nonce)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +85,16 @@ class Flusher:
     database: Database
     ledger: Ledger
     source_row: SourceRow
+    target: TargetTable | None
     lease: Lease
     redis: RedisClient
     keys: Keys
+    announced: Announced
+    reader: CounterReader
     settler: Settler
     recovery: Recovery
     quarantine: Quarantine
+    totals: TotalsChannel
     metrics: Metrics
     clock: Clock
 
@@ -110,11 +107,11 @@ class Flusher:
         try:
             return await self._flush(ids)
         except (SQLAlchemyError, DatabaseUnavailable) as error:
-            state = sqlstate(error) or ""
-            if not ids or not (state.startswith(REFUSED_CLASSES) or state == LOCK_NOT_AVAILABLE):
+            locked = sqlstate(error) == LOCK_NOT_AVAILABLE
+            if not ids or not (locked or is_refused_data(error)):
                 raise
             if len(ids) == 1:
-                self._leave(ids[0], error, locked=state == LOCK_NOT_AVAILABLE)
+                self._leave(ids[0], error, locked=locked)
                 return Flushed()
         half = len(ids) // 2
         first = await self.flush(ids[:half])
@@ -126,10 +123,16 @@ class Flusher:
     async def _flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
         started = self.clock.monotonic()
         for _ in range(MAX_ROUNDS):
-            step = await self._commit(ids)
+            try:
+                step = await self._commit(ids)
+            except DatabaseUnavailable as error:
+                if sqlstate(error) not in COLLISIONS:
+                    raise
+                log.warning("flush collided with another transaction", cause=str(error))
+                continue
             if isinstance(step, Committed):
-                if await self.settler.settle(step.before, step.marker, step.flush.deltas):
-                    return self._finished(step.flush, started)
+                if await self.settler.settle(step.before, step.marker, step.flush.counted):
+                    return await self._finished(step, started)
                 # Settled by a replay, or Redis is another one by now: look again, for these ids and for the marker.
             elif step is not None:
                 return step
@@ -146,7 +149,7 @@ class Flusher:
         """Commit one flush, or do what the marker asks for first (None: done, start over)."""
         # Before the lock is taken: a worker that is cut off from Redis must not keep it from one that is not.
         identity = self.keys.identity(await self.redis.probe())
-        flush: Flush | None = None
+        committed: Committed | None = None
         async with self.database.transaction() as tx:
             source = await self.source_row.lock(tx)
             if source is None:
@@ -154,41 +157,68 @@ class Flusher:
             if not self.lease.covers(source):
                 self.lease.lost()
                 return Busy()
-            reading = await self._read(ids)
+            self.announced.settle(source.announced_nonce)
+            # Before Redis is read: the INCR of a view comes before its message, so it is in what is read then.
+            announced = self.announced.copy(ids, source.lease_epoch)
+            reading = await self.reader.read(ids)
             verdict = judge(reading.marker, source)
             if isinstance(verdict, Agreed):
-                flush = await self._record(tx, source, reading, identity)
+                committed = await self._record(tx, source, verdict.marker, reading, announced, identity)
             elif isinstance(verdict, Hold) and verdict.refused not in (None, source.refused):
                 await self.source_row.refuse(tx, str(verdict.refused))
-        await self._report(reading)
-        return await self._continue(verdict, source, flush)
+        if committed is not None:
+            self.announced.settle(committed.flush.nonce)
+        await self.reader.report(reading, announced)
+        return await self._continue(verdict, source, committed)
 
     async def _record(
-        self, tx: AsyncConnection, source: Source, reading: Reading, identity: str | None
-    ) -> Flush | None:
+        self,
+        tx: AsyncConnection,
+        source: Source,
+        before: Marker,
+        reading: Reading,
+        announced: dict[str, int],
+        identity: str | None,
+    ) -> Committed | None:
         """Write what was read, in the transaction that holds the lock. None when there is nothing to take."""
-        if not reading.deltas:
+        counted = reading.counted
+        if self.target is not None and (ids := sorted(counted.keys() | announced.keys())):
+            for vod_id in await self._locked(tx, self.target, ids):
+                counted.pop(vod_id, None)
+                announced.pop(vod_id, None)
+        if not counted and not announced:
             if source.settled_id < source.last_flush_id or source.refused is not None:
                 await self.source_row.confirm(tx)
             return None
-        assert source.last_nonce is not None  # a marker that agrees names it  # noqa: S101
-        flush = Flush(source.last_flush_id + 1, uuid4(), source.last_nonce, reading.deltas)
-        await self.ledger.record(tx, flush)
+        flush = Flush(source.last_flush_id + 1, uuid4(), before.nonce, counted, announced)
+        changes = await self.ledger.record(tx, flush)
+        skipped = await self.target.add(tx, changes) if self.target is not None else {}
         # The marker, read under this lock, named the flush before: that one is settled.
-        settled = source.last_flush_id
         await self.source_row.advance(
-            tx, flush_id=flush.flush_id, nonce=flush.nonce, settled=settled, replid=identity, ttl=TTL
+            tx,
+            flush_id=flush.flush_id,
+            nonce=flush.nonce,
+            settled=source.last_flush_id,
+            announced_nonce=flush.nonce if announced else None,
+            replid=identity,
+            ttl=TTL,
         )
-        return flush
+        self.announced.sending(flush.nonce, announced)
+        return Committed(before, flush, changes, skipped)
+
+    async def _locked(self, tx: AsyncConnection, target: TargetTable, ids: Sequence[str]) -> set[str]:
+        """Ids whose row in the application's table somebody has locked: they are left for the next flush."""
+        locked = await target.locked(tx, ids)
+        if locked:
+            log.info("left pending, their rows are locked", table=str(target.names), keys=len(locked))
+        return locked
 
     async def _continue(
-        self, verdict: Verdict, source: Source, flush: Flush | None
+        self, verdict: Verdict, source: Source, committed: Committed | None
     ) -> Committed | Flushed | Hold | None:
         match verdict:
-            case Agreed(before):
-                if flush is None:
-                    return Flushed()
-                return Committed(before, Marker(before.lineage, flush.flush_id, flush.nonce), flush)
+            case Agreed():
+                return committed or Flushed()
             case Behind(marker):
                 return await self.recovery.replay(marker, source.last_flush_id)
             case Missing():
@@ -196,35 +226,14 @@ class Flusher:
             case Hold():
                 return verdict
 
-    async def _read(self, ids: Sequence[str]) -> Reading:
-        marker, *values = await self.redis.read([self.keys.marker, *map(self.keys.counter, ids)])
-        reading = Reading(marker)
-        for vod_id, value in zip(ids, values, strict=True):
-            count = None if value is None else parse_count(value)
-            if value is None:
-                reading.absent.append(vod_id)
-            elif count is None:
-                reading.unusable[vod_id] = len(value)
-            elif count > 0:
-                reading.deltas[vod_id] = count
-        return reading
-
-    async def _report(self, reading: Reading) -> None:
-        for vod_id, size in reading.unusable.items():
-            # What is far too long for a number is not fetched again every time.
-            self.quarantine.report(
-                self.keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1", rest=size > LONG_VALUE
-            )
-        absent = [self.keys.counter(vod_id) for vod_id in reading.absent]
-        for key, kind in zip(absent, await self.redis.types_of(absent) if absent else (), strict=True):
-            if kind not in ("none", "string"):
-                self.quarantine.report(key, f"the key holds a {kind}, not a number")
-
-    def _finished(self, flush: Flush, started: float) -> Flushed:
-        seconds = self.clock.monotonic() - started
-        keys, views = len(flush.deltas), sum(flush.deltas.values())
+    async def _finished(self, committed: Committed, started: float) -> Flushed:
+        flush, seconds = committed.flush, self.clock.monotonic() - started
+        keys, views = len(flush.ids), sum(change.views for change in committed.changes)
         self.metrics.flushes.inc()
         self.metrics.flushed_views.inc(views)
         self.metrics.flush_seconds.observe(seconds)
+        for reason, skipped in committed.skipped.items():
+            self.metrics.target_skipped.labels(reason).inc(skipped)
         log.info("batch flushed", flush_id=flush.flush_id, keys=keys, views=views, duration_s=round(seconds, 4))
+        await self.totals.publish(flush.flush_id, committed.changes)
         return Flushed(flush.flush_id, keys, views)

@@ -44,18 +44,22 @@ class Keys:
         return self.prefix + vod_id.encode()
 
     def vod_id(self, key: bytes) -> str:
-        """The id that a counter's key names. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
-        raw = key[len(self.prefix) :]
-        if not raw:
-            raise InvalidId("the id is empty")
-        if len(raw) > MAX_ID_BYTES:
-            raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
-        if b"\x00" in raw:
-            raise InvalidId("the id has a NUL byte")
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            raise InvalidId("the id is not UTF-8") from None
+        """The id that a counter's key names. Raises InvalidId."""
+        return decode_id(key[len(self.prefix) :])
+
+
+def decode_id(raw: bytes) -> str:
+    """An id as Postgres can have it. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
+    if not raw:
+        raise InvalidId("the id is empty")
+    if len(raw) > MAX_ID_BYTES:
+        raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
+    if b"\x00" in raw:
+        raise InvalidId("the id has a NUL byte")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise InvalidId("the id is not UTF-8") from None
 
 
 def parse_count(value: bytes) -> int | None:

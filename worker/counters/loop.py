@@ -19,6 +19,7 @@ from worker.observability.status import STEP_LIMIT_S
 
 if TYPE_CHECKING:
     from worker.clock import Clock
+    from worker.counters.announced import Announced
     from worker.counters.batch_size import BatchSize
     from worker.counters.flush import Flusher
     from worker.counters.keys import Keys
@@ -34,11 +35,12 @@ CHECK = "view_counts"
 # Ids kept in memory at most; a sweep that finds more lets them be flushed before it goes on.
 PENDING_LIMIT = 50_000
 BUSY_RETRY_S = 1.0
+INTAKE_END_S = 2.0
 BUSY_LIMIT_S = 30.0
 
 
 class FlushLoop:
-    """`interval` is seconds between two cycles."""
+    """`interval` is seconds between two cycles; `intake_ended` is set when no more messages come."""
 
     def __init__(
         self,
@@ -47,6 +49,8 @@ class FlushLoop:
         flusher: Flusher,
         pending: Pending,
         sweep: Sweep,
+        announced: Announced,
+        intake_ended: asyncio.Event,
         quarantine: Quarantine,
         keys: Keys,
         status: Status,
@@ -61,6 +65,8 @@ class FlushLoop:
         self._flusher = flusher
         self._pending = pending
         self._sweep = sweep
+        self._announced = announced
+        self._intake_ended = intake_ended
         self._quarantine = quarantine
         self._keys = keys
         self._status = status
@@ -85,16 +91,26 @@ class FlushLoop:
                 await wait_first(delay, stop, self._wake, self._lease.changed)
                 self._wake.clear()
         self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
+        await self._drain()
+
+    async def _drain(self) -> None:
+        await wait_first(INTAKE_END_S, self._intake_ended)
         if not self._status.is_ok(*NEEDS):
             log.warning("stopping without a last flush: pending views stay in Redis")
         elif self._lease.epoch is not None:
             self._sweep.request()
             await self._guarded_cycle(draining=True)
             await self._release_lease()
+        if self._announced:
+            log.warning("views that were only published are lost", ids=len(self._announced))
 
-    def reconnected(self) -> None:
-        """Redis is back, and may hold other keys than before: look at once."""
+    def sweep_soon(self) -> None:
+        """Something may have been missed, or Redis holds other keys than before: look at once."""
         self._sweep.request()
+        self._wake.set()
+
+    def flush_soon(self) -> None:
+        """More is waiting than should wait for the interval."""
         self._wake.set()
 
     async def cycle(self, *, draining: bool = False) -> Flushed | Busy | Hold:
@@ -103,6 +119,7 @@ class FlushLoop:
         When `draining`, what is known is flushed before more is looked for: there may not be time for all of it.
         """
         total = Flushed()
+        self._add_announced()
         if draining and self._pending:
             outcome = await self._flush_pending()
             if not isinstance(outcome, Flushed):
@@ -143,6 +160,10 @@ class FlushLoop:
             self._pending.remove(ids)
             self._batch_size.flushed(self._clock.monotonic() - began, left=len(self._pending))
             total += outcome
+
+    def _add_announced(self) -> None:
+        resting = self._quarantine.is_resting
+        self._pending.add(vod_id for vod_id in self._announced.ids() if not resting(self._keys.counter(vod_id)))
 
     def _add(self, page: list[bytes]) -> None:
         ids = []

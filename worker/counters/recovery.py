@@ -128,7 +128,7 @@ class Recovery:
             if flush.prev_nonce != marker.nonce:
                 return Hold(f"Redis settled another flush {marker.flush_id} than the one before {flush_id} in Postgres")
             settled = Marker(marker.lineage, flush_id, flush.nonce)
-            if not rehearse and not await self.settler.settle(marker, settled, flush.deltas, replay=True):
+            if not rehearse and not await self.settler.settle(marker, settled, flush.counted, replay=True):
                 return None
             marker = settled
         return None

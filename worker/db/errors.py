@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # 40P01 deadlock, 55P03 lock timeout, 57014 statement timeout.
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
 TRANSIENT_STATES = frozenset({"25006", "25P03", "26000", "40001", "40P01", "55P03", "57014"})
+# Data that a table does not take: out of range, not in the database's encoding, against a constraint or a trigger.
+REFUSED_DATA_PREFIXES = ("22", "23", "P0")
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 
@@ -55,6 +57,11 @@ def is_transient_cause(error: BaseException | None) -> bool:
 
 def is_refused(error: BaseException) -> bool:
     return (sqlstate(error) or "").startswith(REFUSED_PREFIXES)
+
+
+def is_refused_data(error: BaseException) -> bool:
+    """True when the table does not take a row of this statement: another row may be taken."""
+    return (sqlstate(error) or "").startswith(REFUSED_DATA_PREFIXES)
 
 
 @contextmanager

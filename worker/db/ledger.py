@@ -2,78 +2,126 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, literal_column, select
+from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_deltas, view_count_flushes, view_counts, view_counts_hourly
+from worker.db.witnesses import IN_SQL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from datetime import timedelta
 
+    from sqlalchemy import CTE, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from worker.db.witnesses import CountSource
 
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """A flush as the ledger has it: what it took from each counter (`deltas`: id → views), in the order of the ids."""
+    """A flush: what it took from each counter (`counted`) and from messages (`announced`), id → views above zero."""
 
     flush_id: int
     nonce: UUID
     prev_nonce: UUID
-    deltas: Mapping[str, int]
+    counted: Mapping[str, int]
+    announced: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids of the flush, sorted: every writer locks rows in the same order."""
+        return sorted(self.counted.keys() | self.announced.keys())
 
 
-_INSERT_HEADER = insert(view_count_flushes).values(
-    {
-        column: bindparam(column)
-        for column in ("source", "flush_id", "nonce", "prev_nonce", "keys", "views", "worker_id")
-    }
-)
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a flush did to the total of one id: `views` were added (above zero), `total` is what it is now."""
 
-# unnest of two arrays in one select walks them in step: five parameters, however many rows.
-_id = func.unnest(bindparam("ids", type_=ARRAY(Text)))
-_count = func.unnest(bindparam("counts", type_=ARRAY(BigInteger)))
+    vod_id: str
+    views: int
+    total: int
 
-_batch = select(_id.label("vod_id"), _count.label("counted")).subquery("batch")
 
-_INSERT_DELTAS = insert(view_count_deltas).from_select(
-    ["source", "flush_id", "vod_id", "counted", "announced", "views"],
-    select(
-        bindparam("source", type_=Text),
-        bindparam("flush_id", type_=BigInteger),
-        _batch.c.vod_id,
-        _batch.c.counted,
-        literal_column("0"),
-        _batch.c.counted,
-    ),
-)
+_TAKEN = ("vod_id", "counted", "announced")
 
-_totals = upsert(view_counts).from_select(
-    ["vod_id", "views", "counted"], select(_batch.c.vod_id, _batch.c.counted, _batch.c.counted)
-)
-_counted = view_counts.c.counted + _totals.excluded.counted
-_UPSERT_TOTALS = _totals.on_conflict_do_update(
-    index_elements=[view_counts.c.vod_id],
-    set_={
-        "views": func.greatest(_counted, view_counts.c.announced),
-        "counted": _counted,
-        "updated_at": func.now(),
-    },
-)
 
-_hourly = upsert(view_counts_hourly).from_select(
-    ["bucket", "vod_id", "views"],
-    select(func.date_trunc("hour", func.now(), "UTC"), _batch.c.vod_id, _batch.c.counted),
-)
-_UPSERT_HOURLY = _hourly.on_conflict_do_update(
-    index_elements=[view_counts_hourly.c.vod_id, view_counts_hourly.c.bucket],
-    set_={"views": view_counts_hourly.c.views + _hourly.excluded.views},
-)
+def _recording(count_source: CountSource) -> Select[str, int, int]:
+    """One statement for the whole flush: totals, ledger, hourly history, header. Yields the changes.
+
+    Arrays instead of rows: the number of parameters does not grow with the batch. The change of `views` is the
+    difference of what the two witnesses say with and without this flush, so it needs no look at the row before.
+    """
+    views = IN_SQL[count_source]
+    batch = select(
+        func.unnest(bindparam("ids", type_=ARRAY(Text))).label("vod_id"),
+        func.unnest(bindparam("counted", type_=ARRAY(BigInteger))).label("counted"),
+        func.unnest(bindparam("announced", type_=ARRAY(BigInteger))).label("announced"),
+    ).cte("batch")
+    old, columns = view_counts.c, ("vod_id", "views", "counted", "announced")
+    insertion = upsert(view_counts).from_select(
+        columns,
+        select(batch.c.vod_id, views(batch.c.counted, batch.c.announced), batch.c.counted, batch.c.announced),
+    )
+    counted, announced = old.counted + insertion.excluded.counted, old.announced + insertion.excluded.announced
+    totals = (
+        insertion.on_conflict_do_update(
+            index_elements=[old.vod_id],
+            set_={
+                "views": old.views + views(counted, announced) - views(old.counted, old.announced),
+                "counted": counted,
+                "announced": announced,
+                "updated_at": func.now(),
+            },
+        )
+        .returning(*(old[name] for name in columns))
+        .cte("totals")
+    )
+    before = views(totals.c.counted - batch.c.counted, totals.c.announced - batch.c.announced)
+    change = (
+        select(
+            batch,
+            (views(totals.c.counted, totals.c.announced) - before).label("views"),
+            totals.c.views.label("total"),
+        )
+        .join_from(batch, totals, batch.c.vod_id == totals.c.vod_id)
+        .cte("change")
+    )
+    return (
+        select(change.c.vod_id, change.c.views, change.c.total)
+        .where(change.c.views > 0)
+        .add_cte(_ledger_rows(change), _hourly_rows(change), _header(change))
+    )
+
+
+def _ledger_rows(change: CTE) -> CTE:
+    source, flush_id = bindparam("source", type_=Text), bindparam("flush_id", type_=BigInteger)
+    rows = select(source, flush_id, *(change.c[name] for name in _TAKEN), change.c.views)
+    return insert(view_count_deltas).from_select(["source", "flush_id", *_TAKEN, "views"], rows).cte("ledger")
+
+
+def _hourly_rows(change: CTE) -> CTE:
+    rows = select(func.date_trunc("hour", func.now(), "UTC"), change.c.vod_id, change.c.views).where(change.c.views > 0)
+    hourly = upsert(view_counts_hourly).from_select(["bucket", "vod_id", "views"], rows)
+    return hourly.on_conflict_do_update(
+        index_elements=[view_counts_hourly.c.vod_id, view_counts_hourly.c.bucket],
+        set_={"views": view_counts_hourly.c.views + hourly.excluded.views},
+    ).cte("hourly")
+
+
+def _header(change: CTE) -> CTE:
+    given = ("source", "flush_id", "nonce", "prev_nonce", "worker_id")
+    row = select(
+        *(bindparam(name, type_=view_count_flushes.c[name].type) for name in given),
+        func.count(),
+        func.coalesce(func.sum(change.c.views), 0),
+    ).select_from(change)
+    return insert(view_count_flushes).from_select([*given, "keys", "views"], row).cte("header")
+
 
 _flush = view_count_flushes.c
 _delta = view_count_deltas.c
@@ -110,29 +158,31 @@ _PRUNE_FLUSHES = delete(view_count_flushes).where(
 class Ledger:
     """What was flushed from one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
 
-    def __init__(self, source: str, worker_id: str) -> None:
+    def __init__(self, source: str, worker_id: str, count_source: CountSource = "both") -> None:
         self._name = source
         self._worker_id = worker_id
+        self._record = _recording(count_source)
 
-    async def record(self, tx: AsyncConnection, flush: Flush) -> None:
-        """Write the flush: header, deltas, totals, hourly history. Its deltas are sorted and above zero."""
-        batch = {"ids": list(flush.deltas), "counts": list(flush.deltas.values())}
-        header = {
+    async def record(self, tx: AsyncConnection, flush: Flush) -> list[Change]:
+        """Write the flush: header, ledger, totals, hourly history. Returns the ids whose `views` it changed."""
+        ids = flush.ids
+        parameters = {
             "source": self._name,
+            "worker_id": self._worker_id,
             "flush_id": flush.flush_id,
             "nonce": flush.nonce,
             "prev_nonce": flush.prev_nonce,
-            "keys": len(flush.deltas),
-            "views": sum(flush.deltas.values()),
-            "worker_id": self._worker_id,
+            "ids": ids,
+            "counted": [flush.counted.get(vod_id, 0) for vod_id in ids],
+            "announced": [flush.announced.get(vod_id, 0) for vod_id in ids],
         }
-        await tx.execute(_INSERT_HEADER, header)
-        await tx.execute(_INSERT_DELTAS, {"source": self._name, "flush_id": flush.flush_id, **batch})
-        await tx.execute(_UPSERT_TOTALS, batch)
-        await tx.execute(_UPSERT_HOURLY, batch)
+        return [Change(*row) for row in await tx.execute(self._record, parameters)]
 
     async def read_flush(self, tx: AsyncConnection, flush_id: int) -> Flush | None:
-        """A flush as it was recorded. None when the ledger no longer has all of it (retention, manual deletes)."""
+        """A flush as it was recorded, without `announced`: nothing of that is to be settled in Redis.
+
+        None when the ledger no longer has all of it (retention, manual deletes).
+        """
         key = {"name": self._name, "flush_id": flush_id}
         header = (await tx.execute(_READ_HEADER, key)).one_or_none()
         if header is None:
@@ -141,7 +191,7 @@ class Ledger:
         rows = (await tx.execute(_READ_DELTAS, {**key, "flushed_at": flushed_at})).all()
         if len(rows) != keys:
             return None
-        return Flush(flush_id, nonce, prev_nonce, {row.vod_id: row.counted for row in rows})
+        return Flush(flush_id, nonce, prev_nonce, {row.vod_id: row.counted for row in rows if row.counted})
 
     async def prune(self, tx: AsyncConnection, settled_id: int, age: timedelta, at_most: int) -> int:
         """Delete the oldest flushes, at most so many, that are below `settled_id` and older than `age`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Interval, Text, bindparam, case, exists, func, or_, select, update
+from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_sources
@@ -23,6 +23,8 @@ LOCAL_SETTINGS = {
     "lock_timeout": "5s",
     "statement_timeout": "30s",
     "idle_in_transaction_session_timeout": "8s",
+    # A flush is planned for the batch it has: for one of unknown size, Postgres would join its rows one by one.
+    "plan_cache_mode": "force_custom_plan",
 }
 
 
@@ -31,7 +33,8 @@ class Source:
     """A source row, read under its lock. `last_nonce` is set as soon as `lineage` is.
 
     `settled_id` is the last flush that is known to be settled; `replid` what the data set was recognised by then (its
-    `master_replid` and the key prefix); `refused` what a marker said that did not belong here.
+    `master_replid` and the key prefix); `refused` what a marker said that did not belong here; `announced_nonce` the
+    nonce of the last flush that wrote sums of messages.
     """
 
     lineage: UUID | None
@@ -40,6 +43,7 @@ class Source:
     settled_id: int
     replid: str | None
     refused: str | None
+    announced_nonce: UUID | None
     lease_holder: str | None
     lease_epoch: int
 
@@ -58,6 +62,7 @@ _COLUMNS = (
     _row.settled_id,
     _row.replid,
     _row.refused,
+    _row.announced_nonce,
     _row.lease_holder,
     _row.lease_epoch,
 )
@@ -91,6 +96,7 @@ _ADVANCE = (
         last_nonce=bindparam("nonce"),
         settled_id=bindparam("settled"),
         replid=bindparam("new_replid"),
+        announced_nonce=func.coalesce(bindparam("new_announced_nonce", type_=Uuid), _row.announced_nonce),
         refused=None,
         lease_until=_until,
     )
@@ -150,10 +156,22 @@ class SourceRow:
         return None if row is None else Source(*row[: len(_COLUMNS)])
 
     async def advance(
-        self, tx: AsyncConnection, *, flush_id: int, nonce: UUID, settled: int, replid: str | None, ttl: timedelta
+        self,
+        tx: AsyncConnection,
+        *,
+        flush_id: int,
+        nonce: UUID,
+        settled: int,
+        announced_nonce: UUID | None,
+        replid: str | None,
+        ttl: timedelta,
     ) -> None:
-        """A flush was written; `settled` is the one before it. Renews the lease for `ttl`."""
+        """A flush was written; `settled` is the one before it. Renews the lease for `ttl`.
+
+        `announced_nonce` is the flush's own if it wrote sums of messages, else None: it stays as it is then.
+        """
         values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_replid": replid, "ttl": ttl}
+        values["new_announced_nonce"] = announced_nonce
         await tx.execute(_ADVANCE, {"name": self.name, **values})
 
     async def confirm(self, tx: AsyncConnection) -> None:

@@ -29,6 +29,8 @@ view_counts = Table(
     Column("counted", BigInteger, nullable=False, server_default="0"),
     Column("announced", BigInteger, nullable=False, server_default="0"),
     Column("updated_at", _timestamp, nullable=False, server_default=func.now()),
+    # Part of `views`: what the application's own table had before. NULL: nothing was taken over.
+    Column("imported", BigInteger),
 )
 
 # The ledger: which flush took what. The write-ahead log of everything that Redis still has to forget.

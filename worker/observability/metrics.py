@@ -37,6 +37,23 @@ class Metrics:
             buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
             registry=self.registry,
         )
+        self.target_skipped = self._counter(
+            "view_count_target_skipped_total",
+            "Views that the application's own table was not given: it lacks the id, or its row refuses.",
+            "reason",
+        )
+        self.updates = self._counter("view_count_updates_total", "Views announced by messages that were received.")
+        self.updates_invalid = self._counter(
+            "view_count_updates_invalid_total", "Messages that say nothing that can be counted.", "reason"
+        )
+        self.announced_dropped = self._counter(
+            "view_count_announced_dropped_total",
+            "Views announced by messages and not written (lease lost, too many ids): lost unless INCRed too.",
+        )
+        self.subscription_gaps = self._counter(
+            "view_count_subscription_gaps_total",
+            "Times in which messages may have been missed: reconnects, and takeovers of the lease.",
+        )
         self.settle_replays = self._counter(
             "view_count_settle_replays_total",
             "Flushes settled from the ledger: Redis did not know of them yet (crash, lost reply, old snapshot).",
@@ -57,8 +74,8 @@ class Metrics:
             "view_count_quarantined_keys", "Counter keys left alone: their id or value cannot be counted."
         )
 
-    def _counter(self, name: str, meaning: str) -> Counter:
-        return Counter(name, meaning, registry=self.registry)
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, labels, registry=self.registry)
 
     def _gauge(self, name: str, meaning: str) -> Gauge:
         return Gauge(name, meaning, registry=self.registry)

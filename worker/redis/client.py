@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,16 +10,19 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from worker.errors import RedisUnavailable
+from worker.redis.errors import redis_errors
+from worker.redis.subscriber import subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from worker.redis.address import RedisAddress
     from worker.redis.scripts import LuaScript
+    from worker.redis.subscriber import Subscription
 
 # Below the time for which Postgres lets a transaction idle: a Redis that falls silent must not cost the row lock.
 COMMAND_TIMEOUT_S = 4.0
@@ -146,6 +148,10 @@ class RedisClient:
         except NoScriptError:
             return await self._redis.eval(source, len(keys), *keys, *args)
 
+    def subscription(self, channel: str) -> AbstractAsyncContextManager[Subscription]:
+        """A subscription on a connection of its own, for the time of the block."""
+        return subscription(self._redis.connection_pool, channel)
+
     async def close(self) -> None:
         await self._redis.aclose()
         for sentinel in self._sentinels:
@@ -158,19 +164,6 @@ def _text(facts: dict[str, Any], name: str) -> str | None:
     if isinstance(value, int):
         return str(value).zfill(REPLID_LENGTH)
     return None if value is None else str(value)
-
-
-@contextmanager
-def redis_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError) as error:  # OSError includes TimeoutError
-        raise RedisUnavailable(_describe(error)) from error
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error).split("\n", 1)[0].strip()
-    return text[:200] or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
 def _connect(address: RedisAddress) -> tuple[aioredis.Redis, list[aioredis.Redis]]:

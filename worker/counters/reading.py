@@ -1,0 +1,65 @@
+"""What Redis says at one instant: the marker, and the counters of some ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from worker.counters.keys import parse_count
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from worker.counters.keys import Keys
+    from worker.counters.quarantine import Quarantine
+    from worker.redis.client import RedisClient
+
+LONG_VALUE = 100
+
+
+@dataclass(slots=True)
+class Reading:
+    """`counted`: what can be taken, id → views above zero. `unusable`: ids whose value is no count, id → bytes it has.
+
+    `absent`: ids without a value, because they were settled or reset since they were found, or the key is no string.
+    """
+
+    marker: bytes | None
+    counted: dict[str, int] = field(default_factory=dict)
+    unusable: dict[str, int] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+
+
+class CounterReader:
+    """Reads counters, and quarantines those that hold no count."""
+
+    def __init__(self, redis: RedisClient, keys: Keys, quarantine: Quarantine) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._quarantine = quarantine
+
+    async def read(self, ids: Sequence[str]) -> Reading:
+        """Marker and counters at one instant. Raises RedisUnavailable."""
+        marker, *values = await self._redis.read([self._keys.marker, *map(self._keys.counter, ids)])
+        reading = Reading(marker)
+        for vod_id, value in zip(ids, values, strict=True):
+            count = None if value is None else parse_count(value)
+            if value is None:
+                reading.absent.append(vod_id)
+            elif count is None:
+                reading.unusable[vod_id] = len(value)
+            elif count > 0:
+                reading.counted[vod_id] = count
+        return reading
+
+    async def report(self, reading: Reading, announced: Collection[str]) -> None:
+        """Quarantine what cannot be counted. Who was announced need not have a counter. Raises RedisUnavailable."""
+        for vod_id, size in reading.unusable.items():
+            # What is far too long for a number is not fetched again every time.
+            self._quarantine.report(
+                self._keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1", rest=size > LONG_VALUE
+            )
+        absent = [self._keys.counter(vod_id) for vod_id in reading.absent if vod_id not in announced]
+        for key, kind in zip(absent, await self._redis.types_of(absent) if absent else (), strict=True):
+            if kind not in ("none", "string"):
+                self._quarantine.report(key, f"the key holds a {kind}, not a number")

@@ -1,0 +1,120 @@
+"""A subscription to one channel, read in batches."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import hiredis
+
+from worker.errors import RedisUnavailable
+from worker.redis.errors import redis_errors
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from redis.asyncio import ConnectionPool
+    from redis.asyncio.connection import AbstractConnection
+
+READ_BYTES = 64 * 1024
+# A link that says nothing for so long is asked for a sign of life, and given up after as long again.
+SILENCE_S = 5.0
+CONFIRM_S = 4.0
+
+
+class Subscription:
+    """Raises RedisUnavailable from every method when the link is lost; what was published since is gone then.
+
+    The library makes the connection (TLS, log-in, Sentinel). Reading through it, message by message, is several times
+    slower than taking all that has arrived at once.
+    """
+
+    def __init__(self, connection: AbstractConnection, channel: bytes) -> None:
+        self._connection = connection
+        self._channel = channel
+        assert connection._reader is not None  # the pool hands out connections that are connected  # noqa: S101
+        self._stream = connection._reader
+        self._replies = hiredis.Reader(notEnoughData=_NOTHING)
+        self._confirmed = False
+        self._pinged = False
+        self.ended = False
+
+    async def read(self) -> list[bytes]:
+        """The messages that have arrived, in order; waits for some, but returns none after a while.
+
+        Sets `ended` when the subscription was ended by `unsubscribe`: there are no more messages then.
+        """
+        data = await self._receive()
+        if data is None:
+            return []
+        self._replies.feed(data)
+        messages: list[bytes] = []
+        gets, append = self._replies.gets, messages.append
+        while (reply := gets()) is not _NOTHING:
+            if isinstance(reply, list) and reply[0] == b"message":
+                append(reply[2])
+            else:
+                self._note(reply)
+        return messages
+
+    async def unsubscribe(self) -> None:
+        """Ask for the end: what was published before this is still read."""
+        await self._send("UNSUBSCRIBE", self._channel)
+
+    async def close(self) -> None:
+        await self._connection.disconnect(nowait=True)
+
+    async def _subscribe(self) -> None:
+        """Returns when Redis has confirmed it."""
+        await self._send("SUBSCRIBE", self._channel)
+        with redis_errors():
+            async with asyncio.timeout(CONFIRM_S):
+                while not self._confirmed:
+                    await self.read()
+
+    async def _receive(self) -> bytes | None:
+        with redis_errors():
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    data = await self._stream.read(READ_BYTES)
+            except TimeoutError:
+                if self._pinged:
+                    raise
+                self._pinged = True
+                await self._send("PING")
+                return None
+        if not data:
+            raise RedisUnavailable("the connection was closed")
+        self._pinged = False
+        return data
+
+    def _note(self, reply: Any) -> None:
+        """Everything that is no message: confirmations, answers to PING, refusals."""
+        if isinstance(reply, hiredis.ReplyError):
+            raise RedisUnavailable(str(reply))
+        if isinstance(reply, list) and reply[0] == b"subscribe":
+            self._confirmed = True
+        elif isinstance(reply, list) and reply[0] == b"unsubscribe":
+            self.ended = True
+
+    async def _send(self, *command: str | bytes) -> None:
+        with redis_errors():
+            await self._connection.send_command(*command, check_health=False)
+
+
+_NOTHING = object()
+
+
+@asynccontextmanager
+async def subscription(pool: ConnectionPool, channel: str) -> AsyncIterator[Subscription]:
+    """A connection of its own, subscribed; closed when the block ends. Raises RedisUnavailable."""
+    with redis_errors():
+        connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+    subscribed = Subscription(connection, channel.encode())
+    try:
+        await subscribed._subscribe()
+        yield subscribed
+    finally:
+        await subscribed.close()
+        await pool.release(connection)

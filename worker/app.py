@@ -18,6 +18,7 @@ from worker.clock import SystemClock
 from worker.counters.adopt import Adoption
 from worker.counters.announced import Announced
 from worker.counters.batch_size import BatchSize
+from worker.counters.display import Display
 from worker.counters.flush import Busy, Flusher
 from worker.counters.keys import Keys
 from worker.counters.lease import Lease
@@ -44,6 +45,7 @@ from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
+from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
 
@@ -78,6 +80,7 @@ class ViewCounters:
     settler: Settler
     adoption: Adoption
     quarantine: Quarantine
+    display: Display
 
 
 def run_async(main: Coroutine[object, object, T]) -> T:
@@ -170,7 +173,8 @@ def view_counters(
     adoption = Adoption(
         database=database, source_row=source_row, redis=redis, keys=keys, settler=settler, recovery=recovery
     )
-    return ViewCounters(loop, listener, announced, lease, retention, flusher, settler, adoption, quarantine)
+    display = Display(database, redis, keys, settings.view_count_source)
+    return ViewCounters(loop, listener, announced, lease, retention, flusher, settler, adoption, quarantine, display)
 
 
 def target_table(settings: Settings) -> TargetTable | None:
@@ -200,7 +204,8 @@ async def run(settings: Settings) -> bool:
         resources.push_async_callback(redis.close)
         counters = view_counters(settings, database, redis, status, metrics)
         health = Health(status, clock, __version__, settings.health_grace, counters.quarantine.listed)
-        web = WebServer(health, metrics.registry, settings.health_check_host, settings.health_check_port)
+        api = Api(counters.display)
+        web = WebServer(health, api, metrics.registry, settings.health_check_host, settings.health_check_port)
         resources.push_async_callback(web.close)
         await web.start()
         log.info("started", version=__version__, url=web.url, pipelines=list(settings.pipelines))

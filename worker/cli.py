@@ -249,10 +249,10 @@ def healthcheck(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
 
 
 def _duration(text: str) -> timedelta:
-    from worker.settings import parse_duration
+    from worker.durations import parse_duration
 
     try:
-        return parse_duration(text)  # type: ignore[return-value]
+        return parse_duration(text)
     except ValueError as error:
         raise typer.BadParameter(f"expected {error}") from None
 

@@ -4,11 +4,12 @@ ViewerWorkerError
 ├── InvalidSettings          settings have wrong values; the start is refused (exit code 78)
 ├── Unavailable              a server cannot be used right now; waiting may heal it (exit code 69)
 │   ├── RedisUnavailable
-│   └── DatabaseUnavailable
+│   ├── DatabaseUnavailable
+│   └── TooManyReaders       too many ask for numbers at the same time
 ├── SchemaNotCurrent         the database's tables are not those of this version
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
-├── InvalidId                (counters.keys) a key does not name an id
+├── InvalidId                (ids) not an id that Postgres can have
 └── ServerFailed             (dev.servers) an embedded server did not start
 """
 
@@ -59,6 +60,13 @@ class DatabaseUnavailable(Unavailable):
         super().__init__(cause)
         if remedy is not None:
             self.remedy = remedy
+
+
+class TooManyReaders(Unavailable):
+    """Reading must not keep the worker from its work."""
+
+    def __init__(self) -> None:
+        super().__init__("too many readers at the same time")
 
 
 class SchemaNotCurrent(ViewerWorkerError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 from worker.db.address import DatabaseAddress, database_address, parse_database_url
 from worker.db.target import TargetNames, parse_target
 from worker.db.witnesses import CountSource
+from worker.durations import format_duration, parse_duration
 from worker.errors import InvalidSettings, SettingProblem
 from worker.redis.address import RedisAddress, parse_redis_url
 from worker.urls import MASK, mask_url
@@ -31,28 +31,9 @@ from worker.urls import MASK, mask_url
 PIPELINES = ("view_counts", "view_events", "chunk_requests", "bars_1m", "metrics", "session_events")
 AVAILABLE_PIPELINES = ("view_counts",)
 
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|y)")
 
-
-def parse_duration(value: object) -> object:
-    """`200ms`, `1s`, `5m`, `30d` → timedelta. Raises ValueError for anything else that is a string."""
-    if not isinstance(value, str):
-        return value
-    match = _DURATION.fullmatch(value.strip())
-    if match is None or not 0 < (seconds := float(match[1]) * _UNITS[match[2]]) <= 100 * _UNITS["y"]:
-        raise ValueError("a duration above zero such as 200ms, 1s, 5m, 30d")
-    return timedelta(seconds=seconds)
-
-
-def format_duration(value: timedelta) -> str:
-    """The inverse of `parse_duration`, in the largest unit that needs no fraction; to the millisecond."""
-    milliseconds = round(value / timedelta(milliseconds=1))
-    for unit in ("d", "h", "m", "s"):
-        whole, rest = divmod(milliseconds, int(_UNITS[unit] * 1000))
-        if whole and not rest:
-            return f"{whole}{unit}"
-    return f"{milliseconds}ms"
+def _duration(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
 
 
 def _database_url(value: SecretStr) -> SecretStr:
@@ -98,7 +79,7 @@ def _lower(value: object) -> object:
 # Every key of the worker that is not a counter begins with this.
 OWN_KEYS = "viewer-worker:"
 
-Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
 class WrongTogether(ValueError):

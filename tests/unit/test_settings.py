@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.durations import format_duration, parse_duration
 from worker.errors import InvalidSettings
-from worker.settings import Settings, format_duration, load_settings, parse_duration
+from worker.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
 

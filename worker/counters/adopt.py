@@ -8,11 +8,12 @@ from uuid import uuid4
 
 from sqlalchemy import func, select
 
-from worker.counters.keys import InvalidId, parse_count
+from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.errors import NothingToAdopt
+from worker.ids import InvalidId
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

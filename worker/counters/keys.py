@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from worker.errors import ViewerWorkerError
+from worker.ids import decode_id
 
 MAX_COUNT = 2**63 - 1
-MAX_ID_BYTES = 256
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
 _GLOB = re.compile(rb"([*?\[\]\\^-])")
-
-
-class InvalidId(ViewerWorkerError):
-    """The part of a key after the prefix cannot be an id in Postgres; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +41,6 @@ class Keys:
     def vod_id(self, key: bytes) -> str:
         """The id that a counter's key names. Raises InvalidId."""
         return decode_id(key[len(self.prefix) :])
-
-
-def decode_id(raw: bytes) -> str:
-    """An id as Postgres can have it. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
-    if not raw:
-        raise InvalidId("the id is empty")
-    if len(raw) > MAX_ID_BYTES:
-        raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
-    if b"\x00" in raw:
-        raise InvalidId("the id has a NUL byte")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        raise InvalidId("the id is not UTF-8") from None
 
 
 def parse_count(value: bytes) -> int | None:

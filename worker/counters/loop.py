@@ -7,13 +7,13 @@ import random
 from typing import TYPE_CHECKING
 
 from worker.counters.flush import Busy, Flushed
-from worker.counters.keys import InvalidId
 from worker.counters.lease import NEEDS
 from worker.counters.recovery import Hold
 from worker.db.errors import describe
 from worker.engine.retry import Backoff
 from worker.engine.waiting import wait_first
 from worker.errors import Unavailable, ViewerWorkerError
+from worker.ids import InvalidId
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
 

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+    from worker.web.api import Api
     from worker.web.health import Answer, Health
 
 MAX_REQUEST_BYTES = 1024
 
 
 class WebServer:
-    """Serves `/health`, `/ping`, `/livez`, `/readyz` and `/metrics` on `host`:`port` (0 takes a free port)."""
+    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics` and `/v1/…` on `host`:`port` (0 takes a free port)."""
 
-    def __init__(self, health: Health, registry: CollectorRegistry, host: str, port: int) -> None:
+    def __init__(self, health: Health, api: Api, registry: CollectorRegistry, host: str, port: int) -> None:
         self._registry = registry
         self._host = host
         self._port = port
@@ -33,6 +34,7 @@ class WebServer:
                 web.get("/livez", _answers(health.live)),
                 web.get("/readyz", _answers(health.ready)),
                 web.get("/metrics", self._metrics),
+                *api.routes(),
             ]
         )
         self._runner = web.AppRunner(

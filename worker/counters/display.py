@@ -1,0 +1,87 @@
+"""The numbers that a page shows: what is in Postgres and what is still pending, together."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker.counters.keys import parse_count
+from worker.db.errors import describe
+from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
+from worker.db.witnesses import HERE
+from worker.errors import DatabaseUnavailable, TooManyReaders
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from datetime import timedelta
+
+    from worker.counters.keys import Keys
+    from worker.db.reads import Stored
+    from worker.db.session import Database
+    from worker.db.witnesses import CountSource
+    from worker.redis.client import RedisClient
+
+# Readers share the connections with the flushes, which must always get one.
+READERS_AT_ONCE = 2
+PRESENT_READERS = 50
+
+
+class Display:
+    """Never below the truth, and exact except for what messages announced since the last flush.
+
+    Raises Unavailable from every method: a server cannot be used, is too slow, or too many ask at once.
+    """
+
+    def __init__(self, database: Database, redis: RedisClient, keys: Keys, count_source: CountSource) -> None:
+        self._database = database
+        self._redis = redis
+        self._keys = keys
+        self._views = HERE[count_source]
+        self._turn = asyncio.Semaphore(READERS_AT_ONCE)
+        self._present = 0
+
+    async def views(self, ids: Sequence[str]) -> list[Shown]:
+        """The numbers of these ids, in their order; zero for an id that nobody viewed."""
+        async with self._room():
+            return await self._look_up(ids)
+
+    async def top(self, window: timedelta, limit: int) -> Top:
+        """The `limit` ids that were viewed most in the window, counted in whole hours."""
+        async with self._room():
+            async with self._database.transaction() as tx:
+                since, ranked = await read_top(tx, window, limit)
+            totals = await self._look_up([entry.vod_id for entry in ranked])
+        entries = [TopEntry(entry.vod_id, entry.views, now.views) for entry, now in zip(ranked, totals, strict=True)]
+        return Top(since, entries)
+
+    async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
+        if not ids:
+            return []
+        # Redis first: a view that is flushed in between is then seen on both sides. In the other order it could be
+        # seen on neither.
+        values = await self._redis.read([self._keys.counter(vod_id) for vod_id in ids])
+        async with self._database.transaction() as tx:
+            totals = await read_totals(tx, ids)
+        return [self._shown(totals[vod_id], value) for vod_id, value in zip(ids, values, strict=True)]
+
+    @asynccontextmanager
+    async def _room(self) -> AsyncIterator[None]:
+        if self._present >= PRESENT_READERS:
+            raise TooManyReaders
+        self._present += 1
+        try:
+            async with self._turn:
+                yield
+        except SQLAlchemyError as error:
+            raise DatabaseUnavailable(describe(error), "`viewer-worker check` says what is wrong.") from error
+        finally:
+            self._present -= 1
+
+    def _shown(self, stored: Stored, value: bytes | None) -> Shown:
+        pending = (parse_count(value) if value is not None else 0) or 0
+        # As a flush would add it: messages may have announced already what is pending.
+        more = self._views(stored.counted + pending, stored.announced) - self._views(stored.counted, stored.announced)
+        return Shown(stored.vod_id, stored.views + more, pending, stored.views)

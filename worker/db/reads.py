@@ -1,0 +1,93 @@
+"""What is read for people: totals of some ids, and who was viewed most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import ARRAY, Integer, Interval, Text, any_, bindparam, func, select
+
+from worker.db.tables import view_counts, view_counts_hourly
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+# A reader is given up before it becomes a burden.
+_LIMITS = select(func.set_config("statement_timeout", "2s", True), func.set_config("lock_timeout", "1s", True))
+
+_total = view_counts.c
+TOTALS = select(_total.vod_id, _total.views, _total.counted, _total.announced).where(
+    _total.vod_id == any_(bindparam("ids", type_=ARRAY(Text)))
+)
+
+_hour = view_counts_hourly.c
+_since = func.date_trunc("hour", func.now() - bindparam("window", type_=Interval), "UTC")
+_views = func.sum(_hour.views).label("views")
+TOP = (
+    select(_hour.vod_id, _views)
+    .where(_hour.bucket >= _since)
+    .group_by(_hour.vod_id)
+    .order_by(_views.desc(), _hour.vod_id)
+    .limit(bindparam("at_most", type_=Integer))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The row of one id in `view_counts`; all zeros when there is none."""
+
+    vod_id: str
+    views: int = 0
+    counted: int = 0
+    announced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """`views` flushed since the beginning of the window."""
+
+    vod_id: str
+    views: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """`views` is the number to show; `pending` is what its counter holds, and `stored` the total in Postgres."""
+
+    vod_id: str
+    views: int
+    pending: int
+    stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopEntry:
+    """`views` since the beginning of the window, as of the last flush; `total` is the number to show now."""
+
+    vod_id: str
+    views: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    since: datetime
+    entries: list[TopEntry]
+
+
+async def read_totals(tx: AsyncConnection, ids: Sequence[str]) -> dict[str, Stored]:
+    """The totals of these ids, every one of them. In the caller's transaction."""
+    await tx.execute(_LIMITS)
+    rows = await tx.execute(TOTALS, {"ids": list(ids)})
+    return {vod_id: Stored(vod_id) for vod_id in ids} | {row.vod_id: Stored(*row) for row in rows}
+
+
+async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, list[Ranked]]:
+    """Since when, and who was viewed most since then. The history is by the hour: the first hour counts whole."""
+    await tx.execute(_LIMITS)
+    since = (await tx.execute(select(_since), {"window": window})).scalar_one()
+    rows = await tx.execute(TOP, {"window": window, "at_most": limit})
+    return since, [Ranked(row.vod_id, int(row.views)) for row in rows]

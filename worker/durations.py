@@ -1,0 +1,28 @@
+"""Durations as people write them: `200ms`, `1s`, `5m`, `24h`, `30d`."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|y)", re.ASCII)
+_LONGEST_S = 100 * _UNITS["y"]
+
+
+def parse_duration(text: str) -> timedelta:
+    """Raises ValueError saying what is expected: above zero, at most a hundred years."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or not 0 < (seconds := float(match[1]) * _UNITS[match[2]]) <= _LONGEST_S:
+        raise ValueError("a duration above zero such as 200ms, 1s, 5m, 30d")
+    return timedelta(seconds=seconds)
+
+
+def format_duration(value: timedelta) -> str:
+    """The inverse of `parse_duration`, in the largest unit that needs no fraction; to the millisecond."""
+    milliseconds = round(value / timedelta(milliseconds=1))
+    for unit in ("d", "h", "m", "s"):
+        whole, rest = divmod(milliseconds, int(_UNITS[unit] * 1000))
+        if whole and not rest:
+            return f"{whole}{unit}"
+    return f"{milliseconds}ms"

@@ -1,0 +1,88 @@
+"""Numbers for pages and people: `/v1/views` and `/v1/top`. Bounded, and nothing here changes anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp import web
+
+from worker.durations import parse_duration
+from worker.errors import Unavailable
+from worker.ids import InvalidId, decode_id
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from datetime import timedelta
+
+    from aiohttp.typedefs import Handler
+
+    from worker.db.reads import Shown, Top
+
+MAX_IDS = 100
+MAX_LIMIT = 100
+
+
+class Numbers(Protocol):
+    """Where the numbers come from. Raises Unavailable."""
+
+    async def views(self, ids: Sequence[str]) -> Sequence[Shown]: ...
+    async def top(self, window: timedelta, limit: int) -> Top: ...
+
+
+class Api:
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/views", _answering(self._several)),
+            web.get("/v1/views/{vod_id:.+}", _answering(self._one)),
+            web.get("/v1/top", _answering(self._top)),
+        ]
+
+    async def _one(self, request: web.Request) -> dict[str, Any]:
+        (shown,) = await self._numbers.views([_id(request.match_info["vod_id"])])
+        return _views(shown)
+
+    async def _several(self, request: web.Request) -> dict[str, Any]:
+        ids = [_id(text) for text in request.query.get("ids", "").split(",") if text]
+        if not 1 <= len(ids) <= MAX_IDS:
+            raise ValueError(f"ids: expected 1 to {MAX_IDS} ids, separated by commas")
+        return {"views": [_views(shown) for shown in await self._numbers.views(list(dict.fromkeys(ids)))]}
+
+    async def _top(self, request: web.Request) -> dict[str, Any]:
+        try:
+            window = parse_duration(request.query.get("window", "24h"))
+        except ValueError as error:
+            raise ValueError(f"window: expected {error}") from None
+        limit = request.query.get("limit", "10")
+        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= MAX_LIMIT):
+            raise ValueError(f"limit: expected a number from 1 to {MAX_LIMIT}")
+        top = await self._numbers.top(window, int(limit))
+        entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
+        return {"since": top.since.isoformat().replace("+00:00", "Z"), "top": entries}
+
+
+def _views(shown: Shown) -> dict[str, Any]:
+    return {"vodId": shown.vod_id, "views": shown.views, "pending": shown.pending}
+
+
+def _id(text: str) -> str:
+    # What the URL had that is not UTF-8 comes as surrogates; they are turned back into the bytes that they were.
+    return decode_id(text.encode("utf-8", "surrogateescape"))
+
+
+def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:
+    """400 for a question that cannot be answered, 503 while a server cannot be asked; both say why."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        code, body = 200, {}
+        try:
+            body = await answer(request)
+        except (ValueError, InvalidId) as error:
+            code, body = 400, {"error": str(error)}
+        except Unavailable as error:
+            code, body = 503, {"error": str(error), "remedy": error.remedy}
+        return web.json_response(body, status=code, headers={"Cache-Control": "no-store"})
+
+    return handle

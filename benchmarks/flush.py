@@ -18,7 +18,6 @@ from pathlib import Path
 import asyncpg
 import redis.asyncio as aioredis
 
-from worker.app import view_counters
 from worker.clock import SystemClock
 from worker.db import schema
 from worker.db.session import Database
@@ -28,6 +27,7 @@ from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
 from worker.settings import load_settings
+from worker.wiring import view_counters
 
 KEYS = 20_000
 ROUNDS = 5

@@ -19,7 +19,6 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from sqlalchemy import text
 
-from worker.app import ViewCounters, view_counters
 from worker.clock import SystemClock
 from worker.counters.keys import Keys
 from worker.counters.marker import Marker
@@ -29,6 +28,7 @@ from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
 from worker.settings import Settings, load_settings
+from worker.wiring import ViewCounters, view_counters
 
 
 def database_url_for(postgres_url: str, name: str) -> str:

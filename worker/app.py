@@ -1,43 +1,21 @@
-"""The composition root: the only place where the parts are made and wired together."""
+"""What the program does: run, run once, migrate, check, take over. Each connects what it needs, and closes it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-import secrets
-import socket
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from worker import __version__
 from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis
 from worker.clock import SystemClock
-from worker.counters.adopt import Adoption
-from worker.counters.announced import Announced
-from worker.counters.batch_size import BatchSize
-from worker.counters.display import Display
-from worker.counters.flush import Busy, Flusher
-from worker.counters.keys import Keys
-from worker.counters.lease import Lease
+from worker.counters.flush import Busy
 from worker.counters.listener import CHECK as MESSAGES
-from worker.counters.listener import Listener
-from worker.counters.loop import CHECK, FlushLoop
-from worker.counters.pending import Pending, Sweep
-from worker.counters.quarantine import Quarantine
-from worker.counters.reading import CounterReader
-from worker.counters.recovery import Recovery
-from worker.counters.retention import Retention
-from worker.counters.settle import Settler
-from worker.counters.totals import TotalsChannel
-from worker.counters.updates import Updates
-from worker.db.ledger import Ledger
+from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
-from worker.db.session import Database
-from worker.db.sources import SourceRow
-from worker.db.target import TargetTable
+from worker.db.takeover import take_over as take_over_totals
 from worker.engine.supervisor import Loop, Supervisor
 from worker.errors import Unavailable
 from worker.monitor import Monitor, postgres_probe, redis_probe
@@ -48,6 +26,7 @@ from worker.redis.client import RedisClient
 from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
+from worker.wiring import connect_database, target_table, view_counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -55,7 +34,9 @@ if TYPE_CHECKING:
     from worker.counters.flush import Flushed
     from worker.counters.recovery import Hold
     from worker.db.schema import SchemaState
+    from worker.db.target import Page
     from worker.settings import Settings
+    from worker.wiring import ViewCounters
 
 log = get_logger(__name__)
 
@@ -67,22 +48,6 @@ AGREEMENT_NEEDS = ("postgres", "redis", "schema")
 ONCE_TRIES = 20
 
 
-@dataclass(frozen=True, slots=True)
-class ViewCounters:
-    """The view counters of one worker, wired together."""
-
-    loop: FlushLoop
-    listener: Listener
-    announced: Announced
-    lease: Lease
-    retention: Retention
-    flusher: Flusher
-    settler: Settler
-    adoption: Adoption
-    quarantine: Quarantine
-    display: Display
-
-
 def run_async(main: Coroutine[object, object, T]) -> T:
     """Run `main` on uvloop where it is installed, else on asyncio's own loop."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
@@ -90,100 +55,6 @@ def run_async(main: Coroutine[object, object, T]) -> T:
         from uvloop import new_event_loop as loop_factory
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(main)
-
-
-def connect_database(settings: Settings) -> Database:
-    return Database(
-        settings.database,
-        pool_size=settings.db_max_idle_conns,
-        overflow=settings.db_max_connections - settings.db_max_idle_conns,
-        recycle=settings.db_conn_max_lifetime.total_seconds(),
-    )
-
-
-def view_counters(
-    settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
-) -> ViewCounters:
-    clock = SystemClock()
-    me = worker_id()
-    keys = Keys(settings.view_key_prefix.encode())
-    ledger = Ledger(settings.view_source_name, me, settings.view_count_source)
-    source_row = SourceRow(settings.view_source_name)
-    lease = Lease(database, source_row, me, status)
-    quarantine = Quarantine(clock)
-    announced = Announced(metrics)
-    settler = Settler(redis, keys, metrics)
-    recovery = Recovery(
-        database=database,
-        ledger=ledger,
-        source_row=source_row,
-        redis=redis,
-        keys=keys,
-        settler=settler,
-        metrics=metrics,
-        status=status,
-        trust_lost_marker=settings.view_on_lost_marker == "fresh",
-    )
-    flusher = Flusher(
-        database=database,
-        ledger=ledger,
-        source_row=source_row,
-        target=target_table(settings),
-        lease=lease,
-        redis=redis,
-        keys=keys,
-        announced=announced,
-        reader=CounterReader(redis, keys, quarantine),
-        settler=settler,
-        recovery=recovery,
-        quarantine=quarantine,
-        totals=TotalsChannel(redis, settings.view_totals_channel),
-        metrics=metrics,
-        clock=clock,
-    )
-    intake_ended = asyncio.Event()
-    loop = FlushLoop(
-        lease=lease,
-        flusher=flusher,
-        pending=Pending(clock),
-        sweep=Sweep(redis, keys, clock),
-        announced=announced,
-        intake_ended=intake_ended,
-        quarantine=quarantine,
-        keys=keys,
-        status=status,
-        metrics=metrics,
-        clock=clock,
-        interval=settings.batch_interval_ms / 1000,
-        batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
-    )
-    listener = Listener(
-        redis=redis,
-        channel=settings.view_channel,
-        lease=lease,
-        announced=announced,
-        updates=Updates(metrics, clock),
-        status=status,
-        metrics=metrics,
-        missed=loop.sweep_soon,
-        full=loop.flush_soon,
-        ended=intake_ended,
-    )
-    retention = Retention(database, ledger, source_row, lease, status, settings.view_ledger_retention)
-    adoption = Adoption(
-        database=database, source_row=source_row, redis=redis, keys=keys, settler=settler, recovery=recovery
-    )
-    display = Display(database, redis, keys, settings.view_count_source)
-    return ViewCounters(loop, listener, announced, lease, retention, flusher, settler, adoption, quarantine, display)
-
-
-def target_table(settings: Settings) -> TargetTable | None:
-    return None if settings.view_target is None else TargetTable(settings.view_target)
-
-
-def worker_id() -> str:
-    """Names this process in the ledger: host, process, and a part that no restart repeats."""
-    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 
 
 async def run(settings: Settings) -> bool:
@@ -277,6 +148,21 @@ async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState
         await database.close()
 
 
+async def take_over(settings: Settings) -> AsyncIterator[Page]:
+    """The totals of the application's own table, page by page. Raises Unavailable, SchemaNotCurrent, TargetUnusable."""
+    target = target_table(settings)
+    if target is None:
+        return
+    database = connect_database(settings)
+    try:
+        async with database.transaction() as tx:
+            (await read_schema(tx)).require_current()
+        async for page in take_over_totals(database, target):
+            yield page
+    finally:
+        await database.close()
+
+
 async def check(settings: Settings) -> list[Finding]:
     """Everything the worker relies on. A server that cannot be used is a finding too, and the rest goes on."""
     findings: list[Finding] = []
@@ -285,7 +171,10 @@ async def check(settings: Settings) -> list[Finding]:
         resources.push_async_callback(database.close)
         redis = RedisClient(settings.redis)
         resources.push_async_callback(redis.close)
-        for name, look in (("postgres", check_postgres(database)), ("redis", check_redis(redis))):
+        for name, look in (
+            ("postgres", check_postgres(database, target_table(settings))),
+            ("redis", check_redis(redis)),
+        ):
             try:
                 findings += await look
             except Unavailable as error:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import text
 
 from worker.db.schema import read_schema
-from worker.errors import SchemaNotCurrent
+from worker.errors import SchemaNotCurrent, TargetUnusable
 
 if TYPE_CHECKING:
     from worker.counters.adopt import Adoption
     from worker.db.session import Database
+    from worker.db.target import TargetTable
     from worker.redis.client import RedisClient
 
 OLDEST_REDIS = (6, 2)
@@ -36,8 +37,8 @@ class Finding:
     remedy: str = ""
 
 
-async def check_postgres(database: Database) -> list[Finding]:
-    """Raises DatabaseUnavailable."""
+async def check_postgres(database: Database, target: TargetTable | None) -> list[Finding]:
+    """`target` is the application's own table, if there is one to be kept up to date. Raises DatabaseUnavailable."""
     async with database.transaction() as tx:
         number = int((await tx.execute(text("SHOW server_version_num"))).scalar_one())
         version = (await tx.execute(text("SHOW server_version"))).scalar_one()
@@ -55,7 +56,16 @@ async def check_postgres(database: Database) -> list[Finding]:
         findings.append(Finding("schema", Level.OK, f"revision {schema.current}"))
     except SchemaNotCurrent as error:
         findings.append(Finding("schema", Level.FAILURE, str(error), error.remedy))
-    return findings
+    return findings if target is None else [*findings, await _target(database, target)]
+
+
+async def _target(database: Database, target: TargetTable) -> Finding:
+    try:
+        async with database.transaction() as tx:
+            await target.check(tx)
+    except TargetUnusable as error:
+        return Finding("target table", Level.FAILURE, str(error), error.remedy)
+    return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 
 async def check_redis(redis: RedisClient) -> list[Finding]:

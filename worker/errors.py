@@ -8,6 +8,7 @@ ViewerWorkerError
 │   └── TooManyReaders       too many ask for numbers at the same time
 ├── SchemaNotCurrent         the database's tables are not those of this version
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
+├── OnHold                   Redis and Postgres contradict each other: first `adopt` has to end that
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
 ├── InvalidId                (ids) not an id that Postgres can have
 └── ServerFailed             (dev.servers) an embedded server did not start
@@ -82,6 +83,14 @@ class TargetUnusable(ViewerWorkerError):
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
+        self.remedy = remedy
+
+
+class OnHold(ViewerWorkerError):
+    """Redis and Postgres contradict each other; nothing is changed until that is decided."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"on hold: {cause}")
         self.remedy = remedy
 
 

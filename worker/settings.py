@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from worker.db.address import DatabaseAddress, database_address, parse_database_url
-from worker.db.target import TargetNames, parse_target
+from worker.db.target_fit import TargetNames, parse_target
 from worker.db.witnesses import CountSource
 from worker.durations import format_duration, parse_duration
 from worker.errors import InvalidSettings, SettingProblem

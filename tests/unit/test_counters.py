@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from tests.fakes import FakeClock
 from worker.counters.batch_size import BatchSize
-from worker.counters.keys import MAX_COUNT, InvalidId, Keys, parse_count
+from worker.counters.keys import MAX_COUNT, Keys, parse_count
 from worker.counters.marker import Marker
 from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
 from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, Quarantine, printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.db.sources import Source
+from worker.ids import InvalidId
 from worker.redis.address import RedisAddress
 from worker.redis.client import RedisClient
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli import adopt, dev, inspection, run
+from worker.cli import adopt, dev, inspection, run, totals
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNAVAILABLE, fail
 
 cli = typer.Typer(
@@ -22,11 +22,14 @@ for command in (
     run.migrate,
     inspection.check,
     adopt.adopt,
+    totals.top,
+    totals.forget,
     inspection.config,
     inspection.healthcheck,
     dev.dev,
 ):
     cli.command()(command)
+cli.command("import")(totals.import_)
 
 
 @cli.callback(invoke_without_command=True)

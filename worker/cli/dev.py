@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, fail
-
-if TYPE_CHECKING:
-    from datetime import timedelta
+from worker.cli.options import duration
 
 
 def dev(
@@ -24,23 +22,14 @@ def dev(
 
     The verdict compares what was sent with what is in Postgres, id by id; exit code 1 on any difference.
     """
-    duration = _duration(for_).total_seconds() if for_ else None
+    seconds = duration(for_).total_seconds() if for_ else None
     from worker.app import run_async
     from worker.dev.demo import Demo
     from worker.observability.logs import configure_logs
 
     configure_logs("warning")
     try:
-        exact = run_async(Demo(folder, rate, duration).run())
+        exact = run_async(Demo(folder, rate, seconds).run())
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed", "Run: pip install 'viewer-worker[dev]'", EXIT_FAILURE)
     raise typer.Exit(0 if exact else EXIT_FAILURE)
-
-
-def _duration(text: str) -> timedelta:
-    from worker.durations import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"expected {error}") from None

@@ -1,4 +1,4 @@
-"""What every command takes: where its settings are read from."""
+"""What commands take: where their settings are read from, and durations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from worker.settings import Settings
 
 EnvFile = Annotated[Path | None, typer.Option("--env-file", help="Read settings from this file instead of .env.")]
@@ -22,3 +24,13 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level)
     return settings
+
+
+def duration(text: str) -> timedelta:
+    """Read an argument such as 20s. Raises BadParameter."""
+    from worker.durations import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected {error}") from None

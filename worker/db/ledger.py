@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, select
+from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_deltas, view_count_flushes, view_counts, view_counts_hourly
@@ -155,6 +155,24 @@ _PRUNE_FLUSHES = delete(view_count_flushes).where(
 )
 
 
+def _forgetting() -> Select[int]:
+    """What was counted for the id is taken back in the ledger, so that its rows still add up: to nothing."""
+    vod_id = bindparam("vod_id", type_=Text)
+    gone = delete(view_counts).where(view_counts.c.vod_id == vod_id).returning(view_counts).cte("gone")
+    stored = func.coalesce(select(gone.c.views).scalar_subquery(), 0)
+    change = select(
+        vod_id.label("vod_id"),
+        bindparam("pending", type_=BigInteger).label("counted"),
+        literal_column("0", BigInteger).label("announced"),
+        (func.coalesce(select(gone.c.imported).scalar_subquery(), 0) - stored).label("views"),
+    ).cte("change")
+    hours = delete(view_counts_hourly).where(view_counts_hourly.c.vod_id == vod_id).cte("hours")
+    return select(stored).add_cte(hours, _ledger_rows(change), _header(change))
+
+
+_FORGET = _forgetting()
+
+
 class Ledger:
     """What was flushed from one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
 
@@ -166,17 +184,26 @@ class Ledger:
     async def record(self, tx: AsyncConnection, flush: Flush) -> list[Change]:
         """Write the flush: header, ledger, totals, hourly history. Returns the ids whose `views` it changed."""
         ids = flush.ids
-        parameters = {
+        batch = {
+            "ids": ids,
+            "counted": [flush.counted.get(vod_id, 0) for vod_id in ids],
+            "announced": [flush.announced.get(vod_id, 0) for vod_id in ids],
+        }
+        return [Change(*row) for row in await tx.execute(self._record, self._header(flush) | batch)]
+
+    def _header(self, flush: Flush) -> dict[str, object]:
+        return {
             "source": self._name,
             "worker_id": self._worker_id,
             "flush_id": flush.flush_id,
             "nonce": flush.nonce,
             "prev_nonce": flush.prev_nonce,
-            "ids": ids,
-            "counted": [flush.counted.get(vod_id, 0) for vod_id in ids],
-            "announced": [flush.announced.get(vod_id, 0) for vod_id in ids],
         }
-        return [Change(*row) for row in await tx.execute(self._record, parameters)]
+
+    async def forget(self, tx: AsyncConnection, flush: Flush, vod_id: str) -> int:
+        """Write a flush that brings the total of one id to nothing, and delete its rows. Returns the views it had."""
+        parameters = self._header(flush) | {"vod_id": vod_id, "pending": flush.counted.get(vod_id, 0)}
+        return int((await tx.execute(_FORGET, parameters)).scalar_one())
 
     async def read_flush(self, tx: AsyncConnection, flush_id: int) -> Flush | None:
         """A flush as it was recorded, without `announced`: nothing of that is to be settled in Redis.

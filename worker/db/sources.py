@@ -131,6 +131,12 @@ _READ_LEASE = select(_row.lease_holder, _row.lease_epoch).where(_this)
 _RELEASE_LEASE = update(view_count_sources).where(_this, _mine).values(lease_holder=None, lease_until=None)
 
 
+async def lock_all_sources(tx: AsyncConnection) -> None:
+    """Keep every worker from flushing until the end of the transaction; wait for those that are at it."""
+    await tx.execute(_LIMIT)
+    await tx.execute(select(_row.source).order_by(_row.source).with_for_update())
+
+
 class SourceRow:
     """The row of one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
 

@@ -1,18 +1,16 @@
-"""The application's own table: the column of totals that is kept up to date beside ours, in the same transaction."""
+"""The application's own table: its column of totals is kept up to date beside ours, in the same transaction."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Integer,
     Text,
-    Uuid,
     bindparam,
     cast,
     column,
@@ -21,84 +19,38 @@ from sqlalchemy import (
     quoted_name,
     select,
     table,
-    text,
     update,
 )
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
 from worker.db.errors import is_refused_data
-from worker.errors import TargetUnusable
+from worker.db.tables import view_counts
+from worker.db.target_fit import fit
+from worker.ids import MAX_ID_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import Row, Select
+    from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.types import TypeEngine
 
     from worker.db.ledger import Change
+    from worker.db.target_fit import Key, TargetNames
 
 # Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
 UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 
-INTEGERS = ("int2", "int4", "int8")
-KEY_TYPES = ("smallint", "integer", "bigint", "uuid")
-_NAME_PART = re.compile(r'"((?:[^"]|"")+)"|([^".]+)')
-_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
-
 
 @dataclass(frozen=True, slots=True)
-class TargetNames:
-    """Bare names, as the catalog has them; without a `schema` the search path decides."""
+class Page:
+    """Rows that were looked at (`last_key` is the last of them); of `ids` of them, `views` were taken over."""
 
-    schema: str | None
-    table: str
-    key: str
-    column: str
-
-    def __str__(self) -> str:
-        return self.table if self.schema is None else f"{self.schema}.{self.table}"
-
-    @property
-    def regclass(self) -> str:
-        """The table as `to_regclass` reads it."""
-        parts = [self.table] if self.schema is None else [self.schema, self.table]
-        return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
-
-
-def parse_target(table: str, key: str, column: str) -> TargetNames:
-    """`Vod`, `app.Vod`, or `"odd.name"` (quotes keep a dot in a name). Raises ValueError saying what is expected."""
-    parts, at = [], 0
-    while match := _NAME_PART.match(table, at):
-        parts.append((match[1] or match[2]).replace('""', '"'))
-        at = match.end()
-        if table[at : at + 1] != ".":
-            break
-        at += 1
-    if at != len(table) or not 1 <= len(parts) <= 2:
-        raise ValueError("a table such as Vod or app.Vod, written as it is")
-    return TargetNames(parts[0] if len(parts) == 2 else None, parts[-1], key, column)
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """How ids become keys: they are sent as `kind` and compared as `cast`, the type of the key column itself."""
-
-    kind: TypeEngine[Any]
-    cast: str
-
-    def of(self, vod_id: str) -> str | int | UUID | None:
-        """The id as a key, or None if it cannot be one."""
-        if isinstance(self.kind, Text):
-            return vod_id
-        try:
-            if isinstance(self.kind, Uuid):
-                return UUID(vod_id)
-            number = int(vod_id) if _INTEGER.fullmatch(vod_id) else None
-        except ValueError:
-            return None
-        return number if number is not None and -(2**63) <= number < 2**63 else None
+    last_key: Any
+    rows: int
+    ids: int
+    views: int
 
 
 class TargetTable:
@@ -108,26 +60,16 @@ class TargetTable:
         self.names = names
         self._key: Key | None = None
 
-    async def check(self, tx: AsyncConnection) -> Key:
-        """Look whether the table is there and fits. Raises TargetUnusable saying what does not."""
-        names = {"target": self.names.regclass, "key": self.names.key, "column": self.names.column}
-        found = (await tx.execute(_LOOK, names)).one()
-        if problem := _problem(self.names, found):
-            raise TargetUnusable(*problem)
-        if found.key_category == "S":
-            self._key = Key(Text(), "pg_catalog.bpchar" if found.key_name == "character" else found.key_name)
-        elif found.key_name == "uuid":
-            self._key = Key(Uuid(), "uuid")
-        else:
-            self._key = Key(BigInteger(), "bigint")
-        return self._key
+    async def check(self, tx: AsyncConnection) -> None:
+        """Raises TargetUnusable when the table is not there or does not fit."""
+        self._key = await fit(tx, self.names)
 
     async def locked(self, tx: AsyncConnection, ids: Sequence[str]) -> set[str]:
         """Which of the ids have a row that somebody has locked; the rows of the others are locked for us, in order.
 
         Raises TargetUnusable when the table does not fit.
         """
-        key = self._key or await self.check(tx)
+        key = await self._fitting(tx)
         keys = {vod_id: value for vod_id in ids if (value := key.of(vod_id)) is not None}
         if not keys:
             return set()
@@ -136,7 +78,7 @@ class TargetTable:
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
         """Add each change to its row. Returns the views that were not added, by reason."""
-        key = self._key or await self.check(tx)
+        key = await self._fitting(tx)
         skipped: Counter[str] = Counter()
         batch = []
         for change in changes:
@@ -148,6 +90,21 @@ class TargetTable:
         if batch:
             await self._add(tx, _Statements(self.names, key).add(), batch, skipped)
         return skipped
+
+    async def take_over(self, tx: AsyncConnection, after: Any | None, rows: int) -> Page:
+        """Write the totals of the next `rows` rows, in the order of the key, into ours; each id's once.
+
+        An id's total becomes what the application shows. Where ours is above that already, it stays.
+        """
+        key = await self._fitting(tx)
+        statement = _Statements(self.names, key).take_over(first=after is None)
+        return Page(*(await tx.execute(statement, {"after": after, "at_most": rows})).one())
+
+    async def _fitting(self, tx: AsyncConnection) -> Key:
+        if self._key is None:
+            await self.check(tx)
+        assert self._key is not None  # noqa: S101
+        return self._key
 
     async def _add(
         self, tx: AsyncConnection, statement: Select[str], batch: list[tuple[str, Any, int]], skipped: Counter[str]
@@ -171,7 +128,7 @@ class TargetTable:
 
 
 class _Statements:
-    """The two statements, for a table whose keys are of one type."""
+    """The statements for a table whose keys are of one type."""
 
     def __init__(self, names: TargetNames, key: Key) -> None:
         target = table(
@@ -187,6 +144,7 @@ class _Statements:
         self._key, self._total = target.c[names.key], target.c[names.column]
         self._named = ids.label("vod_id"), cast(keys, _Named(key.cast)).label("key")
         self._views = views.label("views")
+        self._after = cast(bindparam("after", type_=key.kind), _Named(key.cast))
 
     def locked(self) -> Select[str]:
         wanted = select(*self._named).cte("wanted")
@@ -222,6 +180,33 @@ class _Statements:
         )
         return select(wanted.c.vod_id).join_from(wanted, added, added.c.key == wanted.c.key)
 
+    def take_over(self, *, first: bool) -> Select[Any, int, int, int]:
+        page = select(self._key.label("key"), cast(self._key, Text).label("vod_id"), self._total.label("views"))
+        page = page if first else page.where(self._key > self._after)
+        rows = page.order_by(self._key).limit(bindparam("at_most", type_=Integer)).cte("page")
+        usable = (
+            select(rows.c.vod_id, rows.c.views, rows.c.views)
+            .where(rows.c.views > 0, func.octet_length(rows.c.vod_id).between(1, MAX_ID_BYTES))
+            .order_by(rows.c.vod_id)
+        )
+        ours = upsert(view_counts).from_select(["vod_id", "views", "imported"], usable)
+        imported = func.greatest(ours.excluded.views - view_counts.c.views, 0)
+        taken = (
+            ours.on_conflict_do_update(
+                index_elements=[view_counts.c.vod_id],
+                set_={"views": view_counts.c.views + imported, "imported": imported, "updated_at": func.now()},
+                where=view_counts.c.imported.is_(None),
+            )
+            .returning(view_counts.c.imported)
+            .cte("taken")
+        )
+        return select(
+            select(rows.c.key).order_by(rows.c.key.desc()).limit(1).scalar_subquery(),
+            select(func.count()).select_from(rows).scalar_subquery(),
+            select(func.count()).select_from(taken).scalar_subquery(),
+            select(cast(func.coalesce(func.sum(taken.c.imported), 0), BigInteger)).scalar_subquery(),
+        )
+
 
 class _Named(UserDefinedType[Any]):
     """A type of the database by its name. Without a length: one would cut longer ids down to another's key."""
@@ -233,55 +218,3 @@ class _Named(UserDefinedType[Any]):
 
     def get_col_spec(self, **_: Any) -> str:
         return self.name
-
-
-_LOOK = text(
-    """
-    SELECT c.relkind,
-           k.attnum AS key_number,
-           coalesce(nullif(kt.typbasetype, 0), kt.oid)::regtype::text AS key_name,
-           kt.typcategory AS key_category,
-           v.attnum AS column_number,
-           vt.typname AS column_type,
-           v.attgenerated <> '' AS generated,
-           EXISTS (
-               SELECT FROM pg_index i
-               WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-                 AND i.indnkeyatts = 1 AND i.indkey[0] = k.attnum
-           ) AS is_unique,
-           has_column_privilege(c.oid, k.attnum, 'SELECT') AND has_column_privilege(c.oid, v.attnum, 'SELECT')
-               AND has_column_privilege(c.oid, v.attnum, 'UPDATE') AS allowed
-    FROM (SELECT to_regclass(:target) AS oid) named
-    LEFT JOIN pg_class c ON c.oid = named.oid
-    LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = :key AND NOT k.attisdropped AND k.attnum > 0
-    LEFT JOIN pg_type kt ON kt.oid = k.atttypid
-    LEFT JOIN pg_attribute v ON v.attrelid = c.oid AND v.attname = :column AND NOT v.attisdropped AND v.attnum > 0
-    LEFT JOIN pg_type vt ON vt.oid = v.atttypid
-    """
-)
-
-
-def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
-    """What does not fit, and what to do about it."""
-    shown = str(names)
-    if found.relkind is None:
-        return f"there is no table {shown}", "Set VIEW_TARGET_TABLE to its name, as it is written."
-    if found.relkind not in ("r", "p"):
-        return f"{shown} is not a table", "Set VIEW_TARGET_TABLE to a table of this database."
-    if found.key_number is None:
-        return f"{shown} has no column {names.key}", "Set VIEW_TARGET_KEY to its key column, as it is written."
-    if found.column_number is None:
-        return f"{shown} has no column {names.column}", "Set VIEW_TARGET_COLUMN to its column, as it is written."
-    if found.column_type not in INTEGERS or found.generated:
-        kind = "generated" if found.generated else found.column_type
-        return f"{shown}.{names.column} is {kind}, not an integer", "Make it an integer or a bigint."
-    if found.key_category != "S" and found.key_name not in KEY_TYPES:
-        return f"{shown}.{names.key} is {found.key_name}", "The key must be a text, an integer or a uuid."
-    if not found.is_unique:
-        return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on it alone."
-    if not found.allowed:
-        return (
-            f"the worker may not read and update {shown}",
-            f"GRANT SELECT ({names.key}, {names.column}), UPDATE ({names.column}) on it to the worker's user.",
-        )
-    return None

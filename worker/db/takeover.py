@@ -1,0 +1,29 @@
+"""Taking over the totals that the application's own table already has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from worker.db.sources import lock_all_sources
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from worker.db.session import Database
+    from worker.db.target import Page, TargetTable
+
+ROWS_AT_ONCE = 5000
+
+
+async def take_over(database: Database, target: TargetTable) -> AsyncIterator[Page]:
+    """Page by page. May be repeated and broken off: an id is taken over once. Raises Unavailable, TargetUnusable."""
+    last_key: Any = None
+    while True:
+        async with database.transaction() as tx:
+            # No flush may come between the reading of the table, which it adds to, and the writing of ours.
+            await lock_all_sources(tx)
+            page = await target.take_over(tx, last_key, ROWS_AT_ONCE)
+        yield page
+        if page.rows < ROWS_AT_ONCE:
+            return
+        last_key = page.last_key

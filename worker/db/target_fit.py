@@ -1,0 +1,138 @@
+"""Which table of the application is kept up to date, and whether it can be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import BigInteger, Text, Uuid, text
+
+from worker.errors import TargetUnusable
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.types import TypeEngine
+
+INTEGERS = ("int2", "int4", "int8")
+KEY_TYPES = ("smallint", "integer", "bigint", "uuid")
+_NAME_PART = re.compile(r'"((?:[^"]|"")+)"|([^".]+)')
+_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetNames:
+    """Bare names, as the catalog has them; without a `schema` the search path decides."""
+
+    schema: str | None
+    table: str
+    key: str
+    column: str
+
+    def __str__(self) -> str:
+        return self.table if self.schema is None else f"{self.schema}.{self.table}"
+
+    @property
+    def regclass(self) -> str:
+        """The table as `to_regclass` reads it."""
+        parts = [self.table] if self.schema is None else [self.schema, self.table]
+        return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+
+
+def parse_target(table: str, key: str, column: str) -> TargetNames:
+    """`Vod`, `app.Vod`, or `"odd.name"` (quotes keep a dot in a name). Raises ValueError saying what is expected."""
+    parts, at = [], 0
+    while match := _NAME_PART.match(table, at):
+        parts.append((match[1] or match[2]).replace('""', '"'))
+        at = match.end()
+        if table[at : at + 1] != ".":
+            break
+        at += 1
+    if at != len(table) or not 1 <= len(parts) <= 2:
+        raise ValueError("a table such as Vod or app.Vod, written as it is")
+    return TargetNames(parts[0] if len(parts) == 2 else None, parts[-1], key, column)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """How ids become keys: they are sent as `kind` and compared as `cast`, the type of the key column itself."""
+
+    kind: TypeEngine[Any]
+    cast: str
+
+    def of(self, vod_id: str) -> str | int | UUID | None:
+        """The id as a key, or None if it cannot be one."""
+        if isinstance(self.kind, Text):
+            return vod_id
+        try:
+            if isinstance(self.kind, Uuid):
+                return UUID(vod_id)
+            number = int(vod_id) if _INTEGER.fullmatch(vod_id) else None
+        except ValueError:
+            return None
+        return number if number is not None and -(2**63) <= number < 2**63 else None
+
+
+async def fit(tx: AsyncConnection, names: TargetNames) -> Key:
+    """Look whether the table is there and fits. Raises TargetUnusable saying what does not, and what to do."""
+    found = (await tx.execute(_LOOK, {"target": names.regclass, "key": names.key, "column": names.column})).one()
+    if problem := _problem(names, found):
+        raise TargetUnusable(*problem)
+    if found.key_category == "S":
+        # To cast to "character" is to cut down to one.
+        return Key(Text(), "pg_catalog.bpchar" if found.key_name == "character" else found.key_name)
+    return Key(Uuid(), "uuid") if found.key_name == "uuid" else Key(BigInteger(), "bigint")
+
+
+_LOOK = text(
+    """
+    SELECT c.relkind,
+           k.attnum AS key_number,
+           coalesce(nullif(kt.typbasetype, 0), kt.oid)::regtype::text AS key_name,
+           kt.typcategory AS key_category,
+           v.attnum AS column_number,
+           vt.typname AS column_type,
+           v.attgenerated <> '' AS generated,
+           EXISTS (
+               SELECT FROM pg_index i
+               WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                 AND i.indnkeyatts = 1 AND i.indkey[0] = k.attnum
+           ) AS is_unique,
+           has_column_privilege(c.oid, k.attnum, 'SELECT') AND has_column_privilege(c.oid, v.attnum, 'SELECT')
+               AND has_column_privilege(c.oid, v.attnum, 'UPDATE') AS allowed
+    FROM (SELECT to_regclass(:target) AS oid) named
+    LEFT JOIN pg_class c ON c.oid = named.oid
+    LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = :key AND NOT k.attisdropped AND k.attnum > 0
+    LEFT JOIN pg_type kt ON kt.oid = k.atttypid
+    LEFT JOIN pg_attribute v ON v.attrelid = c.oid AND v.attname = :column AND NOT v.attisdropped AND v.attnum > 0
+    LEFT JOIN pg_type vt ON vt.oid = v.atttypid
+    """
+)
+
+
+def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
+    """What does not fit, and what to do about it."""
+    shown = str(names)
+    if found.relkind is None:
+        return f"there is no table {shown}", "Set VIEW_TARGET_TABLE to its name, as it is written."
+    if found.relkind not in ("r", "p"):
+        return f"{shown} is not a table", "Set VIEW_TARGET_TABLE to a table of this database."
+    if found.key_number is None:
+        return f"{shown} has no column {names.key}", "Set VIEW_TARGET_KEY to its key column, as it is written."
+    if found.column_number is None:
+        return f"{shown} has no column {names.column}", "Set VIEW_TARGET_COLUMN to its column, as it is written."
+    if found.column_type not in INTEGERS or found.generated:
+        kind = "generated" if found.generated else found.column_type
+        return f"{shown}.{names.column} is {kind}, not an integer", "Make it an integer or a bigint."
+    if found.key_category != "S" and found.key_name not in KEY_TYPES:
+        return f"{shown}.{names.key} is {found.key_name}", "The key must be a text, an integer or a uuid."
+    if not found.is_unique:
+        return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on it alone."
+    if not found.allowed:
+        return (
+            f"the worker may not read and update {shown}",
+            f"GRANT SELECT ({names.key}, {names.column}), UPDATE ({names.column}) on it to the worker's user.",
+        )
+    return None

@@ -1,0 +1,173 @@
+"""The composition root: the only place where the parts are made and wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from worker.clock import SystemClock
+from worker.counters.adopt import Adoption
+from worker.counters.announced import Announced
+from worker.counters.batch_size import BatchSize
+from worker.counters.display import Display
+from worker.counters.flush import Flusher
+from worker.counters.forget import Forgetting
+from worker.counters.keys import Keys
+from worker.counters.lease import Lease
+from worker.counters.listener import Listener
+from worker.counters.loop import FlushLoop
+from worker.counters.pending import Pending, Sweep
+from worker.counters.quarantine import Quarantine
+from worker.counters.reading import CounterReader
+from worker.counters.recovery import Recovery
+from worker.counters.retention import Retention
+from worker.counters.settle import Settler
+from worker.counters.totals import TotalsChannel
+from worker.counters.updates import Updates
+from worker.db.ledger import Ledger
+from worker.db.session import Database
+from worker.db.sources import SourceRow
+from worker.db.target import TargetTable
+
+if TYPE_CHECKING:
+    from worker.observability.metrics import Metrics
+    from worker.observability.status import Status
+    from worker.redis.client import RedisClient
+    from worker.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class ViewCounters:
+    """The view counters of one worker, wired together."""
+
+    loop: FlushLoop
+    listener: Listener
+    announced: Announced
+    lease: Lease
+    retention: Retention
+    flusher: Flusher
+    settler: Settler
+    adoption: Adoption
+    forgetting: Forgetting
+    quarantine: Quarantine
+    display: Display
+
+
+def connect_database(settings: Settings) -> Database:
+    return Database(
+        settings.database,
+        pool_size=settings.db_max_idle_conns,
+        overflow=settings.db_max_connections - settings.db_max_idle_conns,
+        recycle=settings.db_conn_max_lifetime.total_seconds(),
+    )
+
+
+def view_counters(
+    settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
+) -> ViewCounters:
+    clock = SystemClock()
+    me = worker_id()
+    keys = Keys(settings.view_key_prefix.encode())
+    ledger = Ledger(settings.view_source_name, me, settings.view_count_source)
+    source_row = SourceRow(settings.view_source_name)
+    lease = Lease(database, source_row, me, status)
+    quarantine = Quarantine(clock)
+    announced = Announced(metrics)
+    reader = CounterReader(redis, keys, quarantine)
+    settler = Settler(redis, keys, metrics)
+    recovery = Recovery(
+        database=database,
+        ledger=ledger,
+        source_row=source_row,
+        redis=redis,
+        keys=keys,
+        settler=settler,
+        metrics=metrics,
+        status=status,
+        trust_lost_marker=settings.view_on_lost_marker == "fresh",
+    )
+    flusher = Flusher(
+        database=database,
+        ledger=ledger,
+        source_row=source_row,
+        target=target_table(settings),
+        lease=lease,
+        redis=redis,
+        keys=keys,
+        announced=announced,
+        reader=reader,
+        settler=settler,
+        recovery=recovery,
+        quarantine=quarantine,
+        totals=TotalsChannel(redis, settings.view_totals_channel),
+        metrics=metrics,
+        clock=clock,
+    )
+    intake_ended = asyncio.Event()
+    loop = FlushLoop(
+        lease=lease,
+        flusher=flusher,
+        pending=Pending(clock),
+        sweep=Sweep(redis, keys, clock),
+        announced=announced,
+        intake_ended=intake_ended,
+        quarantine=quarantine,
+        keys=keys,
+        status=status,
+        metrics=metrics,
+        clock=clock,
+        interval=settings.batch_interval_ms / 1000,
+        batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
+    )
+    listener = Listener(
+        redis=redis,
+        channel=settings.view_channel,
+        lease=lease,
+        announced=announced,
+        updates=Updates(metrics, clock),
+        status=status,
+        metrics=metrics,
+        missed=loop.sweep_soon,
+        full=loop.flush_soon,
+        ended=intake_ended,
+    )
+    retention = Retention(database, ledger, source_row, lease, status, settings.view_ledger_retention)
+    adoption = Adoption(
+        database=database, source_row=source_row, redis=redis, keys=keys, settler=settler, recovery=recovery
+    )
+    forgetting = Forgetting(
+        database=database,
+        ledger=ledger,
+        source_row=source_row,
+        redis=redis,
+        keys=keys,
+        reader=reader,
+        settler=settler,
+        recovery=recovery,
+    )
+    return ViewCounters(
+        loop=loop,
+        listener=listener,
+        announced=announced,
+        lease=lease,
+        retention=retention,
+        flusher=flusher,
+        settler=settler,
+        adoption=adoption,
+        forgetting=forgetting,
+        quarantine=quarantine,
+        display=Display(database, redis, keys, settings.view_count_source),
+    )
+
+
+def target_table(settings: Settings) -> TargetTable | None:
+    return None if settings.view_target is None else TargetTable(settings.view_target)
+
+
+def worker_id() -> str:
+    """Names this process in the ledger: host, process, and a part that no restart repeats."""
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+
+from worker.db.reads import Shown, Top, TopEntry
+
+
+class FakeNumbers:
+    """Answers with the settings of the question; fails with `error` if there is one."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    async def views(self, ids: Sequence[str]) -> list[Shown]:
+        if self.error is not None:
+            raise self.error
+        return [Shown(vod_id, views=len(vod_id), pending=1, stored=len(vod_id) - 1) for vod_id in ids]
+
+    async def top(self, window: timedelta, limit: int) -> Top:
+        return Top(datetime(2024, 1, 1, tzinfo=UTC) - window, [TopEntry("a", 5, 7)] * limit)
 
 
 class FakeClock:

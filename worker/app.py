@@ -171,10 +171,8 @@ async def check(settings: Settings) -> list[Finding]:
         resources.push_async_callback(database.close)
         redis = RedisClient(settings.redis)
         resources.push_async_callback(redis.close)
-        for name, look in (
-            ("postgres", check_postgres(database, target_table(settings))),
-            ("redis", check_redis(redis)),
-        ):
+        looks = {"postgres": check_postgres(database, target_table(settings)), "redis": check_redis(redis)}
+        for name, look in looks.items():
             try:
                 findings += await look
             except Unavailable as error:

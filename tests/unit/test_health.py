@@ -10,9 +10,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, FakeNumbers
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
+from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
 
@@ -110,7 +111,7 @@ def test_quarantined_keys_are_listed(status: Status, clock: FakeClock) -> None:
 
 @pytest.fixture
 async def url(status: Status, health: Health) -> AsyncIterator[str]:
-    server = WebServer(health, Metrics().registry, "127.0.0.1", 0)
+    server = WebServer(health, Api(FakeNumbers()), Metrics().registry, "127.0.0.1", 0)
     await server.start()
     yield server.url
     await server.close()
@@ -159,7 +160,7 @@ async def test_metrics_speak_both_formats(url: str) -> None:
 
 
 async def test_client_that_never_reads_does_not_hold_up_the_end(status: Status, health: Health) -> None:
-    server = WebServer(health, Metrics().registry, "127.0.0.1", 0)
+    server = WebServer(health, Api(FakeNumbers()), Metrics().registry, "127.0.0.1", 0)
     await server.start()
     port = int(server.url.rpartition(":")[2])
     _, writer = await asyncio.open_connection("127.0.0.1", port)

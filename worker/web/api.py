@@ -68,8 +68,7 @@ def _views(shown: Shown) -> dict[str, Any]:
 
 
 def _id(text: str) -> str:
-    # What the URL had that is not UTF-8 comes as surrogates; they are turned back into the bytes that they were.
-    return decode_id(text.encode("utf-8", "surrogateescape"))
+    return decode_id(text.encode())
 
 
 def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:

@@ -1,0 +1,290 @@
+"""Two witnesses of a view: its INCR and its message. On a real Redis and a real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.world import InProcessWorker, World
+from worker.counters.flush import Busy, Flushed
+from worker.counters.reading import Reading
+from worker.dev.servers import ValkeyServer
+from worker.errors import DatabaseUnavailable
+
+
+def sums(worker: InProcessWorker) -> int:
+    announced = worker.counters.announced
+    return sum(announced._sums.values())
+
+
+async def both(world: World, vod_id: str, count: int = 1) -> None:
+    """As producers do it."""
+    await world.redis.incrby(world.prefix + vod_id, count)
+    await world.announce(vod_id, count)
+
+
+async def rows(world: World) -> dict[str, tuple[int, int, int]]:
+    found = await world.sql.fetch("SELECT vod_id, views, counted, announced FROM view_counts")
+    return {row["vod_id"]: (row["views"], row["counted"], row["announced"]) for row in found}
+
+
+async def test_a_view_counts_once_however_it_is_told(world: World) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        for _ in range(3):
+            await both(world, "both", 2)
+            await world.redis.incr(world.prefix + "incr only")
+            await world.announce("publish only", 5)
+        await worker.heard(lambda: sums(worker) == 21)
+        assert await worker.sweep_and_flush() == Flushed(flush_id=1, keys=3, views=24)
+    assert await rows(world) == {"both": (6, 6, 6), "incr only": (3, 3, 0), "publish only": (15, 0, 15)}
+    await world.assert_consistent()
+    assert await world.pending() == Counter()
+    assert sums(worker) == 0
+
+
+@pytest.mark.parametrize(
+    ("count_source", "views"),
+    [
+        ("both", {"a": 7, "b": 3, "c": 4}),
+        ("messages", {"a": 5, "b": 0, "c": 4}),
+        ("sum", {"a": 12, "b": 3, "c": 4}),
+    ],
+)
+async def test_count_source_says_how_the_witnesses_make_one_number(
+    world: World, count_source: str, views: dict[str, int]
+) -> None:
+    worker = world.worker(VIEW_COUNT_SOURCE=count_source)
+    async with worker.listening():
+        for step in (1, 4):
+            await both(world, "a", step)
+            await world.redis.incrby(world.prefix + "a", 1)
+            await world.announce("c", 2)
+            await world.redis.incrby(world.prefix + "b", 2 if step == 4 else 1)
+            await worker.heard(lambda step=step: sums(worker) == step + 2)
+            await worker.sweep_and_flush()
+    assert {vod_id: row[0] for vod_id, row in (await rows(world)).items()} == views
+    await world.assert_consistent()
+    assert await world.pending() == Counter()
+
+
+async def test_message_that_names_an_id_has_it_flushed_without_a_sweep(world: World) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        worker.counters.loop._sweep._not_before = float("inf")
+        await both(world, "named", 3)
+        await world.redis.incr(world.prefix + "not named")
+        await worker.heard(lambda: sums(worker) == 3)
+        assert await worker.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=3)
+
+
+async def commit_without_an_answer(worker: InProcessWorker, *, committed: bool) -> None:
+    """The connection breaks at COMMIT: the worker cannot know whether it took place."""
+    transaction = worker.database.transaction
+
+    @contextlib.asynccontextmanager
+    async def breaking() -> AsyncIterator[Any]:
+        async with transaction() as tx:
+            yield tx
+            at_commit = worker.counters.announced._sent is not None
+            if at_commit and not committed:
+                raise DatabaseUnavailable("gone before COMMIT")
+        if at_commit:
+            raise DatabaseUnavailable("gone after COMMIT")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DatabaseUnavailable):
+        patch.setattr(worker.database, "transaction", breaking)
+        await worker.sweep_and_flush()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_sums_of_an_ambiguous_commit_are_written_once(world: World, committed: bool) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        await world.announce("a", 5)
+        await both(world, "b", 2)
+        await worker.heard(lambda: sums(worker) == 7)
+        await commit_without_an_answer(worker, committed=committed)
+        assert await rows(world) == ({"a": (5, 0, 5), "b": (2, 2, 2)} if committed else {})
+        await world.announce("a", 1)
+        await worker.heard(lambda: sums(worker) == 8)
+        await worker.counters.loop.cycle()
+    assert await rows(world) == {"a": (6, 0, 6), "b": (2, 2, 2)}
+    await world.assert_consistent()
+
+
+async def test_flush_by_another_in_between_does_not_hide_that_the_commit_took_place(world: World) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        await world.announce("a", 5)
+        await worker.heard(lambda: sums(worker) == 5)
+        await commit_without_an_answer(worker, committed=True)
+        await world.view("other", 3)
+        await world.worker().counters.forgetting.forget("other")
+        await worker.counters.loop.cycle()
+    assert (await rows(world))["a"] == (5, 0, 5)
+
+
+async def test_whoever_takes_the_lease_over_begins_with_no_sums_and_the_stale_one_writes_none(world: World) -> None:
+    first, second = world.worker(), world.worker()
+    async with first.listening():
+        await first.sweep_and_flush()
+        await world.announce("a", 5)
+        await first.heard(lambda: sums(first) == 5)
+        await world.expire_lease()
+        async with second.listening():
+            assert sums(second) == 0
+            await world.announce("a", 2)
+            await second.heard(lambda: sums(second) == 2)
+            await first.heard(lambda: sums(first) == 7)
+            assert await first.counters.loop.cycle() == Busy()  # its lease is another's, it finds out under the lock
+            await second.counters.loop.cycle()
+            assert await rows(world) == {"a": (2, 0, 2)}
+            # And back again: what the first one summed up in its earlier epoch is nobody's.
+            await world.expire_lease()
+            await first.counters.lease.take()
+            await first.counters.loop.cycle()
+    assert await rows(world) == {"a": (2, 0, 2)}
+    assert first.metric("view_count_announced_dropped_total") == 7
+
+
+async def test_announced_is_never_ahead_of_what_was_incremented_before(world: World) -> None:
+    """A view that comes between the copy of the sums and the reading of Redis is counted, and announced later."""
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        await both(world, "a", 3)
+        await worker.heard(lambda: sums(worker) == 3)
+        reader = worker.counters.flusher.reader
+        read = type(reader).read
+
+        async def a_view_comes_first(self: Any, ids: Any) -> Reading:
+            if "a" in ids and sums(worker) == 3:
+                await both(world, "a", 2)
+                await worker.heard(lambda: sums(worker) == 5)
+            return await read(self, ids)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(reader), "read", a_view_comes_first)
+            await worker.counters.loop.cycle()
+        assert await rows(world) == {"a": (5, 5, 3)}
+        (shown,) = await worker.counters.display.views(["a"])
+        assert shown.views == 5
+
+
+async def test_bad_messages_are_measured_and_their_neighbours_count(world: World) -> None:
+    worker = world.worker()
+    bad = [b"", b"junk", b"\xff\xfe", b"[1]", b"x" * 70_000, b'{"vodId":"a"}', b'{"vodId":"","count":1}', b"[" * 10_000]
+    async with worker.listening():
+        for message in bad:
+            await world.publish(message)
+            await world.announce("good")
+        await worker.heard(lambda: sums(worker) == len(bad))
+        await worker.sweep_and_flush()
+    assert (await rows(world))["good"] == (len(bad), 0, len(bad))
+    kinds = ("not_json", "not_utf8", "not_an_object", "too_long", "count", "vod_id")
+    seen = {kind: worker.metric("view_count_updates_invalid_total", reason=kind) for kind in kinds}
+    assert seen == {"not_json": 2, "not_utf8": 1, "not_an_object": 2, "too_long": 1, "count": 1, "vod_id": 1}
+
+
+async def test_lost_subscription_is_a_gap_and_is_followed_by_a_sweep(world: World) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        assert worker.metric("view_count_subscription_gaps_total") == 0
+        worker.counters.loop._sweep._not_before = float("inf")
+        await world.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        await worker.heard(lambda: worker.metric("view_count_subscription_gaps_total") == 1)
+        assert worker.counters.loop._sweep.is_due
+        await world.announce("a", 2)
+        await worker.heard(lambda: sums(worker) == 2)
+
+
+async def test_link_that_falls_silent_is_noticed_and_made_anew(
+    valkey: ValkeyServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redis.subscriber.SILENCE_S", 0.2)
+    async with World(valkey.url, database_url) as world:
+        worker = world.worker()
+        async with worker.listening():
+            await asyncio.sleep(0.5)  # silence alone, with answers to PING, is no fault
+            assert worker.status.is_ok("messages")
+            assert valkey.process is not None
+            os.kill(valkey.process.pid, signal.SIGSTOP)
+            await worker.heard(lambda: not worker.status.is_ok("messages"))
+            os.kill(valkey.process.pid, signal.SIGCONT)
+            await worker.heard(lambda: worker.status.is_ok("messages"))
+            await world.announce("a")
+            await worker.heard(lambda: sums(worker) == 1)
+        assert worker.metric("view_count_subscription_gaps_total") == 1
+
+
+async def test_what_was_published_before_a_stop_is_counted(world: World) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        pipeline = world.redis.pipeline(transaction=False)
+        for number in range(5000):
+            pipeline.publish(world.environment["VIEW_CHANNEL"], json.dumps({"vodId": f"vod_{number % 50}", "count": 1}))
+        await pipeline.execute()
+    assert sums(worker) == 5000
+
+
+async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.redis.acl_setuser(  # type: ignore[no-untyped-call]
+            "limited", enabled=True, nopass=True, keys=["*"], channels=["nothing"], commands=["+@all"]
+        )
+        worker = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://limited:x@"))
+        for check in ("redis", "postgres", "schema"):
+            worker.status.ok(check)
+        await worker.counters.lease.take()
+        stop = asyncio.Event()
+        task = asyncio.create_task(worker.counters.listener.run(stop))
+        await worker.heard(lambda: "SUBSCRIBE" in worker.status.checks["messages"].remedy)
+        await world.view("a", 3)
+        await worker.cycle()
+        await world.assert_exact()
+        stop.set()
+        await task
+
+
+async def test_new_totals_are_published_after_the_commit(world: World) -> None:
+    worker = world.worker()
+    await world.view("a", 3)
+    await worker.cycle()
+    channel = world.redis.pubsub()
+    await channel.subscribe(world.environment["VIEW_TOTALS_CHANNEL"])
+    await channel.get_message(timeout=5)
+    await world.view("a", 2)
+    await world.view("ünï", 1)
+    await worker.cycle()
+    received = [await channel.get_message(ignore_subscribe_messages=True, timeout=5) for _ in range(2)]
+    documents = [json.loads(message["data"]) for message in received if message]
+    assert sorted(documents, key=lambda document: document["vodId"]) == [
+        {"vodId": "a", "viewCount": 5, "delta": 2, "flushId": 2},
+        {"vodId": "ünï", "viewCount": 1, "delta": 1, "flushId": 2},
+    ]
+    await channel.aclose()  # type: ignore[no-untyped-call]
+
+
+async def test_flush_does_not_depend_on_publishing(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.redis.acl_setuser(  # type: ignore[no-untyped-call]
+            "mute", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-publish"]
+        )
+        await world.view("a", 3)
+        worker = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://mute:x@"))
+        assert isinstance(await worker.cycle(), Flushed)
+        await world.assert_exact()

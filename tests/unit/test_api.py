@@ -1,0 +1,94 @@
+"""`/v1/views` and `/v1/top`: what they answer, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from tests.fakes import FakeClock, FakeNumbers
+from worker.errors import DatabaseUnavailable
+from worker.observability.metrics import Metrics
+from worker.observability.status import Status
+from worker.web.api import Api
+from worker.web.health import Health
+from worker.web.server import WebServer
+
+
+@pytest.fixture
+def numbers() -> FakeNumbers:
+    return FakeNumbers()
+
+
+@pytest.fixture
+async def base(numbers: FakeNumbers) -> AsyncIterator[str]:
+    clock = FakeClock()
+    health = Health(Status(clock, ()), clock, "0", clock.now() - clock.now())
+    server = WebServer(health, Api(numbers), Metrics().registry, "127.0.0.1", 0)
+    await server.start()
+    yield server.url
+    await server.close()
+
+
+async def get(url: str) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as session, session.get(URL(url, encoded=True)) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize(
+    ("path", "vod_id"),
+    [("vod_1", "vod_1"), ("a%2Fb", "a/b"), ("/a/b", "/a/b"), ("%C3%BC%3F%25", "ü?%"), ("a,b", "a,b")],
+)
+async def test_one_id(base: str, path: str, vod_id: str) -> None:
+    code, body = await get(f"{base}/v1/views/{path}")
+    assert (code, body) == (200, {"vodId": vod_id, "views": len(vod_id), "pending": 1})
+
+
+async def test_several_ids_in_their_order_without_repeats(base: str) -> None:
+    code, body = await get(f"{base}/v1/views?ids=b,a%2Fx,b,,c")
+    assert code == 200
+    assert [entry["vodId"] for entry in body["views"]] == ["b", "a/x", "c"]
+
+
+async def test_top_of_a_window(base: str) -> None:
+    code, body = await get(f"{base}/v1/top?window=1h&limit=2")
+    assert code == 200
+    assert body == {"since": "2023-12-31T23:00:00Z", "top": [{"vodId": "a", "views": 5, "total": 7}] * 2}
+    assert len((await get(f"{base}/v1/top"))[1]["top"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/views", "1 to 100 ids"),
+        ("/v1/views?ids=" + "a," * 101, "1 to 100 ids"),
+        ("/v1/views/" + "x" * 257, "256 bytes"),
+        ("/v1/views/a%00b", "NUL"),
+        ("/v1/top?window=soon", "window: expected"),
+        ("/v1/top?window=-1h", "window: expected"),
+        ("/v1/top?limit=0", "limit: expected"),
+        ("/v1/top?limit=101", "limit: expected"),
+        ("/v1/top?limit=1.5", "limit: expected"),
+        ("/v1/top?limit=%D9%A3", "limit: expected"),
+    ],
+)
+async def test_question_that_cannot_be_answered_is_400_and_says_why(base: str, path: str, expected: str) -> None:
+    code, body = await get(base + path)
+    assert code == 400
+    assert expected in body["error"]
+
+
+async def test_server_that_cannot_be_asked_is_503_and_says_why(base: str, numbers: FakeNumbers) -> None:
+    numbers.error = DatabaseUnavailable("no answer in time")
+    code, body = await get(f"{base}/v1/views/a")
+    assert code == 503
+    assert body["error"] == "no answer in time"
+    assert "DATABASE_URL" in body["remedy"]
+
+
+async def test_nothing_can_be_changed(base: str) -> None:
+    async with aiohttp.ClientSession() as session, session.post(f"{base}/v1/views/a") as response:
+        assert response.status == 405

@@ -1,0 +1,156 @@
+"""What messages say, what cannot be counted, and the sums that are kept until they are written."""
+
+from __future__ import annotations
+
+import json
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from tests.fakes import FakeClock
+from worker.counters.announced import Announced
+from worker.counters.updates import InvalidUpdate, Updates, parse_update
+from worker.observability.metrics import Metrics
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b'{"vodId":"vod_123","count":1}', ("vod_123", 1)),
+        (b' {"count": 1000000000, "title": {"vodId": ["count"]}, "vodId": "a b"} ', ("a b", 10**9)),
+        (b'{"vodId":42,"count":2}', ("42", 2)),
+        (b'{"vodId":-7,"count":2}', ("-7", 2)),
+        ('{"vodId":"ünï","count":2,"ts":"2024-01-01T00:00:00Z"}'.encode(), ("ünï", 2)),
+        (b'{"\\u0076odId":"escaped","count":3}', ("escaped", 3)),
+        (b'{"vodId":"say \\"count\\"","count":3,"note":"\\"vodId\\" twice"}', ('say "count"', 3)),
+        (b'{"vodId":"' + b"x" * 256 + b'","count":1}', ("x" * 256, 1)),
+    ],
+)
+def test_messages_that_count(raw: bytes, expected: tuple[str, int]) -> None:
+    assert parse_update(raw) == expected
+
+
+BAD = {
+    "not_json": [b"", b"hello", b'{"vodId":"a","count":1', b'{"vodId":"a","count":1}x', b'{"vodId":"a","count":NaN}'],
+    "not_utf8": [b"\xff\xfe", b'{"vodId":"\xff","count":1}', b'{"vodId":"a","count":1,"x":"\xed\xa0\x80"}'],
+    "too_long": [b'{"vodId":"a","count":1,"x":"' + b"x" * 65536 + b'"}'],
+    "nested_too_deep": [b'{"vodId":"a","count":1,"x":' + b"[" * 10_000 + b"]" * 10_000 + b"}"],
+    "not_an_object": [b"[1]", b'"a"', b"1", b"null", b"[" * 10_000],
+    "duplicate_field": [b'{"vodId":"a","vodId":"b","count":1}', b'{"vodId":"a","count":1,"count":1}'],
+    "vod_id": [
+        b'{"count":1}',
+        b'{"vodId":null,"count":1}',
+        b'{"vodId":true,"count":1}',
+        b'{"vodId":{},"count":1}',
+        b'{"vodId":1.5,"count":1}',
+        b'{"vodId":"","count":1}',
+        b'{"vodId":"' + b"x" * 257 + b'","count":1}',
+        b'{"vodId":"a\\u0000b","count":1}',
+    ],
+    "count": [
+        b'{"vodId":"a"}',
+        b'{"vodId":"a","count":"1"}',
+        b'{"vodId":"a","count":1.5}',
+        b'{"vodId":"a","count":1.0}',
+        b'{"vodId":"a","count":true}',
+        b'{"vodId":"a","count":null}',
+        b'{"vodId":"a","count":0}',
+        b'{"vodId":"a","count":-1}',
+        b'{"vodId":"a","count":1000000001}',
+        b'{"vodId":"a","count":9223372036854775808}',
+        b'{"vodId":"a","count":1e400}',
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "raw"), [(kind, raw) for kind, raws in BAD.items() for raw in raws])
+def test_messages_that_do_not_count_say_why(kind: str, raw: bytes) -> None:
+    with pytest.raises(InvalidUpdate, match=f"^{kind}$"):
+        parse_update(raw)
+
+
+def test_lone_surrogate_is_no_id() -> None:
+    with pytest.raises(InvalidUpdate):
+        parse_update(b'{"vodId":"\\ud800","count":1}')
+
+
+@given(st.binary())
+def test_no_bytes_do_more_than_be_refused(raw: bytes) -> None:
+    try:
+        vod_id, count = parse_update(raw)
+    except InvalidUpdate:
+        return
+    assert vod_id
+    assert 1 <= count <= 10**9
+
+
+SCALARS = st.none() | st.booleans() | st.floats() | st.text()
+
+
+@given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_no_json_does_more_than_be_refused(value: object) -> None:
+    with pytest.raises(InvalidUpdate):
+        parse_update(json.dumps(value).encode())
+
+
+def test_bad_messages_are_measured_and_logged_once_and_hinder_nobody() -> None:
+    metrics, clock = Metrics(), FakeClock()
+    updates = Updates(metrics, clock)
+    good = b'{"vodId":"a","count":2}'
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert updates.sum([b"junk\n\x1b[31m" + b"x" * 100, good, b"junk", good, good]) == {"a": 6}
+        clock.advance(61)
+        assert updates.sum([b"junk"]) == {}
+    value = metrics.registry.get_sample_value
+    assert value("view_count_updates_invalid_total", {"reason": "not_json"}) == 7
+    assert value("view_count_updates_total") == 18
+    assert [line["message"] for line in logs] == [("junk\\n\\x1b[31m" + "x" * 100)[:64], "junk"]
+
+
+def announced(metrics: Metrics | None = None) -> Announced:
+    made = Announced(metrics or Metrics())
+    made.begin(1)
+    return made
+
+
+def test_sums_are_those_of_one_epoch() -> None:
+    sums = announced()
+    sums.add({"a": 2, "b": 1})
+    assert sums.copy(["a", "c"], epoch=1) == {"a": 2}
+    assert sums.copy(["a"], epoch=2) == {}
+    sums.begin(1)
+    assert sums.copy(["a"], epoch=1) == {"a": 2}
+    sums.begin(2)
+    assert sums.copy(["a"], epoch=2) == {}
+
+
+def test_what_was_written_is_subtracted_and_what_was_not_is_kept() -> None:
+    sums, nonce = announced(), uuid4()
+    sums.add({"a": 2, "b": 1})
+    sums.sending(nonce, {"a": 2, "b": 1})
+    sums.add({"a": 5})
+    sums.settle(uuid4())
+    assert sums.copy(["a", "b"], 1) == {"a": 7, "b": 1}
+    sums.settle(nonce)  # too late: it was found not to be written
+    assert sums.copy(["a", "b"], 1) == {"a": 7, "b": 1}
+    sums.sending(nonce, {"a": 7, "b": 1})
+    sums.add({"a": 1})
+    sums.settle(nonce)
+    assert sums.copy(["a", "b"], 1) == {"a": 1}
+    assert sums.ids() == ["a"]
+
+
+def test_memory_is_bounded_and_what_is_dropped_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.counters.announced.ID_LIMIT", 2)
+    metrics = Metrics()
+    sums = announced(metrics)
+    sums.add({"a": 1, "b": 1, "c": 5})
+    sums.add({"a": 1, "d": 2})
+    assert sums.copy(["a", "b", "c", "d"], 1) == {"a": 2, "b": 1}
+    assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 7
+    sums.begin(2)
+    assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 10

@@ -101,9 +101,10 @@ async def commit_without_an_answer(worker: InProcessWorker, *, committed: bool) 
         if at_commit:
             raise DatabaseUnavailable("gone after COMMIT")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DatabaseUnavailable):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker.database, "transaction", breaking)
-        await worker.sweep_and_flush()
+        with pytest.raises(DatabaseUnavailable):
+            await worker.sweep_and_flush()
 
 
 @pytest.mark.parametrize("committed", [True, False])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Readers share the connections with the flushes, which must always get one.
 READERS_AT_ONCE = 2
 PRESENT_READERS = 50
+PATIENCE_S = 2.0
 
 
 class Display:
@@ -73,12 +74,22 @@ class Display:
             raise TooManyReaders
         self._present += 1
         try:
-            async with self._turn:
+            await self._wait_for_turn()
+            try:
                 yield
+            finally:
+                self._turn.release()
         except SQLAlchemyError as error:
             raise DatabaseUnavailable(describe(error), "`viewer-worker check` says what is wrong.") from error
         finally:
             self._present -= 1
+
+    async def _wait_for_turn(self) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise TooManyReaders from None
 
     def _shown(self, stored: Stored, value: bytes | None) -> Shown:
         pending = (parse_count(value) if value is not None else 0) or 0

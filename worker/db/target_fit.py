@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 INTEGERS = ("int2", "int4", "int8")
 KEY_TYPES = ("smallint", "integer", "bigint", "uuid")
-_NAME_PART = re.compile(r'"((?:[^"]|"")+)"|([^".]+)')
+_PART = r'"(?:[^"]|"")+"|[^".]+'
+_NAME = re.compile(rf"(?:(?P<schema>{_PART})\.)?(?P<table>{_PART})")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 
@@ -43,16 +44,14 @@ class TargetNames:
 
 def parse_target(table: str, key: str, column: str) -> TargetNames:
     """`Vod`, `app.Vod`, or `"odd.name"` (quotes keep a dot in a name). Raises ValueError saying what is expected."""
-    parts, at = [], 0
-    while match := _NAME_PART.match(table, at):
-        parts.append((match[1] or match[2]).replace('""', '"'))
-        at = match.end()
-        if table[at : at + 1] != ".":
-            break
-        at += 1
-    if at != len(table) or not 1 <= len(parts) <= 2:
+    match = _NAME.fullmatch(table)
+    if match is None:
         raise ValueError("a table such as Vod or app.Vod, written as it is")
-    return TargetNames(parts[0] if len(parts) == 2 else None, parts[-1], key, column)
+    return TargetNames(_bare(match["schema"]), str(_bare(match["table"])), key, column)
+
+
+def _bare(name: str | None) -> str | None:
+    return name[1:-1].replace('""', '"') if name and name.startswith('"') else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +87,10 @@ async def fit(tx: AsyncConnection, names: TargetNames) -> Key:
 
 _LOOK = text(
     """
-    SELECT c.relkind,
+    SELECT c.relkind::text,
            k.attnum AS key_number,
            coalesce(nullif(kt.typbasetype, 0), kt.oid)::regtype::text AS key_name,
-           kt.typcategory AS key_category,
+           kt.typcategory::text AS key_category,
            v.attnum AS column_number,
            vt.typname AS column_type,
            v.attgenerated <> '' AS generated,

@@ -1,0 +1,149 @@
+"""The numbers that a page shows: never below the truth, exact when nothing is on its way, and cheap to ask for."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy.dialects import postgresql
+
+from tests.world import World
+from worker.db.reads import TOP, TOTALS, Shown, TopEntry
+from worker.errors import DatabaseUnavailable, TooManyReaders
+
+
+async def test_pending_and_stored_views_are_shown_together(world: World) -> None:
+    worker = world.worker()
+    await world.view("a", 5)
+    await worker.cycle()
+    await world.view("a", 2)
+    await world.view("new", 1)
+    await world.redis.set(world.prefix + "broken", "abc")
+    shown = await worker.counters.display.views(["new", "a", "nobody", "broken"])
+    assert shown == [Shown("new", 1, 1, 0), Shown("a", 7, 2, 5), Shown("nobody", 0, 0, 0), Shown("broken", 0, 0, 0)]
+
+
+@pytest.mark.parametrize(("count_source", "views"), [("both", 10), ("counters", 8), ("messages", 10), ("sum", 18)])
+async def test_what_was_announced_already_is_not_shown_twice(world: World, count_source: str, views: int) -> None:
+    await world.sql.execute("INSERT INTO view_counts (vod_id, views, counted, announced) VALUES ('a', 10, 5, 10)")
+    if count_source in ("counters", "sum"):
+        await world.sql.execute("UPDATE view_counts SET views = $1", {"counters": 5, "sum": 15}[count_source])
+    await world.redis.set(world.prefix + "a", 3)
+    (shown,) = await world.worker(VIEW_COUNT_SOURCE=count_source).counters.display.views(["a"])
+    assert shown.views == views
+
+
+async def test_imported_views_are_shown(world: World) -> None:
+    await world.sql.execute("INSERT INTO view_counts VALUES ('a', 105, 5, 3, now(), 100)")
+    await world.redis.set(world.prefix + "a", 2)
+    (shown,) = await world.worker().counters.display.views(["a"])
+    assert shown.views == 107
+
+
+async def test_number_is_never_below_the_truth_while_views_are_flushed(world: World) -> None:
+    worker, reader = world.worker(BATCH_SIZE="2"), world.worker()
+    await worker.cycle()
+    done = asyncio.Event()
+
+    async def work() -> None:
+        while not done.is_set():
+            await worker.cycle_until_done()
+
+    working = asyncio.create_task(work())
+    for _ in range(100):
+        await world.view_many(["a", "b", "c", "d"])
+        for shown in await reader.counters.display.views(["a", "b", "c", "d"]):
+            assert shown.views >= world.truth[shown.vod_id]
+    done.set()
+    await working
+    await worker.cycle()
+    assert [shown.views for shown in await reader.counters.display.views(["a", "b"])] == [100, 100]
+
+
+async def test_reader_asks_redis_first(world: World) -> None:
+    """In the other order, a view that is flushed in between is seen on neither side."""
+    worker, reader = world.worker(), world.worker()
+    await worker.cycle()
+    await world.view("a", 5)
+    order: list[str] = []
+    read, transaction = reader.redis.read, reader.database.transaction
+
+    async def read_then_flush(keys: Any) -> Any:
+        values = await read(keys)
+        order.append("redis")
+        await worker.cycle()
+        return values
+
+    def begin() -> Any:
+        order.append("postgres")
+        return transaction()
+
+    reader.redis.read = read_then_flush  # type: ignore[method-assign]
+    reader.database.transaction = begin  # type: ignore[method-assign]
+    (shown,) = await reader.counters.display.views(["a"])
+    assert order == ["redis", "postgres"]
+    assert shown.views >= 5
+
+
+async def test_top_counts_whole_hours_and_shows_the_totals_of_now(world: World) -> None:
+    await world.sql.execute(
+        """
+        INSERT INTO view_counts_hourly (bucket, vod_id, views)
+        SELECT date_trunc('hour', now(), 'UTC') - make_interval(hours => h), id, v
+        FROM (VALUES (0, 'a', 5), (1, 'a', 1), (1, 'b', 7), (2, 'c', 50), (1, 'd', 6)) AS _ (h, id, v)
+        """
+    )
+    await world.sql.execute("INSERT INTO view_counts (vod_id, views, counted) VALUES ('a', 6, 6), ('b', 9, 9)")
+    await world.redis.set(world.prefix + "a", 10)
+    display = world.worker().counters.display
+    top = await display.top(timedelta(hours=1), limit=3)
+    assert top.entries == [TopEntry("b", 7, 9), TopEntry("a", 6, 16), TopEntry("d", 6, 0)]
+    assert (top.since.minute, top.since.second) == (0, 0)
+    assert (await display.top(timedelta(hours=2), limit=1)).entries == [TopEntry("c", 50, 0)]
+    assert (await world.worker().counters.display.top(timedelta(days=1), limit=2)).entries[0].vod_id == "c"
+
+
+async def test_readers_do_not_keep_the_worker_from_its_connections(world: World) -> None:
+    worker = world.worker(DB_MAX_CONNECTIONS="3")
+    await worker.cycle()
+    async with world.sql.transaction():
+        await world.sql.execute("LOCK TABLE view_counts_hourly IN ACCESS EXCLUSIVE MODE")
+        readers = [asyncio.create_task(worker.counters.display.top(timedelta(days=1), 10)) for _ in range(60)]
+        outcomes = await asyncio.gather(*readers, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {TooManyReaders, DatabaseUnavailable}
+    assert sum(isinstance(outcome, TooManyReaders) for outcome in outcomes) >= 10
+
+
+async def test_tables_that_are_missing_are_told(redis_url: str, empty_database_url: str) -> None:
+    async with World(redis_url, empty_database_url) as world:
+        with pytest.raises(DatabaseUnavailable, match="view_counts"):
+            await world.worker().counters.display.views(["a"])
+
+
+async def test_queries_use_their_indexes(world: World) -> None:
+    """However large the tables grow, a page asks for a few rows, and a top list for the hours of its window."""
+    await world.sql.execute("INSERT INTO view_counts (vod_id) SELECT 'vod_' || n FROM generate_series(1, 50000) n")
+    await world.sql.execute(
+        """
+        INSERT INTO view_counts_hourly (bucket, vod_id, views)
+        SELECT date_trunc('hour', now(), 'UTC') - make_interval(hours => h), 'vod_' || n, 1
+        FROM generate_series(1, 400) n, generate_series(1000, 0, -1) h ORDER BY 1
+        """
+    )
+    await world.sql.execute("ANALYZE view_counts, view_counts_hourly")
+    ids = [f"vod_{number}" for number in range(100)]
+    plan = await explain(world, TOTALS, ids=ids)
+    assert "view_counts_pkey" in plan
+    assert "Seq Scan" not in plan
+    plan = await explain(world, TOP, window=timedelta(hours=24), at_most=10)
+    assert "view_counts_hourly_bucket_brin" in plan
+    assert "Seq Scan" not in plan
+
+
+async def explain(world: World, statement: Any, **parameters: Any) -> str:
+    compiled = statement.compile(dialect=postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
+    values = compiled.params | parameters
+    in_order = [values[name] for name in compiled.positiontup]
+    return str(await world.sql.fetchval(f"EXPLAIN (FORMAT JSON) {compiled}", *in_order))

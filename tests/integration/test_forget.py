@@ -1,0 +1,96 @@
+"""Forgetting an id: nothing of it is left to be counted or shown, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.world import World
+from worker.counters.flush import Flushed
+from worker.counters.forget import Forgotten
+from worker.errors import OnHold, RedisUnavailable
+
+
+async def test_total_history_and_pending_views_are_gone_and_what_comes_later_counts_anew(world: World) -> None:
+    worker = world.worker()
+    await world.view("a", 5)
+    await world.view("b", 1)
+    await worker.cycle()
+    await world.view("a", 2)
+    assert await worker.counters.forgetting.forget("a") == Forgotten(stored=5, pending=2)
+    assert await world.totals() == Counter(b=1)
+    assert await world.pending() == Counter()
+    assert await world.sql.fetchval("SELECT count(*) FROM view_counts_hourly WHERE vod_id = 'a'") == 0
+    await world.assert_consistent()
+    await world.view("a", 3)
+    await worker.cycle()
+    assert await world.totals() == Counter(a=3, b=1)
+    await world.assert_consistent()
+
+
+async def test_id_that_was_imported_adds_up_to_nothing_in_the_ledger(world: World) -> None:
+    worker = world.worker()
+    await world.view("a", 5)
+    await worker.cycle()
+    await world.sql.execute("UPDATE view_counts SET views = views + 100, imported = 100")
+    assert await worker.counters.forgetting.forget("a") == Forgotten(stored=105, pending=0)
+    await world.assert_consistent()
+
+
+async def test_id_that_is_not_there_may_be_forgotten_even_before_the_first_flush(world: World) -> None:
+    assert await world.worker().counters.forgetting.forget("never seen") == Forgotten(0, 0)
+    await world.assert_consistent()
+
+
+async def test_crash_before_its_settle_is_made_up_for_by_the_next_flush(world: World) -> None:
+    worker = world.worker()
+    await worker.cycle()
+    await world.view("a", 5)
+    settle = worker.counters.settler.settle
+
+    async def gone(*_: Any, **__: Any) -> bool:
+        raise RedisUnavailable("gone")
+
+    worker.counters.settler.settle = gone  # type: ignore[method-assign]
+    with pytest.raises(RedisUnavailable):
+        await worker.counters.forgetting.forget("a")
+    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    await world.view("a", 2)
+    await worker.cycle()
+    assert await world.totals() == Counter(a=2)
+    await world.assert_consistent()
+
+
+async def test_beside_a_running_worker_nothing_of_the_others_is_lost(world: World) -> None:
+    worker, operator = world.worker(BATCH_SIZE="3"), world.worker()
+    done = asyncio.Event()
+
+    async def work() -> None:
+        while not done.is_set():
+            await worker.cycle_until_done()
+
+    working = asyncio.create_task(work())
+    forgotten = 0
+    for _ in range(20):
+        await world.view_many(["a", "b", "c", "d", "victim"])
+        if isinstance(await operator.counters.forgetting.forget("victim"), Forgotten):
+            forgotten += 1
+    done.set()
+    await working
+    assert await worker.cycle() == Flushed()
+    assert forgotten == 20
+    del world.truth["victim"]
+    await world.assert_exact()
+
+
+async def test_on_hold_nothing_is_forgotten(world: World) -> None:
+    worker = world.worker()
+    await world.view("a", 5)
+    await worker.cycle()
+    await world.redis.set(world.keys.marker, "garbage")
+    with pytest.raises(OnHold, match="cannot be read"):
+        await worker.counters.forgetting.forget("a")
+    assert await world.totals() == Counter(a=5)

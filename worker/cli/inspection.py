@@ -1,0 +1,63 @@
+"""Commands that look and change nothing: `viewer-worker config`, `check` and `healthcheck`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from worker.cli.exits import EXIT_FAILURE, EXIT_UNAVAILABLE, fail
+from worker.cli.options import EnvFile, LogLevel, read_settings
+
+
+def config(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
+    """Print the effective settings, secrets masked."""
+    settings = read_settings(env_file, log_level)
+    idle = settings.without_effect()
+    for name, value in settings.shown().items():
+        typer.echo(f"{name}={value}" + ("  # no effect in this version" if name in idle else ""))
+
+
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Look at everything the worker relies on, and say what to do about what is wrong.
+
+    Exit code 0 when nothing is, 1 when something is, 69 when a server is out of reach.
+    """
+    settings = read_settings(env_file, log_level)
+    import json
+    from dataclasses import asdict
+
+    from worker import app
+    from worker.checkup import Level
+
+    findings = app.run_async(app.check(settings))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            colour = {Level.OK: "green", Level.WARNING: "yellow", Level.FAILURE: "red"}[finding.level]
+            typer.echo(typer.style(f"{finding.level:8}", fg=colour) + f"{finding.name:18}{finding.found}")
+            if finding.remedy:
+                typer.echo(f"{'':26}{finding.remedy}")
+    failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
+    raise typer.Exit(EXIT_UNAVAILABLE if failed & {"redis", "postgres"} else EXIT_FAILURE if failed else 0)
+
+
+def healthcheck(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
+    """Ask the running worker's /livez; for a container's HEALTHCHECK. Exit code 0 when it answers well, else 1."""
+    import http.client
+
+    settings = read_settings(env_file, log_level)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.health_check_host, settings.health_check_host)  # noqa: S104
+    connection = http.client.HTTPConnection(host, settings.health_check_port, timeout=3)
+    try:
+        connection.request("GET", "/livez")
+        response = connection.getresponse()
+        typer.echo(response.read().decode())
+    except (OSError, http.client.HTTPException) as error:
+        fail(f"no answer from {host}:{settings.health_check_port} ({type(error).__name__})", "", EXIT_FAILURE)
+    raise typer.Exit(0 if response.status == 200 else EXIT_FAILURE)

@@ -1,0 +1,73 @@
+"""`viewer-worker run` and `migrate`."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from worker.cli.exits import EXIT_FAILURE, fail
+from worker.cli.options import EnvFile, LogLevel, read_settings
+
+if TYPE_CHECKING:
+    from worker.counters.flush import Busy, Flushed
+    from worker.counters.recovery import Hold
+
+
+def run(
+    once: Annotated[bool, typer.Option("--once", help="One full flush, then exit.")] = False,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Run the worker until SIGTERM or Ctrl-C. Servers that are missing are waited for."""
+    if not once:
+        # Until the worker listens to signals itself there is nothing to drain.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    settings = read_settings(env_file, log_level)
+    from worker import app
+
+    if once:
+        _report_once(app.run_async(app.run_once(settings)))
+        return
+    try:
+        clean = app.run_async(app.run(settings))
+    except OSError as error:
+        where = f"{settings.health_check_host}:{settings.health_check_port}"
+        name = "HEALTH_CHECK_PORT to a free port" if error.errno == errno.EADDRINUSE else "HEALTH_CHECK_HOST"
+        fail(f"cannot listen on {where}: {error.strerror}", f"Set {name}.", EXIT_FAILURE)
+    raise typer.Exit(0 if clean else EXIT_FAILURE)
+
+
+def _report_once(outcome: Flushed | Busy | Hold) -> None:
+    from worker.counters.flush import Flushed
+    from worker.counters.recovery import Hold
+
+    match outcome:
+        case Flushed(_, keys, views):
+            typer.echo(f"flushed {views} views of {keys} ids")
+        case Hold(cause, remedy):
+            fail(f"on hold: {cause}", remedy, EXIT_FAILURE)
+        case _:
+            fail("another worker holds the lease and does the flushing", "Leave it to it, or stop it.", EXIT_FAILURE)
+
+
+def migrate(
+    status: Annotated[bool, typer.Option("--status", help="Only say what the database has and needs.")] = False,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Create the tables, or bring them up to date. With --status: exit code 0 when they are, 1 when not."""
+    settings = read_settings(env_file, log_level)
+    from worker import app
+
+    before, after = app.run_async(app.migrate(settings, only_status=status))
+    typer.echo(f"database: {before.current or 'no tables'}, needed: {before.head}")
+    if status:
+        before.require_current()
+    elif before.current != after.current:
+        typer.echo(f"migrated to {after.current}")
+    else:
+        typer.echo("nothing to do")

@@ -7,7 +7,10 @@ ViewerWorkerError
 │   └── DatabaseUnavailable
 ├── SchemaNotCurrent         the database's tables are not those of this version
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
-├── InvalidId                (counters.keys) a key does not name an id
+├── ViewNotRecorded          (producer) surely not in Redis; it may be sent again
+│   └── InvalidView          its id or count is none; also a ValueError
+├── ViewIndeterminate        (producer) sent, and in Redis or not; sending it again may count it twice
+├── InvalidId                (counters.keys) this cannot be an id
 └── ServerFailed             (dev.servers) an embedded server did not start
 """
 
@@ -70,3 +73,15 @@ class SchemaNotCurrent(ViewerWorkerError):
 
 class NothingToAdopt(ViewerWorkerError):
     """There is no hold, or not the one that was looked at."""
+
+
+class ViewNotRecorded(ViewerWorkerError):
+    """Nothing of it was applied: Redis was not reached, or refused all of it."""
+
+
+class InvalidView(ViewNotRecorded, ValueError):
+    """The id or the count cannot be recorded, now or later; the text says why."""
+
+
+class ViewIndeterminate(ViewerWorkerError):
+    """It was sent and Redis did not confirm all of it: it may have counted or not. It must not be repeated blindly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -9,12 +10,13 @@ from worker.errors import ViewerWorkerError
 
 MAX_COUNT = 2**63 - 1
 MAX_ID_BYTES = 256
+DIGEST_LENGTH = 32
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
 _GLOB = re.compile(rb"([*?\[\]\\^-])")
 
 
 class InvalidId(ViewerWorkerError):
-    """The part of a key after the prefix cannot be an id in Postgres; the text says why."""
+    """This cannot be an id in Postgres; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,43 @@ class Keys:
         return self.prefix + vod_id.encode()
 
     def vod_id(self, key: bytes) -> str:
-        """The id that a counter's key names. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
-        raw = key[len(self.prefix) :]
-        if not raw:
-            raise InvalidId("the id is empty")
-        if len(raw) > MAX_ID_BYTES:
-            raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
-        if b"\x00" in raw:
-            raise InvalidId("the id has a NUL byte")
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            raise InvalidId("the id is not UTF-8") from None
+        """The id that a counter's key names. Raises InvalidId."""
+        return decode_id(key[len(self.prefix) :])
+
+
+def decode_id(raw: bytes) -> str:
+    """The id as text. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
+    if not raw:
+        raise InvalidId("the id is empty")
+    if len(raw) > MAX_ID_BYTES:
+        raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
+    if b"\x00" in raw:
+        raise InvalidId("the id has a NUL byte")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise InvalidId("the id is not UTF-8") from None
+
+
+def check_id(vod_id: object) -> str:
+    """The id as text; an integer means its decimal string. Raises InvalidId, as `decode_id` and for any other type."""
+    if isinstance(vod_id, bool) or not isinstance(vod_id, str | int):
+        raise InvalidId(f"an id is a str or an int, not a {type(vod_id).__name__}")
+    if isinstance(vod_id, int) and vod_id.bit_length() > 8 * MAX_ID_BYTES:  # str() refuses the largest
+        raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
+    try:
+        return decode_id(str(vod_id).encode())
+    except UnicodeEncodeError:
+        raise InvalidId("the id is not UTF-8") from None
+
+
+def fitting_id(text: str) -> str:
+    """`text` where it fits into an id; else its beginning, `~` and a digest, so that different texts stay different."""
+    raw = text.encode()
+    if len(raw) <= MAX_ID_BYTES:
+        return text
+    digest = "~" + hashlib.sha256(raw).hexdigest()[:DIGEST_LENGTH]
+    return raw[: MAX_ID_BYTES - len(digest)].decode(errors="ignore") + digest
 
 
 def parse_count(value: bytes) -> int | None:

@@ -139,7 +139,7 @@ class Settings(BaseModel):
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
 
     view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field("vod:views:")
-    view_channel: str = Field("view_count_updates", min_length=1, json_schema_extra=NotYet)
+    view_channel: str = Field("view_count_updates", min_length=1)
     view_totals_channel: str = Field("view_counts", min_length=1, json_schema_extra=NotYet)
     view_source_name: str = Field("default", min_length=1, max_length=63)
     view_count_source: Literal["both", "counters", "messages", "sum"] = Field("both", json_schema_extra=NotYet)

@@ -174,7 +174,7 @@ def test_environment_wins_over_env_file_and_flags_win_over_both(tmp_path: Path) 
 
 
 def test_settings_without_effect_are_known() -> None:
-    assert load(VIEW_CHANNEL="views", BATCH_SIZE="5").without_effect() == ["VIEW_CHANNEL"]
+    assert load(VIEW_TOTALS_CHANNEL="views", BATCH_SIZE="5").without_effect() == ["VIEW_TOTALS_CHANNEL"]
 
 
 CANARY = "c4n4ry/@:%#"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli import adopt, dev, inspection, run
+from worker.cli import adopt, dev, inspection, publish, run
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNAVAILABLE, fail
 
 cli = typer.Typer(
@@ -22,6 +22,7 @@ for command in (
     run.migrate,
     inspection.check,
     adopt.adopt,
+    publish.publish,
     inspection.config,
     inspection.healthcheck,
     dev.dev,

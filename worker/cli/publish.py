@@ -107,11 +107,9 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
     except ViewNotRecorded as error:
         _stopped(tally, str(error), CHECK_REDIS, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
-        message = f"lines {tally.next_line} to {tally.last_tried} may or may not have counted: {error}"
-        remedy = (
-            f"Go on after them with --from-line {tally.last_tried + 1}; --from-line {tally.next_line} repeats them."
-        )
-        fail(message, remedy, EXIT_FAILURE)
+        first, last = tally.next_line, tally.last_tried
+        remedy = f"Go on after them with --from-line {last + 1}; --from-line {first} repeats them."
+        fail(f"lines {first} to {last} may or may not have counted: {error}", remedy, EXIT_FAILURE)
     except OSError as error:
         _stopped(tally, str(error), "", EXIT_FAILURE)
     except KeyboardInterrupt:

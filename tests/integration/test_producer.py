@@ -19,7 +19,9 @@ import redis.asyncio as aioredis
 from tests.proxy import Mode, Proxy
 from worker import Outcome, SyncViewProducer, ViewProducer
 from worker.dev.servers import ValkeyServer, free_port
-from worker.errors import ViewIndeterminate, ViewNotRecorded
+from worker.errors import RedisUnavailable, ViewIndeterminate, ViewNotRecorded
+from worker.redis.address import parse_redis_url
+from worker.redis.client import RedisClient
 
 
 class Application:
@@ -251,19 +253,33 @@ async def test_redis_out_of_reach_is_not_recorded_and_tells_no_secret(
     assert "hunter2" not in caplog.text + "".join(traceback.format_exception(caught.value))
 
 
-async def test_server_that_repeats_the_password_is_not_quoted(produce: Produce) -> None:
+@pytest.fixture
+async def parrot() -> AsyncIterator[str]:
+    """The URL, with a password, of a server that knows no command and repeats each, as one where AUTH was renamed."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while received := await reader.read(1000):
-            words = received.decode().split("\r\n")[2::2]
-            writer.write(f"-ERR unknown command `{words[0]}`, with args beginning with: {words[1:]}\r\n".encode())
+            command, *words = received.decode().split("\r\n")[2::2]
+            writer.write(f"-ERR unknown command `{command}`, with args beginning with: {words}\r\n".encode())
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        url = f"redis://:hunter2@127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        application = produce(url, raise_errors=True)
-        with pytest.raises(ViewNotRecorded, match="unknown command") as caught:
-            await application.record("vod_1")
-        await application.close()
+        yield f"redis://:hunter2@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_server_that_repeats_the_password_is_not_quoted(produce: Produce, parrot: str) -> None:
+    application = produce(parrot, raise_errors=True)
+    with pytest.raises(ViewNotRecorded, match="unknown command") as caught:
+        await application.record("vod_1")
+    await application.close()
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_server_that_repeats_the_password_is_not_quoted_by_the_worker_either(parrot: str) -> None:
+    client = RedisClient(parse_redis_url(parrot))
+    with pytest.raises(RedisUnavailable, match="unknown command") as caught:
+        await client.probe()
+    await client.close()
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 

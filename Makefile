@@ -34,8 +34,9 @@ faults: install ## Three replicas, killed and frozen for a minute; the protocol'
 mutants: install ## Plant mistakes in a copy of the code, and see whether the tests catch each
 	@$(BIN)/python tests/mutants.py
 
-bench: install ## How fast a backlog is carried, beside what one would write in an afternoon
+bench: install ## How fast a backlog is carried and a view recorded, beside what one would write in an afternoon
 	@$(BIN)/python benchmarks/flush.py
+	@$(BIN)/python benchmarks/producer.py
 
 lint: install ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .

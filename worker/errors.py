@@ -10,7 +10,10 @@ ViewerWorkerError
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── OnHold                   Redis and Postgres contradict each other: first `adopt` has to end that
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
-├── InvalidId                (ids) not an id that Postgres can have
+├── ViewNotRecorded          (producer) surely not in Redis; it may be sent again
+│   └── InvalidView          its id or count is none; also a ValueError
+├── ViewIndeterminate        (producer) sent, and in Redis or not; sending it again may count it twice
+├── InvalidId                (ids) this cannot be an id
 └── ServerFailed             (dev.servers) an embedded server did not start
 """
 
@@ -96,3 +99,15 @@ class OnHold(ViewerWorkerError):
 
 class NothingToAdopt(ViewerWorkerError):
     """There is no hold, or not the one that was looked at."""
+
+
+class ViewNotRecorded(ViewerWorkerError):
+    """Nothing of it was applied: Redis was not reached, or refused all of it."""
+
+
+class InvalidView(ViewNotRecorded, ValueError):
+    """The id or the count cannot be recorded, now or later; the text says why."""
+
+
+class ViewIndeterminate(ViewerWorkerError):
+    """It was sent and Redis did not confirm all of it: it may have counted or not. It must not be repeated blindly."""

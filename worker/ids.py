@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from worker.errors import ViewerWorkerError
 
 MAX_ID_BYTES = 256
+DIGEST_LENGTH = 32
 
 
 class InvalidId(ViewerWorkerError):
-    """Not an id that Postgres can have; the text says why."""
+    """This cannot be an id; the text says why."""
 
 
 def decode_id(raw: bytes) -> str:
@@ -23,3 +26,24 @@ def decode_id(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         raise InvalidId("the id is not UTF-8") from None
+
+
+def check_id(vod_id: object) -> str:
+    """The id as text; an integer means its decimal string. Raises InvalidId, as `decode_id` and for any other type."""
+    if isinstance(vod_id, bool) or not isinstance(vod_id, str | int):
+        raise InvalidId(f"an id is a str or an int, not a {type(vod_id).__name__}")
+    if isinstance(vod_id, int) and vod_id.bit_length() > 8 * MAX_ID_BYTES:  # str() refuses the largest
+        raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
+    try:
+        return decode_id(str(vod_id).encode())
+    except UnicodeEncodeError:
+        raise InvalidId("the id is not UTF-8") from None
+
+
+def fitting_id(text: str) -> str:
+    """`text` where it fits into an id; else its beginning, `~` and a digest, so that different texts stay different."""
+    raw = text.encode()
+    if len(raw) <= MAX_ID_BYTES:
+        return text
+    digest = "~" + hashlib.sha256(raw).hexdigest()[:DIGEST_LENGTH]
+    return raw[: MAX_ID_BYTES - len(digest)].decode(errors="ignore") + digest

@@ -37,7 +37,7 @@ async def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedPr
 
 def test_help_lists_the_commands_and_version_is_printed() -> None:
     shown = cli("--help").stdout
-    for command in ("run", "migrate", "check", "adopt", "config", "healthcheck", "dev"):
+    for command in ("run", "migrate", "check", "adopt", "publish", "config", "healthcheck", "dev"):
         assert f" {command} " in shown
     assert cli("--version").stdout == "viewer-worker 0.1.0\n"
 
@@ -50,11 +50,11 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_config_prints_effective_values_without_secrets() -> None:
-    done = cli("config", DATABASE_URL="postgres://me:hunter2@db/app", BATCH_SIZE="7", VIEW_CHANNEL="views")
+    done = cli("config", DATABASE_URL="postgres://me:hunter2@db/app", BATCH_SIZE="7", VIEW_TOTALS_CHANNEL="views")
     assert done.returncode == 0
     assert "DATABASE_URL=postgres://me:***@db/app\n" in done.stdout
     assert "BATCH_SIZE=7\n" in done.stdout
-    assert "VIEW_CHANNEL=views\n" in done.stdout
+    assert "VIEW_TOTALS_CHANNEL=views\n" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
 
 

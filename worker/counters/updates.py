@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from worker.counters.quarantine import printable
-from worker.ids import InvalidId, decode_id
+from worker.ids import InvalidId, check_id
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def parse_update(raw: bytes) -> tuple[str, int]:
         # The decoder takes the last of two equal names. Which of them the producer meant, nobody knows.
         if raw.count(b'"vodId"') != 1 or raw.count(b'"count"') != 1:
             _refuse_duplicates(raw)
-        return decode_id(str(update.vod_id).encode()), update.count
+        return check_id(update.vod_id), update.count
     except msgspec.ValidationError as error:
         raise InvalidUpdate(_kind(str(error))) from None
     except msgspec.DecodeError:
@@ -57,7 +57,7 @@ def parse_update(raw: bytes) -> tuple[str, int]:
         raise InvalidUpdate("not_utf8") from None
     except RecursionError:
         raise InvalidUpdate("nested_too_deep") from None
-    except (InvalidId, ValueError):
+    except InvalidId:
         raise InvalidUpdate("vod_id") from None
 
 

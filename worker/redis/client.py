@@ -6,13 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
-from redis.maint_notifications import MaintNotificationsConfig
 
+from worker.redis.connection import connect
 from worker.redis.errors import redis_errors
 from worker.redis.subscriber import subscription
 
@@ -50,7 +46,7 @@ class RedisClient:
     """
 
     def __init__(self, address: RedisAddress) -> None:
-        self._redis, self._sentinels = _connect(address)
+        self._redis, self._sentinels = connect(address, COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S)
 
     async def probe(self) -> str | None:
         """Ask for a sign of life. Returns `master_replid`, the name of the data set's history; None if it is hidden."""
@@ -164,32 +160,3 @@ def _text(facts: dict[str, Any], name: str) -> str | None:
     if isinstance(value, int):
         return str(value).zfill(REPLID_LENGTH)
     return None if value is None else str(value)
-
-
-def _connect(address: RedisAddress) -> tuple[aioredis.Redis, list[aioredis.Redis]]:
-    """The client, and those it asks where the master is (they are not closed with it)."""
-    common: dict[str, Any] = {
-        "db": address.database,
-        "username": address.user,
-        "password": address.password,
-        "socket_timeout": COMMAND_TIMEOUT_S,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),
-        # With these notifications the pool hands out connections that hold unread data: another reply's, or an end.
-        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
-    }
-    if address.master is not None:
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]
-            list(address.hosts),
-            sentinel_kwargs={"socket_timeout": CONNECT_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)},
-            **common,
-        )
-        client: aioredis.Redis = sentinel.master_for(address.master)
-        return client, sentinel.sentinels
-    if address.unix_path is not None:
-        return aioredis.Redis(unix_socket_path=address.unix_path, **common), []
-    host, port = address.hosts[0]
-    options: dict[str, Any] = dict(address.options)
-    if "ssl_check_hostname" in options:
-        options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
-    return aioredis.Redis(host=host, port=port, ssl=address.tls, **options, **common), []

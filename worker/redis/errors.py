@@ -12,6 +12,8 @@ from worker.errors import RedisUnavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ECHO = ", with args beginning with"
+
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
@@ -19,9 +21,18 @@ def redis_errors() -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:  # OSError includes TimeoutError
-        raise RedisUnavailable(_describe(error)) from error
+        redact(error)
+        raise RedisUnavailable(describe(error)) from error
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """One line of at most 200 characters."""
     text = str(error).split("\n", 1)[0].strip()
     return text[:200] or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
+def redact(error: BaseException | None) -> None:
+    """Take out of an error, and of its causes, what Redis repeats of an unknown command: AUTH has a password."""
+    while error is not None:
+        error.args = tuple(str(arg).partition(ECHO)[0] if ECHO in str(arg) else arg for arg in error.args)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,385 @@
+"""The client library on a real Redis, for asyncio and for threads: what an outcome says is so."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import redis
+import redis.asyncio as aioredis
+
+from tests.proxy import Mode, Proxy
+from worker import Outcome, SyncViewProducer, ViewProducer
+from worker.dev.servers import ValkeyServer, free_port
+from worker.errors import RedisUnavailable, ViewIndeterminate, ViewNotRecorded
+from worker.redis.address import parse_redis_url
+from worker.redis.client import RedisClient
+
+
+class Application:
+    """Either producer, called as an application would."""
+
+    def __init__(self, producer: ViewProducer | SyncViewProducer) -> None:
+        self._producer = producer
+
+    async def record(self, vod_id: str | int, count: int = 1) -> Outcome:
+        if isinstance(self._producer, ViewProducer):
+            return await self._producer.record(vod_id, count)
+        return await asyncio.to_thread(self._producer.record, vod_id, count)
+
+    async def record_many(self, views: Mapping[str | int, int]) -> Outcome:
+        if isinstance(self._producer, ViewProducer):
+            return await self._producer.record_many(views)
+        return await asyncio.to_thread(self._producer.record_many, views)
+
+    async def close(self) -> None:
+        if isinstance(self._producer, ViewProducer):
+            await self._producer.aclose()
+        else:
+            self._producer.close()
+
+
+Produce = Callable[..., Application]
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test:{uuid4().hex[:8]}:"
+
+
+@pytest.fixture(params=[ViewProducer, SyncViewProducer], ids=["asyncio", "threads"])
+async def produce(request: pytest.FixtureRequest, prefix: str) -> AsyncIterator[Produce]:
+    made: list[Application] = []
+
+    def produce(url: str, **options: object) -> Application:
+        producer = request.param(url, **{"prefix": prefix, "channel": prefix, "timeout": 5.0} | options)
+        made.append(Application(producer))
+        return made[-1]
+
+    yield produce
+    for application in made:
+        await application.close()
+
+
+class Witness:
+    """What Redis has and what a subscriber heard."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self._prefix = prefix
+        self.redis = aioredis.from_url(url)
+        self._subscription = self.redis.pubsub(ignore_subscribe_messages=True)
+
+    async def count(self, vod_id: str) -> int:
+        return int(await self.redis.get(self._prefix + vod_id) or 0)
+
+    async def listen(self) -> None:
+        await self._subscription.subscribe(self._prefix)
+        await self._subscription.get_message(ignore_subscribe_messages=False, timeout=5)
+
+    async def heard(self) -> list[bytes]:
+        """Every message up to now."""
+        await self.redis.publish(self._prefix, "end")
+        messages = []
+        async for message in self._subscription.listen():
+            if message["data"] == b"end":
+                break
+            messages.append(message["data"])
+        return messages
+
+
+@pytest.fixture
+async def witness(redis_url: str, prefix: str) -> AsyncIterator[Witness]:
+    async for one in witness_of(redis_url, prefix):
+        yield one
+
+
+@pytest.fixture
+async def own_witness(valkey: ValkeyServer, prefix: str) -> AsyncIterator[Witness]:
+    """Of the Redis that is the test's own."""
+    async for one in witness_of(valkey.url, prefix):
+        yield one
+
+
+async def witness_of(url: str, prefix: str) -> AsyncIterator[Witness]:
+    one = Witness(url, prefix)
+    await one.listen()
+    yield one
+    await one.redis.connection_pool.disconnect()  # the test may have restarted the server
+    async for key in one.redis.scan_iter(match=f"{prefix}*"):
+        await one.redis.delete(key)
+    await one._subscription.aclose()
+    await one.redis.aclose()
+
+
+@pytest.fixture
+async def proxy(redis_url: str) -> AsyncIterator[Proxy]:
+    async with Proxy(redis_url) as between:
+        yield between
+
+
+async def test_view_is_a_counter_and_a_message(produce: Produce, redis_url: str, witness: Witness) -> None:
+    application = produce(redis_url)
+    assert await application.record("vod_1") is Outcome.RECORDED
+    assert await application.record("vod_1", 3) is Outcome.RECORDED
+    assert await application.record(7) is Outcome.RECORDED
+    assert await application.record('é"\n') is Outcome.RECORDED
+    assert [await witness.count(vod_id) for vod_id in ("vod_1", "7", 'é"\n')] == [4, 1, 1]
+    assert await witness.heard() == [
+        b'{"vodId":"vod_1","count":1}',
+        b'{"vodId":"vod_1","count":3}',
+        b'{"vodId":"7","count":1}',
+        '{"vodId":"é\\"\\n","count":1}'.encode(),
+    ]
+
+
+async def test_many_views_are_one_request(produce: Produce, proxy: Proxy, witness: Witness) -> None:
+    application = produce(proxy.url)
+    await application.record("first")
+    proxy.requests.clear()
+    assert await application.record_many({"a": 2, "b": 1, 7: 5}) is Outcome.RECORDED
+    (request,) = proxy.requests
+    assert request.startswith(b"*1\r\n$5\r\nMULTI\r\n")
+    assert request.endswith(b"*1\r\n$4\r\nEXEC\r\n")
+    assert [await witness.count(vod_id) for vod_id in ("a", "b", "7")] == [2, 1, 5]
+    assert await application.record_many({}) is Outcome.RECORDED
+
+
+async def test_where_one_is_invalid_nothing_is_sent(produce: Produce, redis_url: str, witness: Witness) -> None:
+    application = produce(redis_url)
+    assert await application.record_many({"good": 1, "": 1}) is Outcome.NOT_RECORDED
+    assert await application.record_many({"good": 1, "bad": 0}) is Outcome.NOT_RECORDED
+    assert await witness.count("good") == 0
+    assert await witness.heard() == []
+
+
+async def test_redis_at_maxmemory_refuses_the_message_too(
+    produce: Produce, valkey: ValkeyServer, own_witness: Witness
+) -> None:
+    await own_witness.redis.config_set("maxmemory", 1)
+    application = produce(valkey.url)
+    assert await application.record("vod_1") is Outcome.NOT_RECORDED
+    await own_witness.redis.config_set("maxmemory", 0)
+    assert await own_witness.count("vod_1") == 0
+    assert await own_witness.heard() == []
+    assert await application.record("vod_1") is Outcome.RECORDED
+
+
+async def test_replica_refuses(produce: Produce, valkey: ValkeyServer, own_witness: Witness) -> None:
+    await own_witness.redis.replicaof("127.0.0.1", free_port())
+    assert await produce(valkey.url).record("vod_1") is Outcome.NOT_RECORDED
+    await own_witness.redis.replicaof("NO", "ONE")
+    assert await own_witness.count("vod_1") == 0
+
+
+async def test_counter_of_a_wrong_type_leaves_a_message_behind(
+    produce: Produce, redis_url: str, prefix: str, witness: Witness
+) -> None:
+    await witness.redis.hset(f"{prefix}hash", "field", "value")
+    application = produce(redis_url)
+    assert await application.record("hash") is Outcome.INDETERMINATE
+    assert await application.record_many({"hash": 1, "other": 1}) is Outcome.INDETERMINATE
+    assert await witness.count("other") == 1
+    assert len(await witness.heard()) == 3
+    assert await application.record("other") is Outcome.RECORDED
+
+
+@pytest.mark.parametrize(
+    ("denied", "outcome", "counted"),
+    [
+        ("-publish", Outcome.NOT_RECORDED, 0),
+        ("-incrby", Outcome.NOT_RECORDED, 0),
+        ("-@all", Outcome.NOT_RECORDED, 0),
+        # Without MULTI, each command runs by itself.
+        ("-multi", Outcome.INDETERMINATE, 1),
+    ],
+)
+async def test_user_without_a_right(
+    produce: Produce, valkey: ValkeyServer, own_witness: Witness, denied: str, outcome: Outcome, counted: int
+) -> None:
+    rules = ("on", ">hunter2", "~*", "&*", "+@all", denied)
+    await own_witness.redis.execute_command("ACL", "SETUSER", "viewer", *rules)
+    application = produce(valkey.url.replace("redis://", "redis://viewer:hunter2@"))
+    assert await application.record("vod_1") is outcome
+    assert await own_witness.count("vod_1") == counted
+
+
+@pytest.mark.parametrize("mode", [Mode.SWALLOW, Mode.HANG_UP])
+async def test_lost_reply_is_indeterminate_and_applied_once(
+    produce: Produce, proxy: Proxy, witness: Witness, mode: Mode
+) -> None:
+    application = produce(proxy.url, timeout=0.5)
+    assert await application.record("vod_1") is Outcome.RECORDED
+    proxy.mode = mode
+    assert await application.record("vod_1", 10) is Outcome.INDETERMINATE
+    assert await witness.count("vod_1") == 11
+    proxy.mode = Mode.FORWARD
+    assert await application.record("vod_1", 100) is Outcome.RECORDED
+    assert await witness.count("vod_1") == 111
+
+
+async def test_server_that_accepts_and_says_nothing_got_nothing(produce: Produce) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        application = produce(f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout=0.2)
+        assert await application.record("vod_1") is Outcome.NOT_RECORDED
+
+
+@pytest.mark.parametrize("where", ["nobody-listens", "wrong-password", "no-such-socket", "no-such-database"])
+async def test_redis_out_of_reach_is_not_recorded_and_tells_no_secret(
+    produce: Produce, redis_url: str, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = {
+        "nobody-listens": f"redis://:hunter2@127.0.0.1:{free_port()}",
+        "wrong-password": redis_url.replace("redis://", "redis://nobody_here:hunter2@"),
+        "no-such-socket": "unix://user:hunter2@/nowhere/redis.sock",
+        "no-such-database": redis_url.split("/0")[0] + "/99999",
+    }[where]
+    assert await produce(url).record("vod_1") is Outcome.NOT_RECORDED
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("worker.producer", "WARNING")
+    assert "a view is not recorded: " in record.getMessage()
+    with pytest.raises(ViewNotRecorded) as caught:
+        await produce(url, raise_errors=True).record("vod_1")
+    assert isinstance(caught.value.__cause__, redis.RedisError | OSError)
+    assert "hunter2" not in caplog.text + "".join(traceback.format_exception(caught.value))
+
+
+@pytest.fixture
+async def parrot() -> AsyncIterator[str]:
+    """The URL, with a password, of a server that knows no command and repeats each, as one where AUTH was renamed."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while received := await reader.read(1000):
+            command, *words = received.decode().split("\r\n")[2::2]
+            writer.write(f"-ERR unknown command `{command}`, with args beginning with: {words}\r\n".encode())
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"redis://:hunter2@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_server_that_repeats_the_password_is_not_quoted(produce: Produce, parrot: str) -> None:
+    application = produce(parrot, raise_errors=True)
+    with pytest.raises(ViewNotRecorded, match="unknown command") as caught:
+        await application.record("vod_1")
+    await application.close()
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_server_that_repeats_the_password_is_not_quoted_by_the_worker_either(parrot: str) -> None:
+    client = RedisClient(parse_redis_url(parrot))
+    with pytest.raises(RedisUnavailable, match="unknown command") as caught:
+        await client.probe()
+    await client.close()
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_asked_to_raise_it_does_so_with_the_cause(produce: Produce, proxy: Proxy) -> None:
+    application = produce(proxy.url, timeout=0.5, raise_errors=True)
+    assert await application.record("vod_1") is Outcome.RECORDED
+    proxy.mode = Mode.SWALLOW
+    with pytest.raises(ViewIndeterminate) as caught:
+        await application.record("vod_1")
+    assert caught.value.__cause__ is not None
+
+
+async def test_restart_of_the_server_is_noticed_before_sending(
+    produce: Produce, valkey: ValkeyServer, own_witness: Witness
+) -> None:
+    application = produce(valkey.url)
+    assert await application.record("vod_1") is Outcome.RECORDED
+    await asyncio.to_thread(valkey.kill)
+    await asyncio.to_thread(valkey.start)
+    await own_witness.redis.connection_pool.disconnect()
+    assert await application.record("vod_1") is Outcome.RECORDED
+    assert await own_witness.count("vod_1") == 2
+
+
+async def test_burst_shares_its_connections(redis_url: str, proxy: Proxy, prefix: str, witness: Witness) -> None:
+    async with ViewProducer(proxy.url, prefix=prefix, channel=prefix, timeout=5, max_connections=2) as producer:
+        outcomes = await asyncio.gather(*(producer.record("vod_1") for _ in range(50)))
+    assert set(outcomes) == {Outcome.RECORDED}
+    assert await witness.count("vod_1") == 50
+    assert sum(b"HELLO" in request for request in proxy.requests) <= 2
+
+
+async def test_burst_of_threads_shares_its_connections(proxy: Proxy, prefix: str, witness: Witness) -> None:
+    with SyncViewProducer(proxy.url, prefix=prefix, channel=prefix, timeout=5, max_connections=2) as producer:
+        outcomes = await asyncio.gather(*(asyncio.to_thread(producer.record, "vod_1") for _ in range(50)))
+    assert set(outcomes) == {Outcome.RECORDED}
+    assert await witness.count("vod_1") == 50
+    assert sum(b"HELLO" in request for request in proxy.requests) <= 2
+
+
+async def test_cancelled_call_raises_and_its_connection_is_not_used_again(
+    proxy: Proxy, prefix: str, witness: Witness
+) -> None:
+    async with ViewProducer(proxy.url, prefix=prefix, channel=prefix, timeout=5) as producer:
+        assert await producer.record("vod_1") is Outcome.RECORDED
+        proxy.mode = Mode.SWALLOW
+        call = asyncio.create_task(producer.record("vod_1"))
+        while await witness.count("vod_1") < 2:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        proxy.mode = Mode.FORWARD
+        assert await producer.record_many({"vod_1": 1, "vod_2": 1}) is Outcome.RECORDED
+
+
+async def test_asyncio_client_of_the_application_repeats_nothing_and_stays_open(
+    proxy: Proxy, prefix: str, witness: Witness
+) -> None:
+    async with aioredis.from_url(proxy.url, socket_timeout=0.5) as client:  # with the retries it has by default
+        async with ViewProducer(client, prefix=prefix, channel=prefix) as producer:
+            await assert_repeats_nothing(Application(producer), proxy, witness)
+        assert await client.ping()
+
+
+async def test_client_of_the_application_repeats_nothing_and_stays_open(
+    proxy: Proxy, prefix: str, witness: Witness
+) -> None:
+    with redis.from_url(proxy.url, socket_timeout=0.5, decode_responses=True) as client:
+        with SyncViewProducer(client, prefix=prefix, channel=prefix) as producer:
+            await assert_repeats_nothing(Application(producer), proxy, witness)
+        assert await asyncio.to_thread(client.ping)
+
+
+async def test_restart_is_noticed_with_a_client_of_the_application_too(valkey: ValkeyServer, prefix: str) -> None:
+    async with aioredis.from_url(valkey.url) as client, ViewProducer(client, prefix=prefix, timeout=5) as producer:
+        assert await producer.record("vod_1") is Outcome.RECORDED
+        await asyncio.to_thread(valkey.kill)
+        await asyncio.to_thread(valkey.start)
+        assert await producer.record("vod_1") is Outcome.RECORDED
+    with redis.from_url(valkey.url) as client, SyncViewProducer(client, prefix=prefix) as producer:
+        assert producer.record("vod_1") is Outcome.RECORDED
+        valkey.kill()
+        valkey.start()
+        assert producer.record("vod_1") is Outcome.RECORDED
+
+
+async def assert_repeats_nothing(application: Application, proxy: Proxy, witness: Witness) -> None:
+    assert await application.record("vod_1") is Outcome.RECORDED
+    proxy.mode = Mode.SWALLOW
+    assert await application.record("vod_1") is Outcome.INDETERMINATE
+    proxy.mode = Mode.FORWARD
+    assert await witness.count("vod_1") == 2
+
+
+async def test_example_of_the_reference_runs(valkey: ValkeyServer) -> None:
+    reference = Path(__file__).parents[2] / "docs" / "reference" / "producer.md"
+    (example,) = re.findall(r"```python\n(.*?)```", reference.read_text(), re.DOTALL)
+    program = example.replace("redis://localhost:6379", valkey.url)
+    done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b""
+    async with aioredis.from_url(valkey.url) as client:
+        assert await client.mget("vod:views:vod_123", "vod:views:vod_7") == [b"3", b"1"]

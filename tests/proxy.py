@@ -1,0 +1,81 @@
+"""A TCP proxy on loopback that can fall silent or hang up at the worst moment."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from types import TracebackType
+from urllib.parse import urlsplit
+
+
+class Mode(Enum):
+    FORWARD = "forward"
+    SWALLOW = "the server gets every byte, its answers are lost"
+    HANG_UP = "the server gets every byte, and instead of its answer the connection is reset"
+
+
+class Proxy:
+    """`requests` are the chunks that arrived, in order; `mode` may be changed at any time."""
+
+    def __init__(self, server_url: str) -> None:
+        self._server = urlsplit(server_url)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_words: bytes | None = None
+        self.mode = Mode.FORWARD
+        self.requests: list[bytes] = []
+
+    def hang_up_at(self, words: bytes) -> None:
+        """Reset the connection on which the server answers these words, instead of passing them on."""
+        self._last_words = words
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+
+    async def __aenter__(self) -> Proxy:
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        upstream, to_server = await asyncio.open_connection(self._server.hostname, self._server.port or 6379)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._requests(reader, to_server, writer))
+                group.create_task(self._replies(upstream, writer))
+        except* (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+            to_server.close()
+
+    async def _requests(
+        self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter, to_client: asyncio.StreamWriter
+    ) -> None:
+        while chunk := await reader.read(65536):
+            self.requests.append(chunk)
+            to_server.write(chunk)
+            await to_server.drain()
+        to_client.close()
+
+    async def _replies(self, upstream: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        before = b""
+        while chunk := await upstream.read(65536):
+            found = self._last_words is not None and self._last_words in before + chunk
+            before = chunk
+            if self.mode is Mode.HANG_UP or found:
+                return to_client.transport.abort()
+            if self.mode is Mode.FORWARD:
+                to_client.write(chunk)
+                await to_client.drain()
+        return to_client.close()

@@ -1,0 +1,196 @@
+"""The client library without a server: what it accepts, what replies prove, what it logs and loads."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+import redis
+import redis.asyncio
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ExecAbortError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+
+import worker
+from tests.fakes import FakeClock
+from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
+from worker.producer import Failures, Outcome, SyncViewProducer, ViewProducer
+from worker.redis.transaction import BlockingTransactions, judge
+
+QUEUED = b"QUEUED"
+LOST = redis.ConnectionError("Connection closed by server.")
+ABORTED = ExecAbortError("Transaction discarded because of previous errors.")
+
+
+def told(error: type[redis.ConnectionError], code: str) -> redis.ConnectionError:
+    """An error of the server's that the library takes for one of the connection."""
+    return error("text", status_code=code)
+
+
+def demoted() -> redis.ConnectionError:
+    try:
+        raise ReadOnlyError("You can't write against a read only replica.")
+    except ReadOnlyError:
+        try:
+            raise redis.ConnectionError("The previous master is now a slave")
+        except redis.ConnectionError as error:
+            return error
+
+
+def test_all_results_without_an_error_are_proof() -> None:
+    judge([b"OK", QUEUED, QUEUED, [4, 0]], 2)
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [b"OK", OutOfMemoryError("OOM"), QUEUED, ABORTED],
+        [b"OK", QUEUED, NoPermissionError("no channel"), ABORTED],
+        [b"OK", QUEUED, QUEUED, ABORTED],
+        [b"OK", told(BusyLoadingError, "LOADING")],
+        [b"OK", demoted()],
+        [told(AuthenticationError, "NOAUTH")],
+        [NoPermissionError("a")] * 4,
+    ],
+    ids=["oom", "no channel", "aborted", "loading", "demoted", "no auth", "no rights"],
+)
+def test_refusal_in_the_queue_proves_that_nothing_was_applied(replies: list[object]) -> None:
+    with pytest.raises(ViewNotRecorded):
+        judge(replies, 2)
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [LOST],
+        [b"OK", LOST],
+        [b"OK", QUEUED, QUEUED, LOST],
+        [b"OK", QUEUED, QUEUED, [ResponseError("WRONGTYPE"), 0]],
+        [b"OK", QUEUED, QUEUED, [1]],
+        [b"OK", QUEUED, QUEUED, None],
+        [NoPermissionError("no MULTI"), 1, 0, ResponseError("EXEC without MULTI")],
+        [NoPermissionError("no MULTI"), NoPermissionError("no INCRBY"), LOST],
+    ],
+)
+def test_without_proof_it_is_indeterminate(replies: list[object]) -> None:
+    with pytest.raises(ViewIndeterminate):
+        judge(replies, 2)
+
+
+@pytest.mark.parametrize(
+    ("vod_id", "count"),
+    [
+        ("", 1),
+        ("x" * 257, 1),
+        ("é" * 129, 1),
+        ("a\x00b", 1),
+        ("\ud800", 1),
+        (True, 1),
+        (None, 1),
+        (1.5, 1),
+        (b"vod_1", 1),
+        (10**300, 1),
+        pytest.param(10**5000, 1, id="5000 digits"),
+        ("vod_1", 0),
+        ("vod_1", -1),
+        ("vod_1", 10**9 + 1),
+        ("vod_1", True),
+        ("vod_1", 1.0),
+        ("vod_1", "1"),
+    ],
+)
+def test_invalid_view_never_reaches_redis(vod_id: object, count: object) -> None:
+    with SyncViewProducer("unix:///nowhere/redis.sock", raise_errors=True) as producer:
+        with pytest.raises(InvalidView) as caught:
+            producer.record(vod_id, count)  # type: ignore[arg-type]
+        assert isinstance(caught.value, ValueError)
+    with SyncViewProducer("unix:///nowhere/redis.sock") as producer:
+        assert producer.record(vod_id, count) is Outcome.NOT_RECORDED  # type: ignore[arg-type]
+
+
+class StuckPool:
+    """Hands out no connection until it is told to."""
+
+    def __init__(self) -> None:
+        self.asked, self.freed = Event(), Event()
+
+    def get_connection(self) -> None:
+        self.asked.set()
+        self.freed.wait(30)
+        raise redis.ConnectionError("gone")
+
+
+def test_thread_that_finds_no_free_connection_in_time_sent_nothing() -> None:
+    pool = StuckPool()
+    transactions = BlockingTransactions(SimpleNamespace(connection_pool=pool), timeout=0.01, max_connections=1)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as other:
+        stuck = other.submit(transactions.execute, [("PING",)])
+        assert pool.asked.wait(30)
+        with pytest.raises(ViewNotRecorded, match="no connection became free"):
+            transactions.execute([("PING",)])
+        pool.freed.set()
+        assert isinstance(stuck.exception(30), ViewNotRecorded)
+    with pytest.raises(ViewNotRecorded, match="gone"):
+        transactions.execute([("PING",)])
+
+
+def test_url_that_is_none_is_told_without_quoting_it() -> None:
+    with pytest.raises(ValueError, match="scheme") as caught:
+        SyncViewProducer("nosql://me:hunter2@db")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_client_of_the_other_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"redis\.asyncio\.Redis"):
+        ViewProducer(redis.Redis())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"redis\.Redis"):
+        SyncViewProducer(redis.asyncio.Redis())  # type: ignore[arg-type]
+
+
+def test_each_kind_of_failure_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    failures = Failures(raise_errors=False, clock=clock)
+
+    def logged_of(error: ViewNotRecorded | ViewIndeterminate) -> list[int]:
+        caplog.clear()
+        failures.outcome(error)
+        return [record.levelno for record in caplog.records]
+
+    assert logged_of(ViewNotRecorded("refused")) == [logging.WARNING]
+    assert logged_of(ViewNotRecorded("refused")) == []
+    assert logged_of(ViewIndeterminate("silent")) == [logging.WARNING]
+    clock.advance(59)
+    assert logged_of(ViewNotRecorded("refused")) == []
+    clock.advance(1)
+    assert logged_of(ViewNotRecorded("refused")) == [logging.WARNING]
+
+
+def test_importing_it_loads_redis_and_little_else() -> None:
+    probe = (
+        "import sys; before = set(sys.modules); from worker import ViewProducer;"
+        "names = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names);"
+        "print(sorted(names), sorted(name for name in sys.modules if name.startswith('worker.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    own = ["clock", "counters", "counters.keys", "errors", "ids", "producer", "redis"]
+    own += ["redis.address", "redis.connection", "redis.errors", "redis.transaction", "urls"]
+    assert done.stdout.strip() == f"['hiredis', 'redis', 'worker'] {[f'worker.{name}' for name in own]}"
+
+
+def test_package_offers_the_library_and_nothing_else_by_accident() -> None:
+    assert {name: getattr(worker, name).__module__ for name in worker.__all__} == dict.fromkeys(
+        ("Outcome", "SyncViewProducer", "ViewProducer"), "worker.producer"
+    )
+    with pytest.raises(AttributeError, match="Producer"):
+        _ = worker.Producer

@@ -1,0 +1,182 @@
+"""`viewer-worker publish`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
+
+import typer
+
+from worker.cli.exits import EXIT_FAILURE, EXIT_UNAVAILABLE, fail
+from worker.cli.options import EnvFile, LogLevel, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType, TracebackType
+
+    from worker.producer import SyncViewProducer
+    from worker.publish import Tally
+    from worker.settings import Settings
+
+STDIN = Path("-")
+TIMEOUT_S = 5.0
+CHECK_REDIS = "Check that Redis runs, that REDIS_URL reaches it, and that it takes writes."
+
+
+def publish(
+    vod_id: Annotated[str | None, typer.Argument(metavar="ID", help="What was viewed.", show_default=False)] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=10**9, help="How many views of ID.")] = 1,
+    from_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-log",
+            metavar="FILE",
+            help="Publish the requests of an access log in the combined format; - reads standard input.",
+        ),
+    ] = None,
+    from_line: Annotated[int, typer.Option("--from-line", min=1, help="Go on at this line of the log.")] = 1,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Record views in Redis as an application does: of one ID, or of each request in an access log.
+
+    The id of a request is its path without the query. Views of a log count as of now, whatever time the log has.
+    Exit code 69 when Redis is out of reach or refuses, 1 when some were sent and not confirmed. Wherever it stops, it
+    says how far the log is published, which lines are uncertain, and how to go on.
+    """
+    if (vod_id is None) == (from_log is None):
+        raise typer.BadParameter("give an ID or --from-log, and not both")
+    settings = read_settings(env_file, log_level)
+    with _producer(settings) as producer:
+        if vod_id is not None:
+            _publish_one(producer, vod_id, count)
+        elif from_log is not None:
+            with _open(from_log) as log:
+                _publish_log(producer, log, from_line)
+
+
+def _open(path: Path) -> AbstractContextManager[BinaryIO]:
+    if path == STDIN:
+        return nullcontext(sys.stdin.buffer)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _producer(settings: Settings) -> SyncViewProducer:
+    from worker.producer import SyncViewProducer
+
+    return SyncViewProducer(
+        settings.redis_url.get_secret_value(),
+        prefix=settings.view_key_prefix,
+        channel=settings.view_channel,
+        timeout=TIMEOUT_S,
+        raise_errors=True,
+    )
+
+
+def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
+    from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
+
+    try:
+        producer.record(vod_id, count)
+    except InvalidView as error:
+        raise typer.BadParameter(str(error)) from None
+    except ViewNotRecorded as error:
+        fail(f"not published: {error}", CHECK_REDIS, EXIT_UNAVAILABLE)
+    except ViewIndeterminate as error:
+        fail(f"it may or may not have counted: {error}", "Publishing it again may count it twice.", EXIT_FAILURE)
+    typer.echo(f"published {count} views of {vod_id}")
+
+
+def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> None:
+    from worker.access_log import read_access_log
+    from worker.errors import ViewIndeterminate, ViewNotRecorded
+    from worker.publish import Tally, publish_log
+
+    tally, unbroken = Tally(from_line), Unbroken()
+    try:
+        with _summary(tally), _progress(log) as watched:
+            publish_log(read_access_log(watched, from_line), producer, tally, unbroken)
+    except ViewNotRecorded as error:
+        _stopped(tally, str(error), CHECK_REDIS, EXIT_UNAVAILABLE)
+    except ViewIndeterminate as error:
+        first, last = tally.next_line, tally.last_tried
+        remedy = f"Go on after them with --from-line {last + 1}; --from-line {first} repeats them."
+        fail(f"lines {first} to {last} may or may not have counted: {error}", remedy, EXIT_FAILURE)
+    except OSError as error:
+        _stopped(tally, str(error), "", EXIT_FAILURE)
+    except KeyboardInterrupt:
+        _stopped(tally, "interrupted", "", unbroken.exit_code)
+
+
+def _stopped(tally: Tally, cause: str, remedy: str, code: int) -> NoReturn:
+    line = tally.next_line
+    fail(f"stopped before line {line}: {cause}", f"{remedy} Go on with --from-line {line}.".strip(), code)
+
+
+@contextmanager
+def _summary(tally: Tally) -> Iterator[None]:
+    """Printed at the end, whatever the end is."""
+    try:
+        yield
+    finally:
+        numbers = {"lines": tally.lines, "views": tally.views, "ids": len(tally.ids), "malformed": tally.malformed}
+        for name, number in numbers.items():
+            typer.echo(f"{name:<10}{number:>12,}")
+        for line in tally.examples:
+            typer.echo(f"  {line}")
+
+
+@contextmanager
+def _progress(log: BinaryIO) -> Iterator[BinaryIO]:
+    """The log, with a bar that follows its reading, where a terminal and the log's size are at hand."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    status = os.fstat(log.fileno())
+    if not (console.is_terminal and stat.S_ISREG(status.st_mode)):
+        yield log
+        return
+    with Progress(console=console) as progress:
+        yield progress.wrap_file(log, total=status.st_size, description="publishing")
+
+
+class Unbroken:
+    """As `with`, a block that Ctrl-C and SIGTERM do not cut: it ends, and then they are a KeyboardInterrupt.
+
+    Outside of the block they are that at once.
+    """
+
+    def __init__(self) -> None:
+        self._inside = False
+        self._signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal, as a shell has it."""
+        return 128 + (self._signal or 0)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if not self._inside:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        self._inside = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inside = False
+        if self._signal is not None and error is None:
+            raise KeyboardInterrupt

@@ -1,0 +1,198 @@
+"""The client library: an application records its views with it, and is never hurt by a Redis that is slow or gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from types import TracebackType
+from typing import Self
+
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+
+from worker.clock import Clock, SystemClock
+from worker.counters.keys import Keys
+from worker.errors import InvalidView, ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
+from worker.ids import InvalidId, check_id
+from worker.redis.address import parse_redis_url
+from worker.redis.connection import connect, connect_blocking
+from worker.redis.transaction import BlockingTransactions, Command, Transactions
+
+PREFIX = "vod:views:"
+CHANNEL = "view_count_updates"
+TIMEOUT_S = 0.5
+MAX_CONNECTIONS = 16
+MAX_COUNT = 10**9
+QUIET_S = 60.0
+
+Views = Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """What became of a view, or of all views of one call."""
+
+    RECORDED = "recorded"
+    """Redis confirmed all of it."""
+    NOT_RECORDED = "not recorded"
+    """Surely nothing of it was applied. It may be sent again."""
+    INDETERMINATE = "indeterminate"
+    """It was sent and not confirmed: it may have counted or not. Sending it again may count it twice."""
+
+
+class ViewProducer:
+    """Records views from asyncio code.
+
+    `redis` is a URL (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`), or a `redis.asyncio.Redis` of the
+    application, which stays open; nothing is repeated, whatever its retry setting says. `timeout` (seconds) is for each
+    call as a whole. With `raise_errors` a call raises ViewNotRecorded or ViewIndeterminate instead of returning those.
+
+    Raises ValueError for what is no such URL, without quoting it, and TypeError for any other client.
+    """
+
+    def __init__(
+        self,
+        redis: str | AsyncRedis,
+        *,
+        prefix: str = PREFIX,
+        channel: str = CHANNEL,
+        timeout: float = TIMEOUT_S,
+        max_connections: int = MAX_CONNECTIONS,
+        raise_errors: bool = False,
+    ) -> None:
+        self._opened: list[AsyncRedis] = []
+        if isinstance(redis, str):
+            redis, sentinels = connect(parse_redis_url(redis), None, timeout)
+            self._opened = [redis, *sentinels]
+        elif not isinstance(redis, AsyncRedis):
+            raise TypeError(f"expected a URL or a redis.asyncio.Redis, not a {type(redis).__name__}")
+        self._transactions = Transactions(redis, timeout, max_connections)
+        self._views = _ViewCommands(prefix, channel)
+        self._failures = Failures(raise_errors, SystemClock())
+
+    async def record(self, vod_id: str | int, count: int = 1) -> Outcome:
+        """Count `count` views, 1 … 10^9, of an id: 1 to 256 bytes of UTF-8 without NUL, or an int for its decimals."""
+        return await self._send([(vod_id, count)])
+
+    async def record_many(self, views: Views) -> Outcome:
+        """Count the views of many ids, some thousands at most, in one step: where one is invalid, nothing is sent."""
+        return await self._send(views.items())
+
+    async def _send(self, views: Iterable[tuple[str | int, int]]) -> Outcome:
+        try:
+            if commands := self._views.commands(views):
+                await self._transactions.execute(commands)
+        except (ViewNotRecorded, ViewIndeterminate) as error:
+            return self._failures.outcome(error)
+        return Outcome.RECORDED
+
+    async def aclose(self) -> None:
+        for client in self._opened:
+            await client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class SyncViewProducer:
+    """`ViewProducer` for threads. `redis` may be a `redis.Redis`, whose own timeouts then apply.
+
+    `timeout` (seconds) is for each wait: for a free connection, for connecting, for an answer.
+    """
+
+    def __init__(
+        self,
+        redis: str | Redis,
+        *,
+        prefix: str = PREFIX,
+        channel: str = CHANNEL,
+        timeout: float = TIMEOUT_S,
+        max_connections: int = MAX_CONNECTIONS,
+        raise_errors: bool = False,
+    ) -> None:
+        self._opened: list[Redis] = []
+        if isinstance(redis, str):
+            redis, sentinels = connect_blocking(parse_redis_url(redis), timeout, timeout)
+            self._opened = [redis, *sentinels]
+        elif not isinstance(redis, Redis):
+            raise TypeError(f"expected a URL or a redis.Redis, not a {type(redis).__name__}")
+        self._transactions = BlockingTransactions(redis, timeout, max_connections)
+        self._views = _ViewCommands(prefix, channel)
+        self._failures = Failures(raise_errors, SystemClock())
+
+    def record(self, vod_id: str | int, count: int = 1) -> Outcome:
+        """As in `ViewProducer`."""
+        return self._send([(vod_id, count)])
+
+    def record_many(self, views: Views) -> Outcome:
+        """As in `ViewProducer`."""
+        return self._send(views.items())
+
+    def _send(self, views: Iterable[tuple[str | int, int]]) -> Outcome:
+        try:
+            if commands := self._views.commands(views):
+                self._transactions.execute(commands)
+        except (ViewNotRecorded, ViewIndeterminate) as error:
+            return self._failures.outcome(error)
+        return Outcome.RECORDED
+
+    def close(self) -> None:
+        for client in self._opened:
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ViewCommands:
+    """A view is INCRBY of its counter and a message on the channel, in this order."""
+
+    def __init__(self, prefix: str, channel: str) -> None:
+        self._keys = Keys(prefix.encode())
+        self._channel = channel
+
+    def commands(self, views: Iterable[tuple[object, object]]) -> list[Command]:
+        """Raises InvalidView for the first that cannot be recorded."""
+        return [command for vod_id, count in views for command in self._view(vod_id, count)]
+
+    def _view(self, vod_id: object, count: object) -> tuple[Command, Command]:
+        try:
+            text = check_id(vod_id)
+        except InvalidId as error:
+            raise InvalidView(str(error)) from error
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
+            raise InvalidView(f"a count is an int from 1 to {MAX_COUNT:,}")
+        message = json.dumps({"vodId": text, "count": count}, ensure_ascii=False, separators=(",", ":"))
+        return ("INCRBY", self._keys.counter(text), count), ("PUBLISH", self._channel, message)
+
+
+class Failures:
+    """Raises them, or logs each kind once a minute."""
+
+    def __init__(self, raise_errors: bool, clock: Clock) -> None:
+        self._raise_errors = raise_errors
+        self._clock = clock
+        self._quiet_until: dict[object, float] = {}
+
+    def outcome(self, error: ViewerWorkerError) -> Outcome:
+        if self._raise_errors:
+            raise error
+        outcome = Outcome.INDETERMINATE if isinstance(error, ViewIndeterminate) else Outcome.NOT_RECORDED
+        kind, now = (type(error), type(error.__cause__)), self._clock.monotonic()
+        if now >= self._quiet_until.get(kind, now):
+            self._quiet_until[kind] = now + QUIET_S
+            log.warning("a view is %s: %s (the like of it is not logged again for a minute)", outcome.value, error)
+        return outcome

@@ -1,0 +1,69 @@
+"""How a connection to Redis is made, for asyncio and for threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from worker.redis.address import RedisAddress
+
+
+def connect(
+    address: RedisAddress, timeout: float | None, connect_timeout: float
+) -> tuple[aioredis.Redis, list[aioredis.Redis]]:
+    """The client, and those it asks where the master is (they are not closed with it). Nothing is sent twice.
+
+    `timeout` (seconds) limits each wait for Redis; None: whoever calls limits it.
+    """
+    options = _options(address, timeout, connect_timeout, AsyncRetry(NoBackoff(), 0))
+    if address.master is None:
+        return aioredis.Redis(**_place(address), **options), []
+    asked = {"socket_timeout": connect_timeout, "retry": AsyncRetry(NoBackoff(), 0)}
+    sentinel = AsyncSentinel(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(address.master), sentinel.sentinels
+
+
+def connect_blocking(
+    address: RedisAddress, timeout: float, connect_timeout: float
+) -> tuple[redis.Redis, list[redis.Redis]]:
+    """`connect` for threads."""
+    options = _options(address, timeout, connect_timeout, Retry(NoBackoff(), 0))
+    if address.master is None:
+        return redis.Redis(**_place(address), **options), []
+    asked = {"socket_timeout": connect_timeout, "retry": Retry(NoBackoff(), 0)}
+    sentinel = Sentinel(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinel.master_for(address.master)  # type: ignore[no-untyped-call]
+    return client, sentinel.sentinels
+
+
+def _options(
+    address: RedisAddress, timeout: float | None, connect_timeout: float, retry: Retry | AsyncRetry
+) -> dict[str, Any]:
+    return {
+        "db": address.database,
+        "username": address.user,
+        "password": address.password,
+        "socket_timeout": timeout,
+        "socket_connect_timeout": connect_timeout,
+        "retry": retry,
+        # With these notifications the pool hands out connections that hold unread data: another reply's, or an end.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
+
+
+def _place(address: RedisAddress) -> dict[str, Any]:
+    if address.unix_path is not None:
+        return {"unix_socket_path": address.unix_path}
+    host, port = address.hosts[0]
+    options: dict[str, Any] = dict(address.options)
+    if "ssl_check_hostname" in options:
+        options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
+    return {"host": host, "port": port, "ssl": address.tls, **options}

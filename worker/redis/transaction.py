@@ -1,0 +1,149 @@
+"""MULTI … EXEC, sent once and at once on one connection, and what the replies prove.
+
+The library's own pipeline raises the same errors before the first byte was sent as after the last. Whether a view was
+recorded hangs on that, so here a connection is taken first and then written to. By that no setting of a client makes it
+repeat the commands either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+
+import redis
+import redis.asyncio as aioredis
+from redis.exceptions import ExecAbortError, ReadOnlyError, RedisError, ResponseError
+
+from worker.errors import ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
+from worker.redis.errors import describe, redact
+
+Command = tuple[str | bytes | int, ...]
+
+
+class Transactions:
+    """Through `client`, at most `max_connections` at a time; `timeout` (seconds) is for each as a whole."""
+
+    def __init__(self, client: aioredis.Redis, timeout: float, max_connections: int) -> None:
+        self._pool: Any = client.connection_pool
+        self._timeout = timeout
+        self._free = asyncio.Semaphore(max_connections)
+
+    async def execute(self, commands: Sequence[Command]) -> None:
+        """Returns when every command was applied.
+
+        Raises ViewNotRecorded when surely none was, ViewIndeterminate when that is not known.
+        """
+        sent = False
+        try:
+            async with asyncio.timeout(self._timeout), self._free:
+                connection = await self._pool.get_connection()
+                try:
+                    # A pool with maintenance notifications hands out connections that hold unread data, or an end.
+                    if await connection.can_read():
+                        await connection.disconnect()
+                        await connection.connect()
+                    packed = connection.pack_commands([("MULTI",), *commands, ("EXEC",)])
+                    sent = True
+                    await connection.send_packed_command(packed, check_health=False)
+                    replies = await _replies(connection, len(commands) + 2)
+                finally:
+                    await self._pool.release(connection)
+        except Exception as error:
+            raise _failure(error, sent) from error
+        judge(replies, len(commands))
+
+
+async def _replies(connection: Any, expected: int) -> list[object]:
+    replies: list[object] = []
+    while len(replies) < expected and not _is_last(replies):
+        try:
+            replies.append(await connection.read_response())
+        except RedisError as error:
+            replies.append(error)
+    return replies
+
+
+class BlockingTransactions:
+    """`Transactions` for threads. `timeout` is for a free connection; `client` limits the waits for Redis."""
+
+    def __init__(self, client: redis.Redis, timeout: float, max_connections: int) -> None:
+        self._pool: Any = client.connection_pool
+        self._timeout = timeout
+        self._free = threading.BoundedSemaphore(max_connections)
+
+    def execute(self, commands: Sequence[Command]) -> None:
+        """As in `Transactions`."""
+        if not self._free.acquire(timeout=self._timeout):
+            raise ViewNotRecorded("no connection became free in time")
+        sent = False
+        try:
+            connection = self._pool.get_connection()
+            try:
+                if connection.can_read():
+                    connection.disconnect()
+                    connection.connect()
+                packed = connection.pack_commands([("MULTI",), *commands, ("EXEC",)])
+                sent = True
+                connection.send_packed_command(packed, check_health=False)
+                replies = _blocking_replies(connection, len(commands) + 2)
+            finally:
+                self._pool.release(connection)
+        except Exception as error:
+            raise _failure(error, sent) from error
+        finally:
+            self._free.release()
+        judge(replies, len(commands))
+
+
+def _blocking_replies(connection: Any, expected: int) -> list[object]:
+    replies: list[object] = []
+    while len(replies) < expected and not _is_last(replies):
+        try:
+            replies.append(connection.read_response())
+        except RedisError as error:
+            replies.append(error)
+    return replies
+
+
+def _is_last(replies: Sequence[object]) -> bool:
+    """After any other error than a plain refusal the connection is closed."""
+    return bool(replies) and isinstance(replies[-1], Exception) and not isinstance(replies[-1], ResponseError)
+
+
+def _failure(error: Exception, sent: bool) -> ViewerWorkerError:
+    redact(error)
+    return (ViewIndeterminate if sent else ViewNotRecorded)(describe(error))
+
+
+def judge(replies: Sequence[object], commands: int) -> None:
+    """What the replies to MULTI, `commands` and EXEC prove; an exception that ends them early is the last of them.
+
+    Raises as `Transactions.execute`.
+    """
+    results = replies[-1] if len(replies) == commands + 2 else None
+    applied = cast("Sequence[object]", results) if isinstance(results, list) else ()
+    errors = [reply for reply in (*replies, *applied) if isinstance(reply, Exception)]
+    if not errors and len(applied) == commands:
+        return
+    cause = errors[0] if errors else None
+    failure = ViewNotRecorded if _nothing_was_applied(replies, commands) else ViewIndeterminate
+    raise failure("no answer to EXEC" if cause is None else describe(cause)) from cause
+
+
+def _nothing_was_applied(replies: Sequence[object], commands: int) -> bool:
+    """A command that is refused while it is queued aborts all; but where MULTI was refused, each ran by itself."""
+    multi, *queued = replies[: commands + 1]
+    if isinstance(multi, Exception):
+        return all(map(_is_refusal, replies))
+    return isinstance(replies[-1], ExecAbortError) or any(map(_is_refusal, queued))
+
+
+def _is_refusal(reply: object) -> bool:
+    """Did the server say this error? Some of its errors (LOADING, NOAUTH) are connection errors to the library."""
+    if not isinstance(reply, RedisError):
+        return False
+    told = isinstance(reply, ResponseError) or getattr(reply, "status_code", None) is not None
+    # Behind Sentinel a READONLY comes as a lost connection.
+    return told or isinstance(reply.__context__, ReadOnlyError)

@@ -21,12 +21,17 @@ class Proxy:
         self._server = urlsplit(server_url)
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_words: bytes | None = None
+        self._last_request: bytes | None = None
         self.mode = Mode.FORWARD
         self.requests: list[bytes] = []
 
     def hang_up_at(self, words: bytes) -> None:
         """Reset the connection on which the server answers these words, instead of passing them on."""
         self._last_words = words
+
+    def lose_answer_to(self, words: bytes) -> None:
+        """From the first request with these words in it on, hang up instead of answering."""
+        self._last_request = words
 
     @property
     def url(self) -> str:
@@ -64,6 +69,8 @@ class Proxy:
     ) -> None:
         while chunk := await reader.read(65536):
             self.requests.append(chunk)
+            if self._last_request is not None and self._last_request in chunk:
+                self.mode = Mode.HANG_UP
             to_server.write(chunk)
             await to_server.drain()
         to_client.close()

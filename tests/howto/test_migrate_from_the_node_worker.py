@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 
 from tests.howto.application import Application
-from tests.howto.features import needs_import
 from tests.howto.pages import joined, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
@@ -61,7 +60,6 @@ async def test_started_the_worker_is_healthy_and_the_counters_leave_redis(
         await until(lambda: status(run, port), "healthy")
 
 
-@needs_import
 async def test_there_and_back_each_view_is_counted_once(
     application: Application, world: World, programs: Programs, port: dict[str, str], run: Callable[..., str]
 ) -> None:

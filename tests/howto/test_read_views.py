@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.howto.features import needs_totals_channel, needs_view_queries
 from tests.howto.pages import Snippet, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
@@ -82,7 +81,6 @@ async def test_follows_again_after_redis_was_away(
         assert await next_line(program) == "vod_123 42"
 
 
-@needs_totals_channel
 @live
 async def test_follows_the_worker(snippet: Snippet, programs: Programs, world: World) -> None:
     await flushed_and_pending(world)
@@ -97,7 +95,6 @@ async def test_follows_the_worker(snippet: Snippet, programs: Programs, world: W
     assert json.loads(message["data"]).keys() == json.loads(PAGE["message.json"].code).keys()
 
 
-@needs_view_queries
 async def test_the_worker_answers_with_the_live_number(run: Callable[..., str], world: World) -> None:
     await world.view("vod_123", 40)
     worker = CliWorker(world.environment | {"BATCH_INTERVAL_MS": "86400000"}, "run")

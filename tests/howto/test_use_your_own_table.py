@@ -8,7 +8,6 @@ import asyncpg
 import pytest
 
 from tests.howto.application import Application
-from tests.howto.features import needs_import
 from tests.howto.pages import joined, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
@@ -64,7 +63,6 @@ async def test_the_comparison_finds_the_row_that_lacks_views(
     assert run(COMPARE) == "vod_123|40|1"
 
 
-@needs_import
 async def test_totals_go_on_from_what_the_table_had(
     application: Application, world: World, run: Callable[..., str]
 ) -> None:
@@ -78,7 +76,6 @@ async def test_totals_go_on_from_what_the_table_had(
     assert run(COMPARE) == ""
 
 
-@needs_import
 async def test_what_the_table_cannot_take_is_counted_skipped_and_shown(
     application: Application, world: World, programs: Programs, run: Callable[..., str]
 ) -> None:

@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from redis.asyncio.client import Monitor, PubSub
 
-from tests.howto.features import needs_view_producer
 from tests.howto.pages import Snippet, snippets
 from tests.howto.programs import Programs
-from tests.howto.proxy import AnswerLost
+from tests.proxy import Proxy
 from tests.world import World
 
 END = "the end of the test"
@@ -24,9 +23,8 @@ ALL = list(snippets("write-views").values())
 
 
 def each(*, without: tuple[Snippet, ...] = ()) -> pytest.MarkDecorator:
-    marks = {PRODUCER: needs_view_producer}
     kept = [snippet for snippet in ALL if snippet not in without]
-    return pytest.mark.parametrize("snippet", [pytest.param(s, id=s.title, marks=marks.get(s, ())) for s in kept])
+    return pytest.mark.parametrize("snippet", [pytest.param(snippet, id=snippet.title) for snippet in kept])
 
 
 @pytest.fixture
@@ -88,7 +86,8 @@ async def counting(monitor: Monitor) -> list[str]:
 async def test_a_view_whose_answer_is_lost_is_reported_and_not_sent_again(
     snippet: Snippet, programs: Programs, world: World
 ) -> None:
-    async with AnswerLost(world.redis_url, to=b"vod:views:") as proxy:
+    async with Proxy(world.redis_url) as proxy:
+        proxy.lose_answer_to(b"vod:views:")
         environment = world.environment | {"REDIS_URL": proxy.url, "VOD_ID": "v"}
         ended = await asyncio.to_thread(programs.run, snippet, environment)
     assert ended.returncode != 0

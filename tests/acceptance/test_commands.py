@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -37,7 +38,19 @@ async def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedPr
 
 def test_help_lists_the_commands_and_version_is_printed() -> None:
     shown = cli("--help").stdout
-    for command in ("run", "migrate", "check", "adopt", "publish", "config", "healthcheck", "dev"):
+    for command in (
+        "run",
+        "migrate",
+        "check",
+        "adopt",
+        "top",
+        "import",
+        "forget",
+        "publish",
+        "config",
+        "healthcheck",
+        "dev",
+    ):
         assert f" {command} " in shown
     assert cli("--version").stdout == "viewer-worker 0.1.0\n"
 
@@ -129,7 +142,19 @@ def test_dev_ends_with_an_exact_verdict_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout
-    assert "EXACT: each view counted once; 1,000 ids compared, worker killed 1 time(s)." in done.stdout
+    assert "EXACT: each view counted once; 900 ids compared, worker killed 1 time(s)." in done.stdout
+    ids = dict(re.findall(r"^  (INCR and PUBLISH|INCR only|PUBLISH only) +(\d+)", done.stdout, re.MULTILINE))
+    assert ids == {"INCR and PUBLISH": "600", "INCR only": "300", "PUBLISH only": "100"}
+
+
+def test_dev_replays_an_access_log(tmp_path: Path) -> None:
+    log = ROOT / "tests" / "data" / "access.log"
+    done = cli("dev", "--for", "3s", "--rate", "200", "--data", str(tmp_path / "dev"), "--traffic", str(log))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "EXACT" in done.stdout
+    missing = cli("dev", "--for", "1s", "--data", str(tmp_path / "dev"), "--traffic", "/nowhere.log")
+    assert missing.returncode == 1
+    assert "/nowhere.log cannot be read" in missing.stderr
 
 
 def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
@@ -222,3 +247,60 @@ async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     assert await world.totals() == world.truth
     assert await world.pending() == Counter()
+
+
+TARGET = {"VIEW_TARGET_TABLE": "Vod", "VIEW_TARGET_KEY": "id", "VIEW_TARGET_COLUMN": "viewCount"}
+
+
+async def test_import_says_what_it_took_over(world: World) -> None:
+    nothing = await run_cli("import", "--from-target", **world.environment)
+    assert nothing.returncode == 78
+    assert "VIEW_TARGET_TABLE is not set" in nothing.stderr
+    assert (await run_cli("import", **world.environment | TARGET)).returncode == 2
+    missing = await run_cli("import", "--from-target", **world.environment | TARGET)
+    assert missing.returncode == 1
+    assert "there is no table Vod" in missing.stderr
+    await world.sql.execute('CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int)')
+    await world.sql.execute("INSERT INTO \"Vod\" VALUES ('a', 40), ('b', 2), ('c', 0)")
+    done = await run_cli("import", "--from-target", **world.environment | TARGET)
+    assert (done.returncode, done.stdout) == (0, "3 rows of Vod looked at: 42 views of 2 ids taken over\n")
+    again = await run_cli("import", "--from-target", **world.environment | TARGET)
+    assert again.stdout == "3 rows of Vod looked at: 0 views of 0 ids taken over\n"
+
+
+async def test_forget_shows_and_asks_first(world: World) -> None:
+    await world.view("a", 3)
+    await world.view("b", 1)
+    assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+    await world.view("a", 2)
+    asked = await run_cli("forget", "a", **world.environment)
+    assert (asked.returncode, asked.stdout.splitlines()[0]) == (1, "a: 3 views in Postgres, 2 pending")
+    done = await run_cli("forget", "a", "--yes", **world.environment)
+    assert done.returncode == 0, done.stderr
+    del world.truth["a"]
+    await world.assert_exact()
+    wrong = await run_cli("forget", "x" * 300, **world.environment)
+    assert wrong.returncode == 1
+    assert "256 bytes" in wrong.stderr
+
+
+async def test_top_lists_who_was_viewed_most(world: World) -> None:
+    await world.view("popular", 1200)
+    await world.view("evil\x1b[2J", 7)
+    assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+    await world.view("popular", 34)
+    shown = await run_cli("top", "--window", "1h", "--limit", "5", **world.environment)
+    assert shown.returncode == 0, shown.stderr
+    lines = [line.split() for line in shown.stdout.splitlines()[2:]]
+    assert lines == [["views", "total", "id"], ["1,200", "1,234", "popular"], ["7", "7", "evil\\x1b[2J"]]
+    assert (await run_cli("top", "--window", "soon", **world.environment)).returncode == 2
+
+
+async def test_check_looks_at_the_application_s_own_table(world: World) -> None:
+    done = await run_cli("check", **world.environment | TARGET)
+    assert done.returncode == 1
+    assert "there is no table Vod" in done.stdout
+    await world.sql.execute('CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int)')
+    done = await run_cli("check", **world.environment | TARGET)
+    assert done.returncode == 0, done.stdout
+    assert "Vod.viewCount fits" in done.stdout

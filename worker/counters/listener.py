@@ -108,7 +108,9 @@ class Listener:
 
     def _subscribed(self, epoch: int) -> None:
         # Whoever held the lease before heard messages up to some moment; what came after it, nobody did.
-        if self._heard_before or epoch > 1:
+        gap = self._heard_before or epoch > 1
+        log.info("listening", channel=self._channel, gap=gap)
+        if gap:
             self._metrics.subscription_gaps.inc()
             self._missed()
         self._heard_before = True

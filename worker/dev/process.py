@@ -1,0 +1,85 @@
+"""The worker as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from worker.dev.servers import die_with_parent, free_port
+from worker.settings import Settings
+
+INTERVAL_MS = 1000
+
+
+class WorkerProcess:
+    """The worker as its own process, as in production: it is only told by its environment and by signals."""
+
+    def __init__(self, folder: Path, redis_url: str, database_url: str) -> None:
+        self.log = folder / "worker.log"
+        self.env_file = folder / "worker.env"
+        self.kills = 0
+        self._port = 3003 if _is_free(3003) else free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.env_file.write_text(
+            f"REDIS_URL={redis_url}\nDATABASE_URL={database_url}\nBATCH_INTERVAL_MS={INTERVAL_MS}\n"
+            f"HEALTH_CHECK_HOST=127.0.0.1\nHEALTH_CHECK_PORT={self._port}\n"
+        )
+        self.log.unlink(missing_ok=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._running().poll()
+
+    def start(self) -> None:
+        # Settings of the surrounding shell would win over the file.
+        own = {name.upper() for name in Settings.model_fields}
+        environment = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in own}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker", "run", "--env-file", str(self.env_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent(signal.SIGTERM),
+            )
+
+    def kill(self) -> None:
+        """kill -9, if it still runs."""
+        process = self._running()
+        if process.poll() is None:
+            self.kills += 1
+            process.kill()
+            process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, as a platform does it; returns the exit code."""
+        process = self._running()
+        process.terminate()
+        return process.wait()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("not started")
+        return self._process
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False

@@ -160,7 +160,7 @@ def view_counters(
         adoption=adoption,
         forgetting=forgetting,
         quarantine=quarantine,
-        display=Display(database, redis, keys, settings.view_count_source),
+        display=Display(database, redis, keys, settings.view_source_name, settings.view_count_source),
     )
 
 

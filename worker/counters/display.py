@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.counters.keys import parse_count
+from worker.counters.marker import Marker
 from worker.db.errors import describe
 from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
 from worker.db.witnesses import HERE
@@ -31,13 +32,16 @@ PATIENCE_S = 2.0
 
 
 class Display:
-    """Never below the truth, and exact except for what messages announced since the last flush.
+    """Exact, except for what was only announced since the last flush: that is not seen yet.
 
     Raises Unavailable from every method: a server cannot be used, is too slow, or too many ask at once.
     """
 
-    def __init__(self, database: Database, redis: RedisClient, keys: Keys, count_source: CountSource) -> None:
+    def __init__(
+        self, database: Database, redis: RedisClient, keys: Keys, source: str, count_source: CountSource
+    ) -> None:
         self._database = database
+        self._source = source
         self._redis = redis
         self._keys = keys
         self._views = HERE[count_source]
@@ -61,11 +65,13 @@ class Display:
     async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
         if not ids:
             return []
-        # Redis first: a view that is flushed in between is then seen on both sides. In the other order it could be
-        # seen on neither.
-        values = await self._redis.read([self._keys.counter(vod_id) for vod_id in ids])
+        # Redis first: what is flushed in between is then seen on both sides, and the ledger says what it was. In the
+        # other order it could be seen on neither.
+        raw, *values = await self._redis.read([self._keys.marker, *map(self._keys.counter, ids)])
+        marker = None if raw is None else Marker.parse(raw)
+        lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
         async with self._database.transaction() as tx:
-            totals = await read_totals(tx, ids)
+            totals = await read_totals(tx, ids, self._source, lineage, settled)
         return [self._shown(totals[vod_id], value) for vod_id, value in zip(ids, values, strict=True)]
 
     @asynccontextmanager
@@ -92,7 +98,8 @@ class Display:
             raise TooManyReaders from None
 
     def _shown(self, stored: Stored, value: bytes | None) -> Shown:
-        pending = (parse_count(value) if value is not None else 0) or 0
+        value_now = (parse_count(value) if value is not None else 0) or 0
+        pending = max(0, value_now - stored.unsettled)
         # As a flush would add it: messages may have announced already what is pending.
         more = self._views(stored.counted + pending, stored.announced) - self._views(stored.counted, stored.announced)
         return Shown(stored.vod_id, stored.views + more, pending, stored.views)

@@ -5,22 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ARRAY, Integer, Interval, Text, any_, bindparam, func, select
+from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, func, select
 
-from worker.db.tables import view_counts, view_counts_hourly
+from worker.db.tables import view_count_deltas, view_count_sources, view_counts, view_counts_hourly
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime, timedelta
+    from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 # A reader is given up before it becomes a burden.
 _LIMITS = select(func.set_config("statement_timeout", "2s", True), func.set_config("lock_timeout", "1s", True))
 
-_total = view_counts.c
-TOTALS = select(_total.vod_id, _total.views, _total.counted, _total.announced).where(
-    _total.vod_id == any_(bindparam("ids", type_=ARRAY(Text)))
+_ids = bindparam("ids", type_=ARRAY(Text))
+_total, _delta, _source = view_counts.c, view_count_deltas.c, view_count_sources.c
+# Flushes after the marker: what they took is in the totals, and was in the counters too when those were read.
+_unsettled = (
+    select(_delta.vod_id, func.sum(_delta.counted).label("counted"))
+    .join_from(view_count_deltas, view_count_sources, _delta.source == _source.source)
+    .where(_source.source == bindparam("source"), _source.lineage == bindparam("lineage", type_=Uuid))
+    .where(_delta.flush_id > bindparam("settled", type_=BigInteger), _delta.vod_id == any_(_ids))
+    .group_by(_delta.vod_id)
+    .subquery("unsettled")
+)
+TOTALS = (
+    select(
+        _total.vod_id,
+        _total.views,
+        _total.counted,
+        _total.announced,
+        cast(func.coalesce(_unsettled.c.counted, 0), BigInteger),
+    )
+    .select_from(view_counts.outerjoin(_unsettled, _unsettled.c.vod_id == _total.vod_id))
+    .where(_total.vod_id == any_(_ids))
 )
 
 _hour = view_counts_hourly.c
@@ -37,12 +56,16 @@ TOP = (
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The row of one id in `view_counts`; all zeros when there is none."""
+    """The row of one id in `view_counts`; all zeros when there is none.
+
+    `unsettled` of `counted` were in the counter still when it was read.
+    """
 
     vod_id: str
     views: int = 0
     counted: int = 0
     announced: int = 0
+    unsettled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +101,15 @@ class Top:
     entries: list[TopEntry]
 
 
-async def read_totals(tx: AsyncConnection, ids: Sequence[str]) -> dict[str, Stored]:
-    """The totals of these ids, every one of them. In the caller's transaction."""
+async def read_totals(
+    tx: AsyncConnection, ids: Sequence[str], source: str, lineage: UUID | None, settled: int
+) -> dict[str, Stored]:
+    """The totals of these ids, every one of them, beside counters that were read when `settled` was the marker's flush.
+
+    Another lineage than the source's says nothing about what is unsettled. In the caller's transaction.
+    """
     await tx.execute(_LIMITS)
-    rows = await tx.execute(TOTALS, {"ids": list(ids)})
+    rows = await tx.execute(TOTALS, {"ids": list(ids), "source": source, "lineage": lineage, "settled": settled})
     return {vod_id: Stored(vod_id) for vod_id in ids} | {row.vod_id: Stored(*row) for row in rows}
 
 

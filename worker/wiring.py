@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +25,7 @@ from worker.counters.retention import Retention
 from worker.counters.settle import Settler
 from worker.counters.totals import TotalsChannel
 from worker.counters.updates import Updates
+from worker.counters.worker_id import new_worker_id
 from worker.db.ledger import Ledger
 from worker.db.session import Database
 from worker.db.sources import SourceRow
@@ -70,7 +68,7 @@ def view_counters(
     settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
 ) -> ViewCounters:
     clock = SystemClock()
-    me = worker_id()
+    me = new_worker_id()
     keys = Keys(settings.view_key_prefix.encode())
     ledger = Ledger(settings.view_source_name, me, settings.view_count_source)
     source_row = SourceRow(settings.view_source_name)
@@ -166,8 +164,3 @@ def view_counters(
 
 def target_table(settings: Settings) -> TargetTable | None:
     return None if settings.view_target is None else TargetTable(settings.view_target)
-
-
-def worker_id() -> str:
-    """Names this process in the ledger: host, process, and a part that no restart repeats."""
-    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections import Counter
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.world import World
 from worker.counters.flush import Busy, Flushed
 from worker.counters.lease import TTL
+from worker.counters.worker_id import died_here, new_worker_id
 
 
 async def test_only_one_of_two_gets_the_lease(world: World) -> None:
@@ -86,3 +89,36 @@ async def test_worker_that_freezes_while_it_takes_the_lease_loses_the_row_lock(
         await worker.counters.lease._source_row.take_lease(tx, "frozen", TTL)
         limit = (await tx.exec_driver_sql("SHOW idle_in_transaction_session_timeout")).scalar_one()
     assert limit == "8s"
+
+
+async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(world: World) -> None:
+    await world.worker().counters.lease.take()
+    host, process = socket.gethostname(), await asyncio.create_subprocess_exec("sleep", "60")
+    alive = f"{host}:{process.pid}:00000000.1"
+    await world.sql.execute("UPDATE view_count_sources SET lease_holder = $1", alive)
+    neighbour = world.worker()
+    assert not await neighbour.counters.lease.take()
+    assert not await neighbour.counters.lease.take()
+    process.kill()
+    await process.wait()
+    assert not await neighbour.counters.lease.take()  # it looked at its start, and not again
+    restarted = world.worker()
+    assert not await restarted.counters.lease.take()
+    assert await restarted.counters.lease.take()
+    assert restarted.counters.lease.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("holder", "dead"),
+    [
+        ("{host}:{pid}:00000000.1", True),  # in a container, every worker is process 1
+        (new_worker_id(), False),
+        ("elsewhere:{pid}:00000000.1", False),
+        ("{host}:1:00000000.1", False),
+        ("{host}:999999999999999999999:00000000.1", True),
+        ("{host}:x:y", False),
+        ("", False),
+    ],
+)
+def test_who_died_here(holder: str, dead: bool) -> None:
+    assert died_here(holder.format(host=socket.gethostname(), pid=os.getpid())) is dead

@@ -11,13 +11,14 @@ import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from worker.counters.worker_id import died_here
 from worker.engine.waiting import wait_first
 from worker.errors import Unavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from worker.db.session import Database
-    from worker.db.sources import Source, SourceRow
+    from worker.db.sources import LeaseState, Source, SourceRow
     from worker.observability.status import Status
 
 log = get_logger(__name__)
@@ -45,6 +46,8 @@ class Lease:
         self._worker_id = worker_id
         self._status = status
         self._rng = rng or random.Random()
+        self._predecessor: str | None = None
+        self._looked = False
         self.epoch: int | None = None
         self.changed = asyncio.Event()
 
@@ -66,12 +69,23 @@ class Lease:
             async with self._database.transaction() as tx:
                 await self._source_row.ensure(tx)
         async with self._database.transaction() as tx:
-            state = await self._source_row.take_lease(tx, self._worker_id, TTL)
+            state = await self._source_row.take_lease(tx, self._worker_id, TTL, self._predecessor)
         if state is not None and state.holder == self._worker_id:
             self._become(state.epoch)
         else:
             self.lost()
+        self._predecessor = self._crashed_before(state)
         return self.epoch is not None
+
+    def _crashed_before(self, state: LeaseState | None) -> str | None:
+        """Whose restart this may be: then nobody waits until the lease expires.
+
+        Looked for once, at the start: where hosts share a name, two workers would take it from each other for ever.
+        """
+        if self._looked or state is None:
+            return None
+        self._looked = True
+        return state.holder if state.holder is not None and died_here(state.holder) else None
 
     def covers(self, source: Source) -> bool:
         """True when the row, read under its lock, still names this worker and this epoch."""

@@ -116,7 +116,7 @@ _FOUND = (
 )
 
 _mine = _row.lease_holder == bindparam("me")
-_free = or_(_row.lease_holder.is_(None), _row.lease_until <= _now, _mine)
+_free = or_(_row.lease_holder.is_(None), _row.lease_until <= _now, _mine, _row.lease_holder == bindparam("dead"))
 _TAKE_LEASE = (
     update(view_count_sources)
     # A row that is locked is at work: whoever waited for it here would only stand in the way.
@@ -193,14 +193,17 @@ class SourceRow:
         values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_replid": identity}
         await tx.execute(_FOUND, {"name": self.name, **values})
 
-    async def take_lease(self, tx: AsyncConnection, worker_id: str, ttl: timedelta) -> LeaseState | None:
+    async def take_lease(
+        self, tx: AsyncConnection, worker_id: str, ttl: timedelta, dead: str | None = None
+    ) -> LeaseState | None:
         """Take the lease if it is free, expired or our own, for `ttl`. Returns who has it now; None: there is no row.
 
-        Taking it over raises the epoch, renewing it does not. A row that is locked is left as it is.
+        A holder that is known to be `dead` need not be waited for. Taking it over raises the epoch, renewing it does
+        not. A row that is locked is left as it is.
         """
         # A worker that freezes right after this must not keep the row locked.
         await tx.execute(_LIMIT)
-        await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "ttl": ttl})
+        await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "ttl": ttl, "dead": dead})
         row = (await tx.execute(_READ_LEASE, {"name": self.name})).one_or_none()
         return None if row is None else LeaseState(*row)
 

@@ -4,8 +4,9 @@ A state machine over the real code and real servers: three workers are stopped b
 and go on in any order; between any two steps, workers are killed or frozen, replies are lost, Redis and Postgres go
 back in time, markers and counters are deleted. The invariants are checked after every step.
 
-Only the identity that Redis gives itself (`master_replid`, started empty or not) is played: a rewind stands for a
-restart from an older copy, and so changes it.
+Two things are played: the identity that Redis gives itself (`master_replid`, started empty or not), where a rewind
+stands for a restart from an older copy, and so changes it; and the channel, whose messages reach each worker that
+listens when the machine says so.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from worker.settings import load_settings
 IDS = ["a", "b", "c"]
 WORKERS = 3
 GATES = ["before BEGIN", "after read", "before COMMIT", "after COMMIT", "before run", "after run", "the end", "the end"]
-TABLES = ("view_counts", "view_count_deltas", "view_counts_hourly", "view_count_flushes", "view_count_sources")
+TARGET = {"VIEW_TARGET_TABLE": "Vod", "VIEW_TARGET_KEY": "id", "VIEW_TARGET_COLUMN": "viewCount"}
+WITH_A_ROW = ["a", "b"]
+OWN_TABLES = ("view_counts", "view_count_deltas", "view_counts_hourly", "view_count_flushes", "view_count_sources")
+TABLES = (*OWN_TABLES, "Vod")
 
 
 class Actor:
@@ -44,13 +48,15 @@ class Actor:
 
     def __init__(self, machine: ProtocolMachine) -> None:
         self._machine = machine
-        environment = machine.world.environment | {"BATCH_SIZE": "2"}
+        environment = machine.world.environment | TARGET | {"BATCH_SIZE": "2"}
         self.worker = InProcessWorker(load_settings(environ=environment))
         self._gate_redis()
         self._gate_database()
         self.task: asyncio.Task[Any] | None = None
         self.at = ""
         self.backend: int | None = None
+        self.listens = False
+        self.on_the_way: list[str] = []
         self._arrived = asyncio.Event()
         self._go: asyncio.Future[None] | None = None
 
@@ -109,6 +115,18 @@ class Actor:
         counters.loop.sweep_soon()
         return await counters.loop.cycle()
 
+    def listen(self) -> None:
+        """Subscribe anew, if this worker believes to hold the lease."""
+        epoch = self.worker.counters.lease.epoch
+        self.on_the_way.clear()
+        if epoch is not None:
+            self.worker.counters.announced.begin(epoch)
+            self.listens = True
+
+    def hear(self) -> None:
+        self.worker.counters.announced.add(Counter(self.on_the_way))
+        self.on_the_way.clear()
+
     async def step(self, *, fail: bool = False) -> None:
         """Go on to the next gate, or to the end of the cycle; with `fail`, the current command fails instead."""
         if self.task is None:
@@ -148,7 +166,7 @@ class Actor:
 @dataclass
 class RedisState:
     values: dict[bytes, bytes]
-    happened: Counter[str]
+    counted: Counter[str]
 
 
 @dataclass
@@ -190,12 +208,18 @@ class ProtocolMachine(RuleBasedStateMachine):
         await self.world.__aenter__()
         # The row is there before they start: an INSERT would wait for that of a worker that stands still.
         await self.world.sql.execute("INSERT INTO view_count_sources (source) VALUES ('default')")
+        await self.world.sql.execute('CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int NOT NULL DEFAULT 0)')
+        await self.world.sql.execute('INSERT INTO "Vod" (id) SELECT unnest($1::text[])', WITH_A_ROW)
+        # Views, and by which witness they were told; a view may be told by both.
         self.happened: Counter[str] = Counter()
+        self.counted: Counter[str] = Counter()
+        self.announced: Counter[str] = Counter()
         self.replid, self.started_empty = uuid4().hex, False
         self.allowed = Allowances()
         self.redis_states: list[RedisState] = []
         self.database_states: list[dict[str, list[Any]]] = []
         self.actors = [Actor(self) for _ in range(WORKERS)]
+        self.reader = self.world.worker()
         self.seen_flushes: set[UUID] = set()
 
     def finished(self, outcome: Any) -> None:
@@ -264,11 +288,36 @@ class ProtocolMachine(RuleBasedStateMachine):
     def views(self, vod_id: str, count: int) -> None:
         self.run(self.world.redis.incrby(self.world.prefix + vod_id, count))
         self.happened[vod_id] += count
+        self.counted[vod_id] += count
+
+    @rule(vod_id=st.sampled_from(IDS))
+    def view_told_by_both(self, vod_id: str) -> None:
+        self.views(vod_id, 1)
+        self._publish(vod_id)
+
+    @rule(vod_id=st.sampled_from(IDS))
+    def view_only_published(self, vod_id: str) -> None:
+        self.happened[vod_id] += 1
+        self._publish(vod_id)
+
+    def _publish(self, vod_id: str) -> None:
+        self.announced[vod_id] += 1
+        for actor in self.actors:
+            if actor.listens:
+                actor.on_the_way.append(vod_id)
+
+    @rule(actor=st.integers(0, WORKERS - 1))
+    def listen(self, actor: int) -> None:
+        self.actors[actor].listen()
+
+    @rule(actor=st.integers(0, WORKERS - 1))
+    def hear(self, actor: int) -> None:
+        self.actors[actor].hear()
 
     @precondition(lambda self: self.lossy)
     @rule()
     def snapshot_redis(self) -> None:
-        self.redis_states.append(RedisState(self.run(self._values()), self.happened.copy()))
+        self.redis_states.append(RedisState(self.run(self._values()), self.counted.copy()))
 
     @precondition(lambda self: self.lossy and self.redis_states)
     @rule(index=st.integers(0, 100))
@@ -277,7 +326,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.run(self._put(state.values))
         self.replid, self.started_empty = uuid4().hex, False
         self.allowed.rewound = True
-        self.allowed.forgotten += self.happened - state.happened
+        self.allowed.forgotten += self.counted - state.counted
 
     @precondition(lambda self: self.lossy)
     @rule()
@@ -334,12 +383,12 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     async def _rows(self) -> dict[str, list[Any]]:
         async with self.world.sql.transaction(isolation="repeatable_read"):
-            return {table: await self.world.sql.fetch(f"SELECT * FROM {table}") for table in TABLES}
+            return {table: await self.world.sql.fetch(f'SELECT * FROM "{table}"') for table in TABLES}
 
     async def _restore(self, rows: dict[str, list[Any]]) -> None:
         async with self.world.sql.transaction():
             for table, records in rows.items():
-                await self.world.sql.execute(f"DELETE FROM {table}")
+                await self.world.sql.execute(f'DELETE FROM "{table}"')
                 if records:
                     await self.world.sql.copy_records_to_table(
                         table, records=[tuple(record) for record in records], columns=list(records[0].keys())
@@ -349,8 +398,24 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_more_than_happened(self) -> None:
-        totals = self.run(self.world.totals())
-        assert totals <= self.happened, f"counted {totals}, happened {self.happened}"
+        views, counted, announced = self.run(self._stored())
+        assert views <= self.happened, f"stored {views}, happened {self.happened}"
+        assert counted <= self.counted, f"stored {counted}, counted {self.counted}"
+        assert announced <= self.announced, f"stored {announced}, announced {self.announced}"
+
+    async def _stored(self) -> tuple[Counter[str], Counter[str], Counter[str]]:
+        """Totals by id: views, and what each witness told."""
+        rows = await self.world.sql.fetch("SELECT vod_id, views, counted, announced FROM view_counts")
+        views, counted, announced = (
+            Counter({row["vod_id"]: row[name] for row in rows}) for name in ("views", "counted", "announced")
+        )
+        return views, counted, announced
+
+    @invariant()
+    def the_application_s_table_was_given_the_totals(self) -> None:
+        rows = self.run(self.world.sql.fetch('SELECT id, "viewCount" FROM "Vod"'))
+        views, _, _ = self.run(self._stored())
+        assert {row["id"]: row["viewCount"] for row in rows} == {vod_id: views[vod_id] for vod_id in WITH_A_ROW}
 
     @invariant()
     def tables_agree(self) -> None:
@@ -373,7 +438,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         )
         known = await self.world.pending()
         known.update({row["vod_id"]: row["n"] for row in rows})
-        assert known <= self.happened, f"settled and pending {known}, happened {self.happened}"
+        assert known <= self.counted, f"settled and pending {known}, counted {self.counted}"
         if not self.allowed.rewound:
             assert source["last_flush_id"] - marker.flush_id <= 1
 
@@ -383,15 +448,19 @@ class ProtocolMachine(RuleBasedStateMachine):
         if allowed.rewound or allowed.marker_deleted or allowed.reset or allowed.database_rewound:
             return
         shown = self.run(self.world.pending())
-        shown += self.run(self.world.totals())
-        assert shown >= self.happened
+        _, counted, announced = self.run(self._stored())
+        shown += counted
+        assert shown >= self.counted
         last = self.run(
             self.world.sql.fetchval(
-                "SELECT f.views::bigint FROM view_count_flushes f "
-                "JOIN view_count_sources s ON f.flush_id = s.last_flush_id"
+                "SELECT sum(d.counted)::bigint FROM view_count_deltas d "
+                "JOIN view_count_sources s ON d.flush_id = s.last_flush_id"
             )
         )
-        assert shown.total() <= self.happened.total() + (last or 0)
+        assert shown.total() <= self.counted.total() + (last or 0)
+        # And what `/v1/views` says is exact: it knows what of a flush is in the counters still.
+        for number in self.run(self.reader.counters.display.views(IDS)):
+            assert number.views == max(self.counted[number.vod_id], announced[number.vod_id])
 
     @invariant()
     def stale_epoch_never_writes(self) -> None:
@@ -423,7 +492,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     async def _after_the_faults(self) -> None:
         """Drained, or on hold for a reason: never looping. And exact, if nothing was lost on either side."""
         await self._expire()
-        last = self.world.worker()
+        last = self.world.worker(**TARGET)
 
         async def probe() -> str:
             return self.replid
@@ -443,7 +512,8 @@ class ProtocolMachine(RuleBasedStateMachine):
         totals = await self.world.totals()
         assert totals <= self.happened
         if not (allowed.marker_deleted or allowed.reset or allowed.database_rewound):
-            assert totals >= self.happened - allowed.forgotten
+            _, counted, _ = await self._stored()
+            assert counted >= self.counted - allowed.forgotten
 
 
 # pytest collects the machine through this; its length is a matter of time, not of truth.

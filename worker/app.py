@@ -41,7 +41,7 @@ from worker.web.health import Health
 from worker.web.server import WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from worker.counters.flush import Flushed
     from worker.counters.recovery import Hold
@@ -248,18 +248,21 @@ async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState
 
 async def check(settings: Settings) -> list[Finding]:
     """Everything the worker relies on. A server that cannot be used is a finding too, and the rest goes on."""
-    findings: list[Finding] = []
     async with AsyncExitStack() as resources:
         database = connect_database(settings)
         resources.push_async_callback(database.close)
         redis = RedisClient(settings.redis)
         resources.push_async_callback(redis.close)
-        for name, look in (("postgres", check_postgres(database)), ("redis", check_redis(redis))):
-            try:
-                findings += await look
-            except Unavailable as error:
-                findings.append(Finding(name, Level.FAILURE, str(error), error.remedy))
+        keys = Keys(settings.view_key_prefix.encode())
+        findings = await _look("postgres", check_postgres(database)) + await _look("redis", check_redis(redis, keys))
         if not any(finding.level is Level.FAILURE and finding.name in AGREEMENT_NEEDS for finding in findings):
             counters = view_counters(settings, database, redis, Status(SystemClock(), (CHECK,)), Metrics())
-            findings.append(await check_agreement(counters.adoption))
+            findings += await _look("marker", check_agreement(counters.adoption))
     return findings
+
+
+async def _look(name: str, at: Awaitable[list[Finding]]) -> list[Finding]:
+    try:
+        return await at
+    except Unavailable as error:
+        return [Finding(name, Level.FAILURE, str(error), error.remedy)]

@@ -5,7 +5,7 @@ ViewerWorkerError
 ├── Unavailable              a server cannot be used right now; waiting may heal it (exit code 69)
 │   ├── RedisUnavailable
 │   └── DatabaseUnavailable
-├── SchemaNotCurrent         the database's tables are not those of this version
+├── SchemaNotCurrent         the database's tables are not those of this version, or its role may not use them
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
 ├── InvalidId                (counters.keys) a key does not name an id
 └── ServerFailed             (dev.servers) an embedded server did not start
@@ -50,6 +50,11 @@ class Unavailable(ViewerWorkerError):
 class RedisUnavailable(Unavailable):
     remedy = "Check that Redis runs and that REDIS_URL reaches it."
 
+    def __init__(self, cause: str, remedy: str | None = None) -> None:
+        super().__init__(cause)
+        if remedy is not None:
+            self.remedy = remedy
+
 
 class DatabaseUnavailable(Unavailable):
     remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
@@ -61,7 +66,7 @@ class DatabaseUnavailable(Unavailable):
 
 
 class SchemaNotCurrent(ViewerWorkerError):
-    """The tables are missing, older or newer than this version of the worker needs."""
+    """The tables are missing, older or newer than this version of the worker needs, or not granted to its role."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)

@@ -11,7 +11,7 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from worker.errors import RedisUnavailable
@@ -165,7 +165,13 @@ def redis_errors() -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:  # OSError includes TimeoutError
-        raise RedisUnavailable(_describe(error)) from error
+        raise RedisUnavailable(_describe(error), _remedy(error)) from error
+
+
+def _remedy(error: BaseException) -> str | None:
+    if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
+        return "Let the user of REDIS_URL run it; deploy/redis/users.acl has all that the worker needs."
+    return "Check user and password in REDIS_URL." if isinstance(error, AuthenticationError) else None
 
 
 def _describe(error: BaseException) -> str:
@@ -182,6 +188,8 @@ def _connect(address: RedisAddress) -> tuple[aioredis.Redis, list[aioredis.Redis
         "socket_timeout": COMMAND_TIMEOUT_S,
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "retry": Retry(NoBackoff(), 0),
+        # Else each connection sends CLIENT SETINFO, which a user of few rights may not and an older server cannot.
+        "driver_info": None,
         # With these notifications the pool hands out connections that hold unread data: another reply's, or an end.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, ignore_patterns
 from uuid import uuid4
 
 import asyncpg
 import pytest
+import redis.asyncio as aioredis
 
 from tests.tls import Certificates, TlsFront
 from tests.world import World, database_url_for
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
-from worker.dev.servers import PostgresServer, ValkeyServer
+from worker.dev.servers import PostgresServer, Server, ValkeyServer
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 # The tests themselves come in by the first line.
@@ -46,17 +47,24 @@ class GuardedServers:
             await self._start()
         name = f"vw_{uuid4().hex[:12]}"
         await self.administrate(f"CREATE DATABASE {name} TEMPLATE {self._template}")
-        redis_url = f"redis://admin:{self._password('redis_admin')}@127.0.0.1:{self.valkey.port}/{database}"
         world = World(
-            redis_url,
+            f"{self._admin_redis_url}/{database}",
             database_url_for(self.postgres.url, name),
             prefix="vod:views:",
             REDIS_URL=f"{self._limited_redis_url}/{database}?ssl_ca_certs={self.authority}",
             DATABASE_URL=f"{self._limited_postgres_url}/{name}?sslmode=verify-full&sslrootcert={self.authority}",
         )
-        async with world:
-            yield world
-            await world.redis.execute_command("ACL LOAD")
+        try:
+            async with world:
+                yield world
+        finally:
+            await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        """The rights as they were, for the next world."""
+        async with aioredis.from_url(f"{self._admin_redis_url}/0") as redis:
+            await redis.execute_command("ACL LOAD")
+            await redis.execute_command("ACL LOG RESET")
         await self.administrate(f"DROP DATABASE {name} WITH (FORCE)")
 
     async def administrate(self, statement: str, database_url: str | None = None) -> None:
@@ -70,24 +78,29 @@ class GuardedServers:
         self._resources.close()
 
     async def _start(self) -> None:
-        copytree(DEPLOY, self._folder, dirs_exist_ok=True)
+        copytree(DEPLOY, self._folder, dirs_exist_ok=True, ignore=ignore_patterns("secrets"))
         await asyncio.to_thread(subprocess.run, [self._folder / "make-secrets"], check=True)
-        certificates = Certificates()
-        certificates.authority.cert_pem.write_to_path(str(self.authority))
         hba = self._folder / "pg_hba.conf"
         hba.write_text(HBA)
         users = self._folder / "secrets" / "redis_users.acl"
         self.valkey = ValkeyServer(self._folder / "valkey", options=("--aclfile", str(users)))
         self.postgres = PostgresServer(self._folder / "postgresql", options=("fsync=off", f"hba_file={hba}"))
-        for server in (self.valkey, self.postgres):
-            server.start()
-            self._resources.callback(server.kill)
-        redis_front = self._resources.enter_context(front(certificates, self.valkey.port))
-        postgres_front = self._resources.enter_context(front(certificates, self.postgres.port, postgres=True))
-        passwords = self._password("redis_viewer_worker"), self._password("postgres_viewer_worker")
-        self._limited_redis_url = f"rediss://viewer-worker:{passwords[0]}@127.0.0.1:{redis_front.port}"
-        self._limited_postgres_url = f"postgresql://viewer_worker:{passwords[1]}@127.0.0.1:{postgres_front.port}"
-        self._template = await self._prepare(passwords[1])
+        certificates = Certificates()
+        certificates.authority.cert_pem.write_to_path(str(self.authority))
+        redis_port = self._start_behind_tls(self.valkey, certificates)
+        postgres_port = self._start_behind_tls(self.postgres, certificates, postgres=True)
+        redis_password, password = self._password("redis_viewer_worker"), self._password("postgres_viewer_worker")
+        self._admin_redis_url = f"redis://admin:{self._password('redis_admin')}@127.0.0.1:{self.valkey.port}"
+        self._limited_redis_url = f"rediss://viewer-worker:{redis_password}@127.0.0.1:{redis_port}"
+        self._limited_postgres_url = f"postgresql://viewer_worker:{password}@127.0.0.1:{postgres_port}"
+        self._template = await self._prepare(password)
+
+    def _start_behind_tls(self, server: Server, certificates: Certificates, *, postgres: bool = False) -> int:
+        server.start()
+        self._resources.callback(server.kill)
+        front = TlsFront(certificates, server.port, postgres=postgres)
+        self._resources.callback(front.close)
+        return front.port
 
     async def _prepare(self, password: str) -> str:
         """A database with the tables, migrated by their owner, and the limited role on it."""
@@ -103,10 +116,3 @@ class GuardedServers:
 
     def _password(self, of: str) -> str:
         return (self._folder / "secrets" / f"{of}_password").read_text()
-
-
-@contextmanager
-def front(certificates: Certificates, behind: int, *, postgres: bool = False) -> Iterator[TlsFront]:
-    made = TlsFront(certificates, behind, postgres=postgres)
-    yield made
-    made.close()

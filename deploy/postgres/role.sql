@@ -4,7 +4,8 @@
 --   psql -v ON_ERROR_STOP=1 -f role.sql "$OWNER_URL"
 --
 -- Creating the role needs CREATEROLE; where the owner does not have that, let an administrator create it first. It has no
--- password until you give it one (in psql: \password viewer_worker).
+-- password until you give it one (in psql: \password viewer_worker). Where PUBLIC may not connect to the database, grant
+-- it CONNECT, too.
 --
 -- With TimescaleDB this is all, too: chunks are made by the hypertable's owner and inherit its rights.
 
@@ -15,7 +16,6 @@ BEGIN
     END IF;
     -- Whichever schema the tables are in.
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO viewer_worker', current_schema());
-    EXECUTE format('GRANT CONNECT ON DATABASE %I TO viewer_worker', current_database());
 END
 $$;
 

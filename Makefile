@@ -1,9 +1,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+# The OCI format, which podman and buildah write unless told otherwise, has no HEALTHCHECK.
+BUILD_IMAGE = $(or $(if $(shell command -v docker),docker build),$(if $(shell command -v podman),podman build --format docker),buildah bud --format docker)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test faults mutants bench lint format lock build clean
+.PHONY: help install demo dev test faults mutants bench lint format audit lock build image clean
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,16 +53,22 @@ format: install ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+audit: install ## Known vulnerabilities of what the worker runs on; needs a public service to ask
+	@$(BIN)/pip-audit --strict --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock
+
 lock: ## Resolve the lock files anew (UPGRADE=1 takes newer versions)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 $(if $(UPGRADE),--upgrade) \
-		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
-	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 $(if $(UPGRADE),--upgrade) \
-		--custom-compile-command "make lock" --extra dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
+	@$(COMPILE) pyproject.toml --output-file requirements.lock
+	@$(COMPILE) pyproject.toml --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	@$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 
 build: install ## The wheel, into dist/
 	@$(BIN)/python -m hatchling build -t wheel
+
+image: ## The container image viewer-worker:VERSION, by whichever of docker, podman, buildah is there
+	@$(BUILD_IMAGE) --tag viewer-worker:$(VERSION) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
 
 clean: ## Remove what these commands made
 	rm -rf $(VENV) .dev dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -34,6 +34,8 @@ from worker.redis.client import RedisClient
 from worker.settings import Settings, load_settings
 from worker.wiring import ViewCounters, view_counters
 
+USUAL_PREFIX = "vod:views:"
+
 
 def database_url_for(postgres_url: str, name: str) -> str:
     """The same server, another database."""
@@ -112,8 +114,9 @@ class World:
             "REDIS_URL": redis_url,
             "DATABASE_URL": database_url,
             "VIEW_KEY_PREFIX": self.prefix,
-            "VIEW_CHANNEL": f"updates {self.prefix}",
-            "VIEW_TOTALS_CHANNEL": f"totals {self.prefix}",
+            # Under the usual prefix, everything has its usual name.
+            "VIEW_CHANNEL": "view_count_updates" if prefix == USUAL_PREFIX else f"updates {self.prefix}",
+            "VIEW_TOTALS_CHANNEL": "view_counts" if prefix == USUAL_PREFIX else f"totals {self.prefix}",
             "BATCH_INTERVAL_MS": "100",
             "HEALTH_CHECK_HOST": "127.0.0.1",
             "HEALTH_CHECK_PORT": "0",

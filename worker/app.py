@@ -12,6 +12,7 @@ from worker import __version__
 from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis
 from worker.clock import SystemClock
 from worker.counters.flush import Busy
+from worker.counters.keys import Keys
 from worker.counters.listener import CHECK as MESSAGES
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
@@ -29,7 +30,7 @@ from worker.web.server import WebServer
 from worker.wiring import connect_database, target_table, view_counters
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from worker.counters.flush import Flushed
     from worker.counters.recovery import Hold
@@ -165,19 +166,22 @@ async def take_over(settings: Settings) -> AsyncIterator[Page]:
 
 async def check(settings: Settings) -> list[Finding]:
     """Everything the worker relies on. A server that cannot be used is a finding too, and the rest goes on."""
-    findings: list[Finding] = []
     async with AsyncExitStack() as resources:
         database = connect_database(settings)
         resources.push_async_callback(database.close)
         redis = RedisClient(settings.redis)
         resources.push_async_callback(redis.close)
-        looks = {"postgres": check_postgres(database, target_table(settings)), "redis": check_redis(redis)}
-        for name, look in looks.items():
-            try:
-                findings += await look
-            except Unavailable as error:
-                findings.append(Finding(name, Level.FAILURE, str(error), error.remedy))
+        keys = Keys(settings.view_key_prefix.encode())
+        findings = await _look("postgres", check_postgres(database, target_table(settings)))
+        findings += await _look("redis", check_redis(redis, keys, settings.channels))
         if not any(finding.level is Level.FAILURE and finding.name in AGREEMENT_NEEDS for finding in findings):
             counters = view_counters(settings, database, redis, Status(SystemClock(), (CHECK,)), Metrics())
-            findings.append(await check_agreement(counters.adoption))
+            findings += await _look("marker", check_agreement(counters.adoption))
     return findings
+
+
+async def _look(name: str, at: Awaitable[list[Finding]]) -> list[Finding]:
+    try:
+        return await at
+    except Unavailable as error:
+        return [Finding(name, Level.FAILURE, str(error), error.remedy)]

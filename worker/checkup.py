@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
 from worker.db.schema import read_schema
 from worker.errors import SchemaNotCurrent, TargetUnusable
+from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
     from worker.counters.adopt import Adoption
+    from worker.counters.keys import Keys
     from worker.db.session import Database
     from worker.db.target import TargetTable
     from worker.redis.client import RedisClient
 
+RIGHTS = LuaScript.load(Path(__file__).with_name("rights.lua"))
 OLDEST_REDIS = (6, 2)
 OLDEST_POSTGRES = 150_000
 
@@ -68,10 +72,24 @@ async def _target(database: Database, target: TargetTable) -> Finding:
     return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 
-async def check_redis(redis: RedisClient) -> list[Finding]:
-    """Raises RedisUnavailable."""
+async def check_redis(redis: RedisClient, keys: Keys, channels: tuple[str, str | None]) -> list[Finding]:
+    """`channels` are where new totals are published, and where messages are heard. Raises RedisUnavailable."""
     facts = await redis.info()
-    return [_redis_version(facts), _role(facts), _eviction(facts), _persistence(facts)]
+    rights = await _rights(redis, keys, [channel.encode() for channel in channels if channel is not None])
+    return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
+
+
+async def _rights(redis: RedisClient, keys: Keys, channels: list[bytes]) -> list[Finding]:
+    asked = (keys.marker, keys.probe, keys.counter("check"))
+    denied: list[bytes] | None = await redis.run(RIGHTS, asked, channels)
+    if denied is None:
+        return []
+    if not denied:
+        return [Finding("redis rights", Level.OK, "its user may run what the worker needs")]
+    names = ", ".join(sorted({name.decode() for name in denied}))
+    cause = f"its user may not run {names} on the worker's keys and channels"
+    remedy = "deploy/redis/users.acl has a user with the rights that are needed."
+    return [Finding("redis rights", Level.FAILURE, cause, remedy)]
 
 
 def _redis_version(facts: dict[str, Any]) -> Finding:
@@ -108,11 +126,11 @@ def _persistence(facts: dict[str, Any]) -> Finding:
     return Finding("redis persistence", Level.WARNING, saved, remedy)
 
 
-async def check_agreement(adoption: Adoption) -> Finding:
+async def check_agreement(adoption: Adoption) -> list[Finding]:
     """Marker against ledger. Raises Unavailable."""
     situation = await adoption.look()
     pending = f"{situation.pending_views} views of {situation.pending_keys} ids are pending"
     if situation.hold is not None:
-        return Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)
+        return [Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)]
     flushes = 0 if situation.source is None else situation.source.last_flush_id
-    return Finding("marker", Level.OK, f"Redis and Postgres agree after {flushes} flushes; {pending}")
+    return [Finding("marker", Level.OK, f"Redis and Postgres agree after {flushes} flushes; {pending}")]

@@ -6,7 +6,7 @@ ViewerWorkerError
 │   ├── RedisUnavailable
 │   ├── DatabaseUnavailable
 │   └── TooManyReaders       too many ask for numbers at the same time
-├── SchemaNotCurrent         the database's tables are not those of this version
+├── SchemaNotCurrent         the database's tables are not those of this version, or its role may not use them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── OnHold                   Redis and Postgres contradict each other: first `adopt` has to end that
 ├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
@@ -56,6 +56,11 @@ class Unavailable(ViewerWorkerError):
 class RedisUnavailable(Unavailable):
     remedy = "Check that Redis runs and that REDIS_URL reaches it."
 
+    def __init__(self, cause: str, remedy: str | None = None) -> None:
+        super().__init__(cause)
+        if remedy is not None:
+            self.remedy = remedy
+
 
 class DatabaseUnavailable(Unavailable):
     remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
@@ -74,7 +79,7 @@ class TooManyReaders(Unavailable):
 
 
 class SchemaNotCurrent(ViewerWorkerError):
-    """The tables are missing, older or newer than this version of the worker needs."""
+    """The tables are missing, older or newer than this version of the worker needs, or not granted to its role."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)

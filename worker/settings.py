@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ from worker.urls import MASK, mask_url
 PIPELINES = ("view_counts", "view_events", "chunk_requests", "bars_1m", "metrics", "session_events")
 AVAILABLE_PIPELINES = ("view_counts",)
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
+
 
 def _duration(value: object) -> object:
     return parse_duration(value) if isinstance(value, str) else value
@@ -49,6 +52,12 @@ def _redis_url(value: SecretStr) -> SecretStr:
         parse_redis_url(value.get_secret_value())
     except ValueError as error:
         raise ValueError(f"a URL such as redis://:password@host:6379/0 ({error})") from None
+    return value
+
+
+def _host(value: str) -> str:
+    if "://" in value or "@" in value:
+        raise ValueError("the name or address of a host, without anything else")
     return value
 
 
@@ -97,7 +106,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(None)
-    db_host: str | None = Field(None)
+    db_host: Annotated[str, AfterValidator(_host)] | None = Field(None)
     db_port: int | None = Field(None, ge=1, le=65535)
     db_user: str | None = Field(None)
     db_password: SecretStr | None = Field(None)
@@ -114,7 +123,7 @@ class Settings(BaseModel):
     batch_interval_ms: int = Field(30_000, ge=10, le=86_400_000)
 
     health_check_port: int = Field(3003, ge=0, le=65535)
-    health_check_host: str = Field("0.0.0.0", min_length=1)  # noqa: S104
+    health_check_host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", min_length=1)  # noqa: S104
     health_grace: Duration = Field(timedelta(seconds=30))
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field("info")
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
@@ -173,6 +182,11 @@ class Settings(BaseModel):
         return parse_redis_url(self.redis_url.get_secret_value())
 
     @property
+    def channels(self) -> tuple[str, str | None]:
+        """Where new totals are published, and where messages are heard: None when views are counted by keys alone."""
+        return self.view_totals_channel, None if self.view_count_source == "counters" else self.view_channel
+
+    @property
     def view_target(self) -> TargetNames | None:
         """The application's own table; None when there is none to be kept up to date."""
         if self.view_target_table is None:
@@ -182,6 +196,7 @@ class Settings(BaseModel):
     def shown(self) -> dict[str, str]:
         """Variable → effective value as it may be printed. Secrets are masked."""
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
+        values["DB_PASSWORD"] = MASK if self.db_password else ""
         if self.database_url is None:
             url = self.database.url.set(drivername="postgresql").render_as_string(hide_password=False)
             values["DATABASE_URL"] = mask_url(f"{url}?{self.database.options}" if self.database.options else url)
@@ -197,8 +212,7 @@ def _show(value: object) -> str:
         case None:
             return ""
         case SecretStr():
-            text = value.get_secret_value()
-            return mask_url(text) if "://" in text else MASK
+            return mask_url(value.get_secret_value())
         case timedelta():
             return format_duration(value)
         case tuple():
@@ -265,7 +279,12 @@ def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
         message = str(details["msg"]).removeprefix("Value error, ")
         field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
     value = raw.get(field, str(Settings.model_fields[field].default or ""))
-    # Of a secret that is not well-formed nobody can tell where the password stands.
-    shown = f"{value.partition('://')[0]}://{MASK}" if "://" in value else MASK
-    shown = shown if field in SECRETS else value[:64]
-    return SettingProblem(field.upper(), shown, expected)
+    return SettingProblem(field.upper(), _show_wrong(field, value), expected)
+
+
+def _show_wrong(field: str, value: str) -> str:
+    """Of a secret that is no URL nobody can tell where the password stands; and one may stand in the wrong setting."""
+    scheme = _SCHEME.match(value)
+    if field in SECRETS:
+        return f"{scheme[0]}{MASK}" if scheme else MASK
+    return (mask_url(value) if scheme else value)[:64]

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.world import CliWorker
+from tests.guarded import GuardedServers
+from tests.world import CliWorker, World
 
 
 @pytest.fixture
@@ -20,3 +22,25 @@ def start() -> Iterator[Callable[..., CliWorker]]:
     yield start
     for worker in started:
         worker.close()
+
+
+@pytest.fixture(scope="session")
+def guarded(servers_folder: Path) -> Iterator[GuardedServers]:
+    """Servers with TLS on which the worker has no rights but those in deploy/."""
+    servers = GuardedServers(servers_folder / "guarded")
+    yield servers
+    servers.close()
+
+
+@pytest.fixture
+async def world(
+    request: pytest.FixtureRequest, redis_url: str, database_url: str, guarded: GuardedServers
+) -> AsyncIterator[World]:
+    """As elsewhere; for a test that is marked `in_both_worlds` the guarded one, too."""
+    if getattr(request, "param", "open") == "open":
+        async with World(redis_url, database_url) as made:
+            yield made
+        return
+    async with guarded.world() as made:
+        yield made
+        assert await made.redis.acl_log() == []  # type: ignore[no-untyped-call]

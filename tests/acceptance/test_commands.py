@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guarded import in_both_worlds
 from tests.world import CliWorker, World, clean_environment
 from worker.dev.servers import ValkeyServer, free_port
 
@@ -114,6 +115,7 @@ async def test_migrate_and_its_status(empty_database_url: str) -> None:
     assert (await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)).returncode == 0
 
 
+@in_both_worlds
 async def test_run_once_says_what_it_flushed(world: World) -> None:
     await world.view("a", 3)
     await world.view("b")
@@ -179,6 +181,7 @@ def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0002"]
 
 
+@in_both_worlds
 async def test_check_finds_everything_well(world: World) -> None:
     await world.view("a", 3)
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
@@ -192,6 +195,7 @@ async def test_check_finds_everything_well(world: World) -> None:
         "schema",
         "redis version",
         "redis role",
+        "redis rights",
         "redis eviction",
         "redis persistence",
         "marker",
@@ -224,6 +228,7 @@ def test_check_goes_on_when_a_server_is_out_of_reach() -> None:
     assert "hunter2" not in done.stdout + done.stderr
 
 
+@in_both_worlds
 async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
     await world.view("a", 5)
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0

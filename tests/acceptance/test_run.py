@@ -17,6 +17,7 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
+from tests.guarded import in_both_worlds
 from tests.world import CliWorker, World
 from worker.dev.servers import PostgresServer, ValkeyServer, free_port
 
@@ -44,6 +45,7 @@ async def get(url: str) -> tuple[int, dict[str, Any]]:
         return response.status, await response.json()
 
 
+@in_both_worlds
 async def test_incr_is_in_postgres_within_one_interval(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "500"}, "run")
     await worker.wait_for_log("marker born")
@@ -66,6 +68,7 @@ async def test_killed_at_a_point_of_the_flush_counts_each_view_once(world: World
     await world.assert_exact()
 
 
+@in_both_worlds
 async def test_kill_9_five_times_under_load_is_exact(world: World, start: Start) -> None:
     rng = random.Random(5)
     loaded = asyncio.Event()
@@ -239,6 +242,7 @@ async def test_missing_schema_is_waited_for_and_told(redis_url: str, empty_datab
         assert (await get(f"{url}/readyz"))[0] == 200
 
 
+@in_both_worlds
 async def test_hold_is_degraded_not_ready_and_explained(world: World, start: Start) -> None:
     assert await start(world.environment, "run", "--once").wait() == 0
     await world.redis.set(world.keys.marker, "garbage")

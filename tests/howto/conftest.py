@@ -23,13 +23,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 @pytest.fixture
 async def world(valkey: ValkeyServer, database_url: str) -> AsyncIterator[World]:
     """The pages say `vod:views:`, so the Redis is the test's own."""
-    async with World(
-        valkey.url,
-        database_url,
-        prefix="vod:views:",
-        VIEW_CHANNEL="view_count_updates",
-        VIEW_TOTALS_CHANNEL="view_counts",
-    ) as made:
+    async with World(valkey.url, database_url, prefix="vod:views:") as made:
         yield made
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import asyncpg
 from sqlalchemy import text
 
 from tests.world import InProcessWorker, World
@@ -11,6 +13,8 @@ from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.settings import load_settings
+
+ROLE = Path(__file__).parents[2] / "deploy" / "postgres" / "role.sql"
 
 
 async def rows(database: Database, query: str) -> list[Any]:
@@ -53,3 +57,26 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
     await schema.downgrade(one_connection, "base")
     assert await rows(one_connection, hypertables) == []
     await one_connection.close()
+
+
+async def test_limited_role_makes_chunks_and_removes_what_is_in_them(timescale_url: str) -> None:
+    owner = Database(parse_database_url(timescale_url), pool_size=1, overflow=0)
+    await schema.upgrade(owner)
+    await owner.close()
+    sql = await asyncpg.connect(timescale_url)
+    await sql.execute(ROLE.read_text())
+    await sql.execute("SET ROLE viewer_worker")
+    for _ in range(2):
+        await sql.execute(
+            """
+            INSERT INTO view_count_deltas VALUES (now(), 'default', 1, 'a', 2, 0, 2);
+            INSERT INTO view_counts_hourly VALUES (date_trunc('hour', now(), 'UTC'), 'a', 2)
+                ON CONFLICT (vod_id, bucket) DO UPDATE SET views = view_counts_hourly.views + excluded.views;
+            DELETE FROM view_count_deltas WHERE source = 'default' AND flush_id = 1;
+            """
+        )
+    await sql.execute("RESET ROLE")
+    chunks = "SELECT count(DISTINCT hypertable_name)::int FROM timescaledb_information.chunks"
+    assert await sql.fetchval(chunks) == 2
+    assert await sql.fetchval("SELECT views FROM view_counts_hourly") == 4
+    await sql.close()

@@ -34,7 +34,7 @@ def test_reference_lists_every_table_with_its_columns() -> None:
 
 def test_links_between_documents_lead_somewhere() -> None:
     root = DOCS.parent
-    documents = [root / "README.md", root / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
+    documents = [root / "README.md", root / "CONTRIBUTING.md", root / "deploy" / "README.md", *DOCS.rglob("*.md")]
     for document in documents:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} → {target}"

@@ -23,6 +23,8 @@ TRANSIENT_STATES = frozenset({"25006", "25P03", "26000", "40001", "40P01", "55P0
 REFUSED_DATA_PREFIXES = ("22", "23", "P0")
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
+INSUFFICIENT_PRIVILEGE = "42501"
+RIGHTS_REMEDY = "Migrate as the owner of the tables. What its role lacks otherwise, viewer-worker check says."
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -72,6 +74,8 @@ def database_errors() -> Iterator[None]:
     except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         if is_refused(error):
             raise DatabaseUnavailable(describe(error), "Check user, password and database in DATABASE_URL.") from error
+        if sqlstate(error) == INSUFFICIENT_PRIVILEGE:
+            raise DatabaseUnavailable(describe(error), RIGHTS_REMEDY) from error
         if is_transient(error):
             raise DatabaseUnavailable(describe(error)) from error
         raise

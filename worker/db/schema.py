@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, text
 
 from worker.db.errors import database_errors
+from worker.db.rights import missing_rights
 from worker.errors import SchemaNotCurrent
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Not Alembic's default name: the application's own migrations may live in the same database.
 VERSION_TABLE = "viewer_worker_schema"
+GRANT = "As the owner of the tables, run deploy/postgres/role.sql."
 _MIGRATION_LOCK = 0x7669657765722D77  # "viewer-w"; any constant that nobody else uses
 
 
@@ -48,11 +50,15 @@ def _scripts() -> ScriptDirectory:
 
 @dataclass(frozen=True, slots=True)
 class SchemaState:
-    """`current` is the database's revision (None: no tables), `head` the one this version needs."""
+    """`current` is the database's revision (None: no tables), `head` the one this version needs.
+
+    `lacking` are rights on the tables that this session's role does not have.
+    """
 
     current: str | None
     head: str
     known: tuple[str, ...]
+    lacking: tuple[str, ...] = ()
 
     @property
     def is_current(self) -> bool:
@@ -61,10 +67,12 @@ class SchemaState:
     @property
     def is_behind(self) -> bool:
         """True when `upgrade` is what is needed: there are no tables, or older ones."""
-        return not self.is_current and (self.current is None or self.current in self.known)
+        return not self.is_current and not self.lacking and (self.current is None or self.current in self.known)
 
     def require_current(self) -> None:
-        """Raises SchemaNotCurrent, with the command that mends it."""
+        """Raises SchemaNotCurrent, with what mends it."""
+        if self.lacking:
+            raise SchemaNotCurrent(f"this role lacks {', '.join(self.lacking)}", GRANT)
         if self.is_current:
             return
         if self.current is None:
@@ -81,13 +89,17 @@ class SchemaState:
 
 
 async def read_schema(connection: AsyncConnection) -> SchemaState:
-    """The state of the schema, in one query."""
+    """The revision of the schema and, where it is this version's, whether this session's role may use it."""
     known = tuple(script.revision for script in _scripts().walk_revisions())
-    found = await connection.execute(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": VERSION_TABLE})
-    current: str | None = None
-    if found.scalar():
-        current = (await connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))).scalar()  # noqa: S608
-    return SchemaState(current, known[0], known)
+    readable = text("SELECT has_table_privilege(to_regclass(:name), 'SELECT')")
+    found: bool | None = (await connection.execute(readable, {"name": VERSION_TABLE})).scalar()
+    if found is None:
+        return SchemaState(None, known[0], known)
+    if not found:
+        return SchemaState(None, known[0], known, lacking=(f"SELECT on {VERSION_TABLE}",))
+    current = (await connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))).scalar()  # noqa: S608
+    lacking = await missing_rights(connection) if current == known[0] else ()
+    return SchemaState(current, known[0], known, lacking)
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:

@@ -54,6 +54,8 @@ def _options(
         "socket_timeout": timeout,
         "socket_connect_timeout": connect_timeout,
         "retry": retry,
+        # Else each connection sends CLIENT SETINFO, which a user of few rights may not and an older server cannot.
+        "driver_info": None,
         # With these notifications the pool hands out connections that hold unread data: another reply's, or an end.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }

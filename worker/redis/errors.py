@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from worker.errors import RedisUnavailable
 
@@ -22,7 +22,13 @@ def redis_errors() -> Iterator[None]:
         yield
     except (RedisError, OSError) as error:  # OSError includes TimeoutError
         redact(error)
-        raise RedisUnavailable(describe(error)) from error
+        raise RedisUnavailable(describe(error), _remedy(error)) from error
+
+
+def _remedy(error: BaseException) -> str | None:
+    if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
+        return "Let the user of REDIS_URL run it; deploy/redis/users.acl has all that the worker needs."
+    return "Check user and password in REDIS_URL." if isinstance(error, AuthenticationError) else None
 
 
 def describe(error: BaseException) -> str:

@@ -1,0 +1,30 @@
+-- The role that the worker runs as, with the rights that it needs and no others. Run it as the owner of the tables, in the
+-- database and with the search_path that they are in, after each `viewer-worker migrate`; it may be run any number of times:
+--
+--   psql -v ON_ERROR_STOP=1 -f role.sql "$OWNER_URL"
+--
+-- Creating the role needs CREATEROLE; where the owner does not have that, let an administrator create it first. It has no
+-- password until you give it one (in psql: \password viewer_worker). Where PUBLIC may not connect to the database, grant
+-- it CONNECT, too.
+--
+-- With TimescaleDB this is all, too: chunks are made by the hypertable's owner and inherit its rights.
+
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'viewer_worker') THEN
+        CREATE ROLE viewer_worker LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATION NOBYPASSRLS;
+    END IF;
+    -- Whichever schema the tables are in.
+    EXECUTE format('GRANT USAGE ON SCHEMA %I TO viewer_worker', current_schema());
+END
+$$;
+
+GRANT SELECT                 ON viewer_worker_schema TO viewer_worker;
+-- Totals and history are added to.
+GRANT SELECT, INSERT, UPDATE ON view_counts          TO viewer_worker;
+GRANT SELECT, INSERT, UPDATE ON view_counts_hourly   TO viewer_worker;
+-- The ledger is written once, and removed when it is older than VIEW_LEDGER_RETENTION.
+GRANT SELECT, INSERT, DELETE ON view_count_deltas    TO viewer_worker;
+GRANT SELECT, INSERT, DELETE ON view_count_flushes   TO viewer_worker;
+-- One row for each source: the lease, and the lock that flushes take.
+GRANT SELECT, INSERT, UPDATE ON view_count_sources   TO viewer_worker;

@@ -1,0 +1,145 @@
+"""Secrets appear nowhere: whatever goes wrong, nothing that comes out of the worker has any of them in it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+
+from tests.guarded import GuardedServers
+from tests.world import CliWorker, World, clean_environment
+from worker.dev.servers import free_port
+
+Start = Callable[..., CliWorker]
+
+ACCEPTED = [
+    {"DATABASE_URL": "postgresql://me:CANARY@db/app?password=CANARY&sslpassword=CANARY"},
+    {"DATABASE_URL": "postgresql://me:p@ss/CANARY:%#CANARY@db/app"},
+    {"DB_PASSWORD": "any://CANARY", "DB_HOST": "db"},
+    {"REDIS_URL": "rediss://me:CANARY@redis:6380/2?ssl_ca_certs=/etc/ca.pem"},
+    {"REDIS_URL": "redis+sentinel://:CANARY@one:26379,two:26379/master"},
+]
+REFUSED = [
+    {"DATABASE_URL": "CANARY"},
+    {"DATABASE_URL": "me:CANARY@db/app"},
+    {"DATABASE_URL": "me:CANARY://db/app"},
+    {"DATABASE_URL": "mysql://me:CANARY@db/app"},
+    {"DATABASE_URL": "postgresql://me:CANARY@db:CANARY/app"},
+    {"DATABASE_URL": "postgresql://me:CANARY@db/app?sslmode=CANARY"},
+    {"REDIS_URL": "redis://:CANARY@redis/CANARY"},
+    {"REDIS_URL": "redis://redis?password=CANARY"},
+    {"DB_HOST": "postgresql://me:CANARY@db/app"},
+    {"DB_PORT": "postgresql://me:CANARY@db/app"},
+    {"HEALTH_CHECK_PORT": "redis://:CANARY@redis"},
+    {"DB_PASSWORD": "CANARY", "DB_PASSWORD_FILE": "/nowhere"},
+]
+
+
+async def say(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code, and all that the command printed."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "worker", *arguments),
+        env=clean_environment() | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    printed, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, printed.decode()
+
+
+@pytest.mark.parametrize("settings", ACCEPTED)
+async def test_config_masks_every_secret(settings: dict[str, str]) -> None:
+    code, printed = await say("config", **settings)
+    assert code == 0, printed
+    assert "***" in printed
+    assert "CANARY" not in printed
+
+
+@pytest.mark.parametrize("settings", REFUSED)
+async def test_setting_that_is_refused_is_named_without_its_secret(settings: dict[str, str]) -> None:
+    code, printed = await say("config", **settings)
+    assert code == 78, printed
+    assert next(iter(settings)) in printed
+    assert "CANARY" not in printed
+
+
+async def test_secret_in_a_file_that_cannot_be_used_stays_there(tmp_path: Path) -> None:
+    for content in (b"\xffCANARY", b"postgres:CANARY"):
+        (tmp_path / "url").write_bytes(content)
+        code, printed = await say("config", DATABASE_URL_FILE=str(tmp_path / "url"))
+        assert code == 78
+        assert "CANARY" not in printed
+
+
+@pytest.fixture
+async def world(guarded: GuardedServers) -> AsyncIterator[World]:
+    """Servers that ask for passwords."""
+    async with guarded.world() as made:
+        yield made
+
+
+def secrets_of(environment: dict[str, str]) -> list[str]:
+    secrets = [urlsplit(environment[name]).password for name in ("DATABASE_URL", "REDIS_URL")]
+    assert all(secrets)
+    return [str(secret) for secret in secrets]
+
+
+async def test_commands_print_no_secret_whether_they_succeed_or_fail(world: World) -> None:
+    well = world.environment
+    secrets = secrets_of(well)
+    nowhere = f"127.0.0.1:{free_port()}"
+    refused = {"DATABASE_URL": f"postgresql://me:CANARY@{nowhere}/app", "REDIS_URL": f"redis://:CANARY@{nowhere}"}
+    wrong_passwords = {name: re.sub(r":[0-9a-f]{48}@", ":CANARY@", well[name]) for name in refused}
+    wrong_hosts = {name: well[name].replace("@127.0.0.1:", "@localhost:") for name in refused}
+    check, once = ("check", "--json"), ("run", "--once")
+    for changes, commands in (
+        ({}, (("migrate",), once, check, ("adopt",))),
+        (wrong_passwords, (once, check)),
+        ({"REDIS_URL": wrong_passwords["REDIS_URL"]}, (once,)),
+        (wrong_hosts, (once, check)),
+        (refused, (once, check)),
+    ):
+        for arguments in commands:
+            code, printed = await say(*arguments, **(well | changes), LOG_LEVEL="debug")
+            assert (code == 0) is (not changes), printed
+            assert "Traceback" not in printed
+            assert [secret for secret in ("CANARY", *secrets) if secret in printed] == [], (arguments, code)
+
+
+async def test_running_worker_tells_no_secret_in_any_failure(world: World, start: Start) -> None:
+    canaries = ["CANARY", *secrets_of(world.environment)]
+    worker = start(world.environment | {"LOG_LEVEL": "debug"}, "run")
+    await worker.wait_for_log('"marker born"')
+    url = json.loads(await worker.wait_for_log('"started"'))["url"]
+    told = await everything_at(url)
+
+    await world.sql.execute("DROP TABLE view_counts")
+    await world.view("a")
+    await worker.wait_for_log("Traceback")
+    told += await everything_at(url)
+    await world.redis.execute_command("ACL SETUSER viewer-worker resetpass >CANARY")
+    await world.redis.execute_command("CLIENT KILL TYPE normal SKIPME yes")
+    await worker.wait_for_log('"redis failing"')
+    told += await everything_at(url)
+
+    assert '"redis"' in told
+    assert [canary for canary in canaries if canary in told + worker.log] == []
+
+
+async def everything_at(url: str) -> str:
+    told = ""
+    async with aiohttp.ClientSession() as session:
+        for path in ("/health", "/ping", "/livez", "/readyz", "/metrics", "/", "/nothing?password=1"):
+            async with session.get(url + path) as response:
+                told += f"{response.headers}\n{await response.text()}\n"
+    return told

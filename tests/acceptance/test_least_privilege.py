@@ -1,0 +1,204 @@
+"""The rights in deploy/ are enough, each of them is needed, and one that is missing is named.
+
+That they are enough for everything else is tested by the scenarios that are marked `in_both_worlds`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.guarded import DEPLOY, GuardedServers
+from tests.tls import Certificates, TlsFront
+from tests.world import CliWorker, InProcessWorker, World
+from worker.db.ledger import Ledger
+from worker.db.rights import RIGHTS
+from worker.db.schema import VERSION_TABLE
+from worker.db.tables import metadata
+from worker.errors import DatabaseUnavailable
+
+Start = Callable[..., CliWorker]
+GRANTS = "SELECT table_name, privilege_type FROM information_schema.role_table_grants WHERE grantee = 'viewer_worker'"
+# For what the worker does with channels, of which this version does nothing yet.
+CHANNELS = {"subscribe", "unsubscribe", "publish"}
+
+
+@pytest.fixture
+async def world(guarded: GuardedServers) -> AsyncIterator[World]:
+    async with guarded.world() as made:
+        yield made
+
+
+async def live(worker: InProcessWorker, world: World) -> None:
+    """All that the worker does with its tables: lease, birth, flush, replay, retention."""
+    assert await worker.counters.lease.take()
+    for vod_id in ("a", "b"):
+        await world.view(vod_id)
+        await worker.counters.loop.cycle()
+        worker.counters.loop.reconnected()
+    before = await world.marker()
+    await world.view("b")
+    await worker.counters.loop.cycle()
+    # Redis comes back as it was before the last flush.
+    assert before is not None
+    await world.redis.set(world.keys.marker, before.encode())
+    await world.redis.set(world.prefix + "b", "1")
+    await worker.counters.loop.cycle()
+    async with worker.database.transaction() as tx:
+        await Ledger("default", "me").prune(tx, settled_id=3, age=timedelta(0), at_most=100)
+    await worker.counters.lease.release()
+
+
+async def test_role_has_the_rights_that_the_worker_looks_for_and_no_others(world: World) -> None:
+    granted = {(row["table_name"], row["privilege_type"]) for row in await world.sql.fetch(GRANTS)}
+    assert granted == {(table, right) for table in RIGHTS for right in RIGHTS[table]} | {(VERSION_TABLE, "SELECT")}
+    assert set(RIGHTS) == set(metadata.tables)
+
+
+async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World) -> None:
+    await live(world.worker(), world)
+    assert await world.totals() == world.truth
+    assert not await world.pending()
+
+
+@pytest.mark.parametrize(("table", "right"), [(table, right) for table in RIGHTS for right in RIGHTS[table]])
+async def test_each_right_of_the_role_is_needed(world: World, table: str, right: str) -> None:
+    await world.sql.execute(f"REVOKE {right} ON {table} FROM viewer_worker")
+    with pytest.raises(DatabaseUnavailable, match=f"permission denied for table {table}"):
+        await live(world.worker(), world)
+
+
+async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, start: Start) -> None:
+    line = re.search(r"^user viewer-worker .*$", (DEPLOY / "redis" / "users.acl").read_text(), re.MULTILINE)
+    assert line is not None
+    granted = set(re.findall(r"\+([a-z|]+)", line.group()))
+    async with guarded.world(database=1) as world:
+        await world.view("a")
+        await world.redis.script_flush()
+        await world.redis.config_resetstat()
+        worker = start(world.environment, "run")
+        await worker.wait_for_log("batch flushed")
+        await worker.wait_for_log('"redis ok"')
+        worker.terminate()
+        assert await worker.wait() == 0
+        used = {name.removeprefix("cmdstat_") for name in await world.redis.info("commandstats")}
+        assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
+    assert granted - used <= CHANNELS
+
+
+async def test_right_that_is_missing_is_named_and_waited_for(world: World, start: Start) -> None:
+    await world.sql.execute("REVOKE INSERT, UPDATE ON view_counts FROM viewer_worker")
+    await world.view("a", 3)
+    worker = start(world.environment, "run")
+    failing = json.loads(await worker.wait_for_log('"schema failing"'))
+    assert failing["cause"] == "this role lacks INSERT on view_counts, UPDATE on view_counts"
+    assert "role.sql" in failing["remedy"]
+    await world.sql.execute("GRANT INSERT, UPDATE ON view_counts TO viewer_worker")
+    await worker.wait_for_log("batch flushed")
+    worker.terminate()
+    assert await worker.wait() == 0
+    await world.assert_exact()
+
+
+async def test_check_names_the_rights_that_are_missing(world: World, start: Start) -> None:
+    await world.sql.execute("REVOKE DELETE ON view_count_deltas FROM viewer_worker")
+    await world.redis.execute_command("ACL SETUSER viewer-worker -decrby -del")
+    findings = await check(world, start)
+    assert findings["schema"] == ("failure", "this role lacks DELETE on view_count_deltas")
+    assert findings["redis rights"] == ("failure", "its user may not run DECRBY, DEL on the worker's keys")
+
+    await world.sql.execute(f"REVOKE ALL ON {VERSION_TABLE} FROM viewer_worker")
+    await world.redis.execute_command("ACL SETUSER viewer-worker -eval -evalsha")
+    findings = await check(world, start)
+    assert findings["schema"] == ("failure", f"this role lacks SELECT on {VERSION_TABLE}")
+    assert "'evalsha'" in findings["redis"][1]
+
+
+async def check(world: World, start: Start) -> dict[str, tuple[str, str]]:
+    """Name of the finding → level, what was found."""
+    checking = start(world.environment, "check", "--json")
+    assert await checking.wait() in (1, 69), checking.log
+    assert checking.process.stdout is not None
+    return {found["name"]: (found["level"], found["found"]) for found in json.load(checking.process.stdout)}
+
+
+async def test_denied_redis_command_is_told_with_its_remedy_and_loses_nothing(world: World, start: Start) -> None:
+    await world.redis.execute_command("ACL SETUSER viewer-worker -decrby")
+    await world.view("a", 3)
+    worker = start(world.environment, "run")
+    failed = json.loads(await worker.wait_for_log('"view_counts failing"'))
+    assert "decrby" in failed["cause"]
+    assert "users.acl" in failed["remedy"]
+    assert "Traceback" not in worker.log
+    await world.redis.execute_command("ACL LOAD")
+    await worker.wait_for_log('"view_counts ok"')
+    worker.terminate()
+    assert await worker.wait() == 0
+    await world.assert_exact()
+
+
+async def test_role_cannot_migrate_and_is_told_who_can(guarded: GuardedServers, world: World, start: Start) -> None:
+    await world.sql.execute("DROP TABLE viewer_worker_schema")
+    migrate = start(world.environment, "migrate")
+    assert await migrate.wait() == 69
+    assert "permission denied for schema public" in migrate.log
+    assert "Migrate as the owner of the tables." in migrate.log
+    assert "Traceback" not in migrate.log
+
+
+async def test_servers_with_a_certificate_of_another_authority_are_refused(world: World, start: Start) -> None:
+    stranger = Certificates()
+    fronts = [TlsFront(stranger, behind, postgres=postgres) for behind, postgres in world_ports(world)]
+    environment = dict(world.environment)
+    for name, front in zip(("REDIS_URL", "DATABASE_URL"), fronts, strict=True):
+        environment[name] = re.sub(r"@127\.0\.0\.1:\d+", f"@127.0.0.1:{front.port}", environment[name])
+    worker = start(environment, "run")
+    for check in ("redis", "postgres"):
+        failing = json.loads(await worker.wait_for_log(f'"{check} failing"'))
+        assert "certificate verify failed" in failing["cause"].lower()
+    worker.terminate()
+    assert await worker.wait() == 0
+    for front in fronts:
+        front.close()
+
+
+def world_ports(world: World) -> list[tuple[int, bool]]:
+    """Where Redis and Postgres listen without TLS."""
+    redis, postgres = urlsplit(world.redis_url).port, urlsplit(world.database_url).port
+    assert redis is not None
+    assert postgres is not None
+    return [(redis, False), (postgres, True)]
+
+
+async def test_certificate_of_another_host_is_refused(world: World, start: Start) -> None:
+    environment = {name: value.replace("@127.0.0.1:", "@localhost:") for name, value in world.environment.items()}
+    once = start(environment, "run", "--once")
+    assert await once.wait() == 69
+    assert "certificate is not valid for 'localhost'" in once.log
+
+
+async def test_db_group_with_a_password_file_and_verified_tls(
+    guarded: GuardedServers, world: World, start: Start, tmp_path: Path
+) -> None:
+    address = urlsplit(world.environment["DATABASE_URL"])
+    password = tmp_path / "password"
+    password.write_text(f"{address.password}\n")
+    environment = {name: value for name, value in world.environment.items() if name != "DATABASE_URL"} | {
+        "DB_HOST": "127.0.0.1",
+        "DB_PORT": str(address.port),
+        "DB_USER": "viewer_worker",
+        "DB_PASSWORD_FILE": str(password),
+        "DB_NAME": address.path.removeprefix("/"),
+        "DB_SSL_MODE": "verify-full",
+        "PGSSLROOTCERT": str(guarded.authority),
+    }
+    await world.view("a", 2)
+    once = start(environment, "run", "--once")
+    assert await once.wait() == 0, once.log
+    await world.assert_exact()

@@ -1,0 +1,131 @@
+"""deploy/ is well-formed, fits together, and fits the worker."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from worker.settings import Settings, parse_duration
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+BIN = Path(sys.executable).parent
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+DRAIN = Settings.model_fields["shutdown_timeout"].default
+
+
+def compose() -> dict[str, Any]:
+    return load(DEPLOY / "compose.yaml")
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def succeeds(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def containers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    pod = manifest["spec"]["template"]["spec"]
+    return {container["name"]: container for container in [*pod.get("initContainers", ()), *pod["containers"]]}
+
+
+def test_compose_file_follows_its_schema() -> None:
+    succeeds(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_kubernetes_manifest_follows_its_schema(manifest: Path) -> None:
+    succeeds(BIN / "kubernetes-validate", "--strict", manifest)
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None and not os.environ.get("CI"):
+        pytest.skip("systemd-analyze is not installed")
+    unit = tmp_path / "viewer-worker.service"
+    text = (DEPLOY / "systemd" / unit.name).read_text()
+    # It looks for the program, too, which is not installed here.
+    unit.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
+    succeeds("systemd-analyze", "verify", "--man=no", unit)
+
+
+def test_secrets_of_the_compose_file_are_those_that_are_made(tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets"))
+    succeeds(tmp_path / "make-secrets")
+    made = {f"secrets/{path.name}" for path in (tmp_path / "secrets").iterdir()}
+    declared = {name: secret["file"] for name, secret in compose()["secrets"].items()}
+    assert set(declared.values()) <= made
+    used = {name for service in compose()["services"].values() for name in service.get("secrets", ())}
+    assert used == set(declared)
+
+
+def test_made_secrets_are_kept_and_out_of_reach_of_others(tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets"))
+    succeeds(tmp_path / "make-secrets")
+    before = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    assert (tmp_path / "secrets").stat().st_mode & 0o077 == 0
+    assert subprocess.run([tmp_path / "make-secrets"], capture_output=True, check=False).returncode == 1
+    assert {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()} == before
+    assert "SHA256" not in before["redis_users.acl"]
+
+
+@pytest.mark.parametrize("name", ["worker", "migrate", "grant", "redis", "producer"])
+def test_compose_services_write_nothing_and_have_no_privilege(name: str) -> None:
+    service = compose()["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_worker_in_kubernetes_writes_nothing_and_has_no_privilege(manifest: Path) -> None:
+    pod = load(manifest)["spec"]["template"]["spec"]
+    (worker,) = (found for found in containers(load(manifest)).values() if found["image"].startswith("viewer-worker:"))
+    security = pod.get("securityContext", {}) | worker["securityContext"]
+    assert security["runAsNonRoot"] is security["readOnlyRootFilesystem"] is True
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert security["runAsUser"] == 10001
+
+
+def test_sidecar_never_takes_its_application_out_of_service() -> None:
+    sidecar = containers(load(DEPLOY / "kubernetes" / "sidecar.yaml"))["viewer-worker"]
+    assert sidecar["restartPolicy"] == "Always"
+    assert "readinessProbe" not in sidecar
+    assert {sidecar[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe")} == {"/livez"}
+
+
+def test_standalone_worker_is_ready_when_it_can_do_its_job() -> None:
+    worker = containers(load(DEPLOY / "kubernetes" / "deployment.yaml"))["viewer-worker"]
+    assert worker["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert worker["livenessProbe"]["httpGet"]["path"] == "/livez"
+
+
+def test_every_platform_waits_longer_than_the_worker_drains() -> None:
+    unit = (DEPLOY / "systemd" / "viewer-worker.service").read_text()
+    stop = re.search(r"^TimeoutStopSec=(\S+)$", unit, re.MULTILINE)
+    assert stop is not None
+    patience = [parse_duration(stop[1]), parse_duration(compose()["services"]["worker"]["stop_grace_period"])]
+    for name in ("deployment", "sidecar"):
+        pod = load(DEPLOY / "kubernetes" / f"{name}.yaml")["spec"]["template"]["spec"]
+        patience.append(timedelta(seconds=pod["terminationGracePeriodSeconds"]))
+    assert all(waits > DRAIN for waits in patience)
+
+
+def test_every_setting_in_deploy_is_one_of_the_worker() -> None:
+    named = {name for service in ("worker", "migrate") for name in compose()["services"][service]["environment"]}
+    for manifest in MANIFESTS:
+        named |= {entry["name"] for found in containers(load(manifest)).values() for entry in found.get("env", ())}
+    unit = (DEPLOY / "systemd" / "viewer-worker.service").read_text()
+    named |= set(re.findall(r"^Environment=(\w+)=", unit, re.MULTILINE))
+    assert {name.removesuffix("_FILE").lower() for name in named} <= set(Settings.model_fields)

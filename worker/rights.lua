@@ -1,0 +1,20 @@
+#!lua flags=no-writes,allow-oom
+-- Which of the commands that the worker sends, by itself or from its scripts, its user may not run. Runs none of them.
+--
+-- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   ARGV[1] channel of totals   ARGV[2] channel of messages, if heard
+--
+-- Returns their names; false where the server cannot tell (before Redis 7).
+
+if not redis.acl_check_cmd then return false end
+
+local denied = {}
+local commands = {
+  {'PING'}, {'INFO'}, {'SCAN', '0'}, {'TYPE', KEYS[1]}, {'EXISTS', KEYS[1]}, {'GET', KEYS[1]}, {'MGET', KEYS[1], KEYS[3]},
+  {'SET', KEYS[1], ''}, {'SET', KEYS[2], ''}, {'DEL', KEYS[2]}, {'DECRBY', KEYS[3], '1'}, {'DEL', KEYS[3]},
+  {'EVALSHA', '', '1', KEYS[1]}, {'PUBLISH', ARGV[1], ''},
+}
+if ARGV[2] then table.insert(commands, {'SUBSCRIBE', ARGV[2]}) end
+for _, command in ipairs(commands) do
+  if not redis.acl_check_cmd(unpack(command)) then table.insert(denied, command[1]) end
+end
+return denied

@@ -30,17 +30,18 @@ demo: install ## The main job on embedded servers: 20 s of traffic, a kill -9, a
 dev: install ## The demo without an end (Ctrl-C stops it and prints the verdict)
 	@$(BIN)/viewer-worker dev
 
-test: install ## All tests, on real embedded servers
-	@$(BIN)/python -m pytest
+test: install ## All tests, on real embedded servers, two at a time
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-faults: install ## Three replicas, killed and frozen for a minute; the protocol's property test, many examples, random seed
-	@FAULT_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200
+faults: install ## A minute each of replicas killed and frozen, and of 50,000 messages/s; the property test, many examples
+	@FAULT_SECONDS=60 MESSAGE_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200
 
 mutants: install ## Plant mistakes in a copy of the code, and see whether the tests catch each
 	@$(BIN)/python tests/mutants.py
 
-bench: install ## How fast a backlog is carried and a view recorded, beside what one would write in an afternoon
+bench: install ## How fast a backlog is carried, messages are heard and a view recorded, beside what one would write in an afternoon
 	@$(BIN)/python benchmarks/flush.py
+	@$(BIN)/python benchmarks/messages.py
 	@$(BIN)/python benchmarks/producer.py
 
 lint: install ## ruff, mypy --strict, import-linter

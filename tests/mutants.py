@@ -21,6 +21,9 @@ TESTS = (
     "tests/integration/test_flush.py",
     "tests/integration/test_recovery.py",
     "tests/integration/test_lease.py",
+    "tests/integration/test_messages.py",
+    "tests/integration/test_target.py",
+    "tests/integration/test_display.py",
     "tests/property",
 )
 
@@ -39,11 +42,10 @@ MUTANTS = (
     Mutant(
         "settle before commit",
         "worker/counters/flush.py",
-        "        return flush\n\n    async def _continue(",
-        "        before = Marker(source.lineage, source.last_flush_id, source.last_nonce)\n"
-        "        after = Marker(source.lineage, flush.flush_id, flush.nonce)\n"
-        "        await self.settler.settle(before, after, flush.deltas)\n"
-        "        return flush\n\n    async def _continue(",
+        "        return Committed(before, flush, changes, skipped)\n",
+        "        committed = Committed(before, flush, changes, skipped)\n"
+        "        await self.settler.settle(before, committed.marker, flush.counted)\n"
+        "        return committed\n",
     ),
     Mutant(
         "no marker test in settle",
@@ -146,6 +148,70 @@ MUTANTS = (
         "worker/counters/flush.py",
         "if not self.lease.covers(source):",
         "if False:",
+    ),
+    Mutant(
+        "sums of messages copied after Redis is read",
+        "worker/counters/flush.py",
+        "            announced = self.announced.copy(ids, source.lease_epoch)\n"
+        "            reading = await self.reader.read(ids)\n",
+        "            reading = await self.reader.read(ids)\n"
+        "            announced = self.announced.copy(ids, source.lease_epoch)\n",
+    ),
+    Mutant(
+        "sums of another epoch are written",
+        "worker/counters/announced.py",
+        "        if epoch != self._epoch:\n            return {}\n",
+        "",
+    ),
+    Mutant(
+        "takeover keeps the sums",
+        "worker/counters/announced.py",
+        "            self.drop()\n            self._epoch = epoch\n",
+        "            self._epoch = epoch\n",
+    ),
+    Mutant(
+        "an ambiguous commit is taken for one that failed",
+        "worker/counters/flush.py",
+        "self.announced.settle(source.announced_nonce)",
+        "self.announced.settle(None)",
+    ),
+    Mutant(
+        "an ambiguous commit is taken for one that took place",
+        "worker/counters/announced.py",
+        "        if nonce != written:\n            return\n",
+        "",
+    ),
+    Mutant(
+        "an ambiguous commit is looked up before the lock",
+        "worker/counters/flush.py",
+        "            source = await self.source_row.lock(tx)\n",
+        "            unlocked = await self.source_row.read(tx)\n"
+        "            self.announced.settle(unlocked.announced_nonce if unlocked else None)\n"
+        "            source = await self.source_row.lock(tx)\n",
+    ),
+    Mutant(
+        "a row that refuses fails the flush",
+        "worker/db/target.py",
+        "            if not is_refused_data(error):\n                raise\n",
+        "            raise\n",
+    ),
+    Mutant(
+        "a reconnect is no gap",
+        "worker/counters/listener.py",
+        "        gap = self._heard_before or epoch > 1\n",
+        "        gap = False\n",
+    ),
+    Mutant(
+        "the display adds what is pending to what was announced",
+        "worker/counters/display.py",
+        "        return Shown(stored.vod_id, stored.views + more, pending, stored.views)",
+        "        return Shown(stored.vod_id, stored.views + pending, pending, stored.views)",
+    ),
+    Mutant(
+        "the display does not know what is unsettled",
+        "worker/counters/display.py",
+        "max(0, value_now - stored.unsettled)",
+        "value_now",
     ),
 )
 

@@ -81,8 +81,9 @@ def _pipelines(value: object) -> object:
     return names
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _level(value: object) -> object:
+    level = value.lower() if isinstance(value, str) else value
+    return "warning" if level == "warn" else level
 
 
 # Every key of the worker that is not a counter begins with this.
@@ -125,7 +126,7 @@ class Settings(BaseModel):
     health_check_port: int = Field(3003, ge=0, le=65535)
     health_check_host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", min_length=1)  # noqa: S104
     health_grace: Duration = Field(timedelta(seconds=30))
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field("info")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_level)] = Field("info")
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
 
     view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field("vod:views:")

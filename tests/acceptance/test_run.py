@@ -111,7 +111,7 @@ async def test_two_processes_at_once_are_exact(world: World, start: Start) -> No
 
 async def test_sigterm_flushes_what_is_pending(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "3600000"}, "run")
-    await worker.wait_for_log('"view_counts ok"')
+    await worker.wait_for_log('"lease taken"')
     await world.view_many(["a", "b", "b"])
     worker.terminate()
     assert await worker.wait() == 0

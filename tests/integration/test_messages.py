@@ -124,6 +124,36 @@ async def test_sums_of_an_ambiguous_commit_are_written_once(world: World, commit
     await world.assert_consistent()
 
 
+async def test_commit_that_lands_late_is_not_written_again(world: World) -> None:
+    """The connection is lost, and the server still at the commit: only the row lock tells when it is over."""
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        await world.announce("a", 5)
+        await worker.heard(lambda: sums(worker) == 5)
+        transaction = worker.database.transaction
+        late: list[contextlib.AbstractAsyncContextManager[Any]] = []
+
+        @contextlib.asynccontextmanager
+        async def left_open() -> AsyncIterator[Any]:
+            server_side = transaction()
+            yield await server_side.__aenter__()
+            if worker.counters.announced._sent is not None:
+                late.append(server_side)
+                raise DatabaseUnavailable("no answer to COMMIT")
+            await server_side.__aexit__(None, None, None)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker.database, "transaction", left_open)
+            with pytest.raises(DatabaseUnavailable):
+                await worker.sweep_and_flush()
+        assert await worker.sweep_and_flush() == Busy()
+        await late[0].__aexit__(None, None, None)
+        await worker.sweep_and_flush()
+    assert await rows(world) == {"a": (5, 0, 5)}
+    await world.assert_consistent()
+
+
 async def test_flush_by_another_in_between_does_not_hide_that_the_commit_took_place(world: World) -> None:
     worker = world.worker()
     async with worker.listening():

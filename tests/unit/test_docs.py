@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 from prometheus_client import Metric
+from typer.main import get_command
 
+from worker.cli import cli
 from worker.db.tables import metadata
 from worker.observability.metrics import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
+DEPLOY = DOCS.parent / "deploy"
 
 
 def test_reference_lists_every_metric() -> None:
@@ -38,3 +41,37 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in documents:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} → {target}"
+
+
+DOCUMENTS = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
+
+
+def spoken(document: Path) -> str:
+    """What it says in code, comments of deployment files included."""
+    text = document.read_text()
+    if document.suffix != ".md":
+        return text
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
+
+
+def test_every_command_and_option_that_is_named_exists() -> None:
+    commands = get_command(cli).commands  # type: ignore[attr-defined]
+    named = 0
+    for document in filter(Path.is_file, DOCUMENTS):
+        for name, rest in re.findall(r"\bviewer-worker ([a-z-]+)((?: +[^\s`|#]+)*)", spoken(document)):
+            if name not in commands:
+                assert not re.match(r"(run|migrate|dev)", name), f"{document.name}: {name}"
+                continue
+            options = {option for parameter in commands[name].params for option in parameter.opts}
+            for option in re.findall(r"(?<= )--[a-z-]+", rest):
+                assert option in options | {"--help"}, f"{document.name}: viewer-worker {name} {option}"
+            named += 1
+    assert named > 30
+    assert set(commands) <= {*re.findall(r"viewer-worker ([a-z-]+)", (DOCS.parent / "README.md").read_text())}
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (DOCS.parent / "Makefile").read_text(), re.MULTILINE))
+    for document in (path for path in DOCUMENTS if path.suffix == ".md"):
+        named = set(re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", spoken(document), re.MULTILINE))
+        assert {first or second for first, second in named} <= targets, document.name

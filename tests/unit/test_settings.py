@@ -71,6 +71,12 @@ def test_password_that_was_not_encoded_still_works() -> None:
     assert load(DB_PASSWORD="p@:/%#w").database.url.password == "p@:/%#w"
 
 
+def test_url_of_a_prisma_application_works_as_it_is() -> None:
+    url = "postgresql://u:p@db/app?schema=My App&connection_limit=5&pool_timeout=2&pgbouncer=true&sslmode=require"
+    assert load(DATABASE_URL=url).database.options == "search_path=%22My+App%22&sslmode=require"
+    assert load(LOG_LEVEL="WARN").log_level == "warning"
+
+
 def test_db_group_is_used_only_without_database_url() -> None:
     address = load(DB_HOST="db.internal").database
     assert address.url.render_as_string(hide_password=False) == (

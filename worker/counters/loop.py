@@ -86,10 +86,10 @@ class FlushLoop:
         self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
         while not stop.is_set():
             if await self._wait_for_work(stop):
+                self._wake.clear()
                 delay = await self._guarded_cycle()
                 self._status.expect_beat(CHECK, within=delay + STEP_LIMIT_S)
                 await wait_first(delay, stop, self._wake, self._lease.changed)
-                self._wake.clear()
         self._status.expect_beat(CHECK, within=STEP_LIMIT_S)
         await self._drain()
 

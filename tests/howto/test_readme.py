@@ -1,0 +1,83 @@
+"""README.md, "Five minutes with your own Redis and Postgres": what it types is typed, and answers as it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.howto.waiting import until
+from tests.tools import tool
+from tests.world import World, clean_environment
+from worker.dev.servers import free_port
+
+ROOT = Path(__file__).parents[2]
+CHAPTER = (ROOT / "README.md").read_text().split("## Five minutes", 1)[1].split("\n## ", 1)[0]
+START = re.findall(r"```sh\n(.*?)```", CHAPTER, re.DOTALL)
+# In a transcript, what is typed follows a prompt, and the lines after it are the answer.
+TYPED = re.findall(r"^\$ (.*)\n((?:(?!```|\$ ).*\n)*)", CHAPTER, re.MULTILINE)
+
+
+def environment(world: World, port: int) -> dict[str, str]:
+    servers = {"REDIS_URL": world.redis_url, "DATABASE_URL": world.database_url}
+    return clean_environment() | servers | {"HEALTH_CHECK_PORT": str(port), "HEALTH_CHECK_HOST": "127.0.0.1"}
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def worker(world: World, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The block that installs and starts it, but for the installation, and on the test's servers."""
+    (script,) = START
+    lines = [line for line in script.splitlines() if not re.match(r"make install|export (DATABASE|REDIS)_URL", line)]
+    assert len(lines) == len(script.splitlines()) - 3
+    typed = "\n".join(lines).replace(".venv/bin/viewer-worker", f"{sys.executable} -m worker")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-euc", typed.replace("BATCH_INTERVAL_MS=5000", "BATCH_INTERVAL_MS=500")],
+            env=environment(world, port),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    yield process
+    os.killpg(process.pid, 9)
+    process.wait()
+
+
+@pytest.mark.usefixtures("worker")
+async def test_first_view_is_seen_as_the_readme_says(world: World, port: int) -> None:
+    for name, package in (("redis-cli", "redis-tools"), ("psql", "postgresql-client"), ("curl", "curl")):
+        tool(name, package)
+    incr, select, curl = [typed for typed, _ in TYPED]
+    answers = [answer for _, answer in TYPED]
+    assert incr.startswith("redis-cli ")
+    assert await typed_in(f"redis-cli -u {world.redis_url}" + incr.removeprefix("redis-cli"), world, port) == "1\n"
+    assert answers[0] == "(integer) 1\n"
+    await until(world.pending, {})
+    assert await typed_in(select, world, port) == answers[1]
+    answer = await typed_in(curl.replace("localhost:3003", f"127.0.0.1:{port}"), world, port)
+    assert json.loads(answer) == json.loads(answers[2])
+
+
+async def typed_in(command: str, world: World, port: int) -> str:
+    done = await asyncio.to_thread(
+        subprocess.run,
+        ["bash", "-c", command],
+        env=environment(world, port),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    return re.sub(r" +$", "", str(done.stdout), flags=re.MULTILINE).replace("\n\n", "\n")

@@ -112,7 +112,6 @@ async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(
     ("holder", "dead"),
     [
         ("{host}:{pid}:00000000.1", True),  # in a container, every worker is process 1
-        (new_worker_id(), False),
         ("elsewhere:{pid}:00000000.1", False),
         ("{host}:1:00000000.1", False),
         ("{host}:999999999999999999999:00000000.1", True),
@@ -122,3 +121,7 @@ async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(
 )
 def test_who_died_here(holder: str, dead: bool) -> None:
     assert died_here(holder.format(host=socket.gethostname(), pid=os.getpid())) is dead
+
+
+def test_worker_of_this_process_is_alive() -> None:
+    assert not died_here(new_worker_id())

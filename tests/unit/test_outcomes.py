@@ -186,7 +186,7 @@ def test_importing_it_loads_redis_and_little_else() -> None:
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     own = ["clock", "counters", "counters.keys", "errors", "ids", "producer", "redis"]
     own += ["redis.address", "redis.connection", "redis.errors", "redis.transaction", "urls"]
-    assert done.stdout.strip() == f"['redis', 'worker'] {[f'worker.{name}' for name in own]}"
+    assert done.stdout.strip() == f"['worker'] {[f'worker.{name}' for name in own]}"
 
 
 def test_package_offers_the_library_and_nothing_else_by_accident() -> None:

@@ -1,0 +1,87 @@
+"""docs/tutorial.md, from its beginning to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+from tests.howto.pages import Snippet, joined, snippets
+from tests.howto.programs import Programs
+from tests.howto.waiting import until
+from tests.world import World
+from worker.dev.servers import free_port
+
+PAGE = snippets("../tutorial")
+
+
+def here(snippet: Snippet, port: int) -> Snippet:
+    """On the test's port; and what it kills is the test's worker alone."""
+    return replace(snippet, code=snippet.code.replace("localhost:3003", f"127.0.0.1:{port}"))
+
+
+async def test_it_leads_where_it_says(world: World, programs: Programs, run: Callable[..., str]) -> None:
+    port = free_port()
+    given = {"BATCH_INTERVAL_MS": "300", "HEALTH_CHECK_PORT": str(port), "HEALTH_CHECK_HOST": "127.0.0.1"}
+    environment = world.environment | given
+
+    async def shows(title: str) -> str:
+        return await asyncio.to_thread(run, here(PAGE[title], port), **given)
+
+    assert {line.split("=")[0] for line in PAGE["settings.sh"].code.splitlines() if line.startswith("export")} == {
+        "export DATABASE_URL",
+        "export REDIS_URL",
+        "export BATCH_INTERVAL_MS",
+    }
+    with programs.started(PAGE["start.sh"], environment) as worker:
+        await until(lambda: subscribers(world), 1)
+        assert await shows("view.sh") == "1"
+        number, expected = json.loads(await shows("number.sh")), json.loads(PAGE["number.json"].code)
+        assert number | {"pending": 1} == expected
+        await until(world.pending, {})
+        assert await shows("stored.sh") == PAGE["stored.txt"].code.strip()
+        await shows("announce.sh")
+        await until(lambda: top(shows), {("2", "2", "vod_123"), ("5", "5", "vod_7")})
+        await killed(worker, PAGE["kill.sh"], shows)
+    with programs.started(PAGE["start.sh"], environment) as worker:
+        await until(world.pending, {})
+        assert await shows("after.sh") == PAGE["after.txt"].code.strip()
+        await stopped(worker)
+    await shows("table.sql")
+    target = joined(PAGE["target.sh"], PAGE["start.sh"])
+    with programs.started(target, environment) as worker:
+        await until(lambda: subscribers(world), 1)
+        await shows("view.sh")
+        await until(world.pending, {})
+        assert await shows("together.sh") == PAGE["together.txt"].code.strip()
+        await stopped(worker)
+    await shows("clean.sh")
+    assert not await world.totals()
+
+
+async def subscribers(world: World) -> int:
+    ((_, listening),) = await world.redis.pubsub_numsub("view_count_updates")
+    return int(listening)
+
+
+async def top(shows: Callable[..., object]) -> set[tuple[str, ...]]:
+    shown = await shows("top.sh")  # type: ignore[misc]
+    return {tuple(line.split()) for line in str(shown).splitlines()[3:]}
+
+
+async def killed(worker: subprocess.Popen[str], block: Snippet, shows: Callable[..., object]) -> None:
+    """`pkill` would find every worker of this machine: this one is killed by its number, and the rest is typed."""
+    kill, rest = block.code.split("\n", 1)
+    assert kill == 'pkill -9 -f "viewer-worker run"'
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    PAGE["kill.sh"] = replace(block, code=rest)
+    await shows("kill.sh")  # type: ignore[misc]
+
+
+async def stopped(worker: subprocess.Popen[str]) -> None:
+    worker.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(worker.wait, 20) == 0

@@ -289,6 +289,7 @@ async def test_forget_shows_and_asks_first(world: World) -> None:
     assert "256 bytes" in wrong.stderr
 
 
+@in_both_worlds
 async def test_top_lists_who_was_viewed_most(world: World) -> None:
     await world.view("popular", 1200)
     await world.view("evil\x1b[2J", 7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
 import sys
 import time
@@ -55,6 +56,7 @@ async def test_incr_is_in_postgres_within_one_interval(world: World, start: Star
     assert await worker.wait() == 0
 
 
+@in_both_worlds
 @pytest.mark.parametrize("point", ["before COMMIT", "between COMMIT and settle", "after settle"])
 async def test_killed_at_a_point_of_the_flush_counts_each_view_once(world: World, start: Start, point: str) -> None:
     await world.view_many([f"vod_{number % 30}" for number in range(300)])
@@ -97,6 +99,7 @@ async def test_kill_9_five_times_under_load_is_exact(world: World, start: Start)
     assert world.truth.total() > 1000
 
 
+@in_both_worlds
 async def test_two_processes_at_once_are_exact(world: World, start: Start) -> None:
     workers = [start(world.environment | {"BATCH_SIZE": "5"}, "run") for _ in range(2)]
     for _ in range(50):
@@ -109,6 +112,7 @@ async def test_two_processes_at_once_are_exact(world: World, start: Start) -> No
     await world.assert_exact()
 
 
+@in_both_worlds
 async def test_sigterm_flushes_what_is_pending(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "3600000"}, "run")
     await worker.wait_for_log('"lease taken"')
@@ -118,6 +122,7 @@ async def test_sigterm_flushes_what_is_pending(world: World, start: Start) -> No
     await world.assert_exact()
 
 
+@in_both_worlds
 async def test_sigterm_in_mid_flush_with_a_slow_database_ends_within_the_deadline(world: World, start: Start) -> None:
     worker = start(world.environment | {"SHUTDOWN_TIMEOUT": "1s"}, "run")
     await worker.wait_for_log('"view_counts ok"')
@@ -143,6 +148,7 @@ async def _waits_for_lock(world: World) -> bool:
     )
 
 
+@in_both_worlds
 async def test_second_signal_ends_at_once(world: World, start: Start) -> None:
     worker = start(world.environment | {"SHUTDOWN_TIMEOUT": "1m"}, "run")
     await worker.wait_for_log('"view_counts ok"')
@@ -260,6 +266,7 @@ async def test_hold_is_degraded_not_ready_and_explained(world: World, start: Sta
     assert "on hold: the marker in Redis cannot be read" in once.log
 
 
+@in_both_worlds
 async def test_port_that_is_taken_stops_the_start(world: World, start: Start) -> None:
     first = start(world.environment, "run")
     port = (await url_of(first)).rpartition(":")[2]
@@ -269,6 +276,7 @@ async def test_port_that_is_taken_stops_the_start(world: World, start: Start) ->
     assert "Traceback" not in second.log
 
 
+@in_both_worlds
 async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(world: World, start: Start) -> None:
     first = start(world.environment, "run")
     await first.wait_for_log('"lease taken"')
@@ -290,6 +298,12 @@ async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(w
 
 async def test_sigterm_while_it_starts_is_a_clean_end(world: World, start: Start) -> None:
     worker = start(world.environment, "run")
-    await asyncio.sleep(0.35)
+    await wait_until(lambda: _catches(worker.process.pid, signal.SIGTERM))  # it has not loaded much more by then
     worker.terminate()
     assert await worker.wait() == 0
+
+
+async def _catches(pid: int, number: signal.Signals) -> bool:
+    mask = re.search(r"^SigCgt:\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert mask is not None
+    return bool(int(mask[1], 16) >> (number - 1) & 1)

@@ -298,12 +298,13 @@ async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(w
 
 async def test_sigterm_while_it_starts_is_a_clean_end(world: World, start: Start) -> None:
     worker = start(world.environment, "run")
-    await wait_until(lambda: _catches(worker.process.pid, signal.SIGTERM))  # it has not loaded much more by then
+    while not _catches(worker.process.pid, signal.SIGTERM):  # it has not loaded much more by then
+        await asyncio.sleep(0.005)
     worker.terminate()
     assert await worker.wait() == 0
 
 
-async def _catches(pid: int, number: signal.Signals) -> bool:
+def _catches(pid: int, number: signal.Signals) -> bool:
     mask = re.search(r"^SigCgt:\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert mask is not None
     return bool(int(mask[1], 16) >> (number - 1) & 1)

@@ -94,10 +94,10 @@ class FlushLoop:
         await self._drain()
 
     async def _drain(self) -> None:
-        await wait_first(INTAKE_END_S, self._intake_ended)
         if not self._status.is_ok(*NEEDS):
             log.warning("stopping without a last flush: pending views stay in Redis")
         elif self._lease.epoch is not None:
+            await wait_first(INTAKE_END_S, self._intake_ended)
             self._sweep.request()
             await self._guarded_cycle(draining=True)
             await self._release_lease()

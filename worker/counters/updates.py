@@ -85,6 +85,7 @@ class Updates:
     def sum(self, messages: Sequence[bytes]) -> dict[str, int]:
         """Views by id."""
         views: dict[str, int] = {}
+        counted = 0
         # Most messages of a busy moment are alike: each kind of them is parsed once.
         for raw, times in Counter(messages).items():
             try:
@@ -93,7 +94,8 @@ class Updates:
                 self._report(str(error), raw, times)
                 continue
             views[vod_id] = views.get(vod_id, 0) + count * times
-        self._metrics.updates.inc(sum(views.values()))
+            counted += times
+        self._metrics.updates.inc(counted)
         return views
 
     def _report(self, kind: str, raw: bytes, times: int) -> None:

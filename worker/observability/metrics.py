@@ -42,7 +42,7 @@ class Metrics:
             "Views that the application's own table was not given: it lacks the id, or its row refuses.",
             "reason",
         )
-        self.updates = self._counter("view_count_updates_total", "Views announced by messages that were received.")
+        self.updates = self._counter("view_count_updates_total", "Messages that announced views.")
         self.updates_invalid = self._counter(
             "view_count_updates_invalid_total", "Messages that say nothing that can be counted.", "reason"
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlencode
 
 from dotenv import dotenv_values
 from pydantic import (
@@ -21,8 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from worker.db.address import DatabaseAddress, database_address, parse_database_url
-from worker.db.target_fit import TargetNames, parse_target
+from worker.db.address import DatabaseAddress, parse_database_url
+from worker.db.target_names import TargetNames, parse_target
 from worker.db.witnesses import CountSource
 from worker.durations import format_duration, parse_duration
 from worker.errors import InvalidSettings, SettingProblem
@@ -168,13 +169,13 @@ class Settings(BaseModel):
         if self.database_url is not None:
             return parse_database_url(self.database_url.get_secret_value())
         if any(value is not None for value in group):
-            return database_address(
-                self.db_host or "localhost",
-                self.db_port or 5432,
-                self.db_user or "postgres",
-                self.db_password.get_secret_value() if self.db_password else "postgres",
-                self.db_name or "stock_scanner",
-                self.db_ssl_mode or "disable",
+            return DatabaseAddress(
+                host=self.db_host or "localhost",
+                port=self.db_port or 5432,
+                user=self.db_user or "postgres",
+                password=self.db_password.get_secret_value() if self.db_password else "postgres",
+                name=self.db_name or "stock_scanner",
+                options=urlencode({"sslmode": self.db_ssl_mode or "disable"}),
             )
         return parse_database_url(DEFAULT_DATABASE_URL)
 
@@ -199,8 +200,7 @@ class Settings(BaseModel):
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
         values["DB_PASSWORD"] = MASK if self.db_password else ""
         if self.database_url is None:
-            url = self.database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-            values["DATABASE_URL"] = mask_url(f"{url}?{self.database.options}" if self.database.options else url)
+            values["DATABASE_URL"] = self.database.shown()
         return values
 
 

@@ -14,7 +14,7 @@ from tests.world import InProcessWorker, World
 from worker.counters.flush import Flushed
 from worker.db.takeover import take_over
 from worker.db.target import TargetTable
-from worker.db.target_fit import parse_target
+from worker.db.target_names import parse_target
 from worker.errors import DatabaseUnavailable, TargetUnusable
 
 PRISMA = """

@@ -59,16 +59,15 @@ def test_defaults_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
 def test_postgres_urls_run_on_asyncpg(scheme: str) -> None:
     address = load(DATABASE_URL=f"{scheme}://u:p%40ss@db:5433/app?sslmode=require&sslrootcert=/ca.pem").database
-    assert address.url.drivername == "postgresql+asyncpg"
-    assert (address.url.username, address.url.password, address.url.host) == ("u", "p@ss", "db")
-    assert (address.url.port, address.url.database) == (5433, "app")
+    assert (address.user, address.password, address.host) == ("u", "p@ss", "db")
+    assert (address.port, address.name) == (5433, "app")
     assert address.options == "sslmode=require&sslrootcert=%2Fca.pem"
 
 
 def test_password_that_was_not_encoded_still_works() -> None:
-    assert load(DATABASE_URL="postgresql://u:p@:/%#w@db/app").database.url.password == "p@:/%#w"
+    assert load(DATABASE_URL="postgresql://u:p@:/%#w@db/app").database.password == "p@:/%#w"
     assert load(REDIS_URL="redis://:p@:/%#w@cache:6380/2").redis.password == "p@:/%#w"
-    assert load(DB_PASSWORD="p@:/%#w").database.url.password == "p@:/%#w"
+    assert load(DB_PASSWORD="p@:/%#w").database.password == "p@:/%#w"
 
 
 def test_url_of_a_prisma_application_works_as_it_is() -> None:
@@ -79,11 +78,10 @@ def test_url_of_a_prisma_application_works_as_it_is() -> None:
 
 def test_db_group_is_used_only_without_database_url() -> None:
     address = load(DB_HOST="db.internal").database
-    assert address.url.render_as_string(hide_password=False) == (
-        "postgresql+asyncpg://postgres:postgres@db.internal:5432/stock_scanner"
-    )
+    assert (address.user, address.password, address.host) == ("postgres", "postgres", "db.internal")
+    assert (address.port, address.name) == (5432, "stock_scanner")
     assert address.options == "sslmode=disable"
-    assert load(DB_HOST="db.internal", DATABASE_URL="postgresql://u@other/x").database.url.host == "other"
+    assert load(DB_HOST="db.internal", DATABASE_URL="postgresql://u@other/x").database.host == "other"
 
 
 def test_redis_urls() -> None:
@@ -163,12 +161,12 @@ def test_empty_optional_variable_counts_as_unset() -> None:
 def test_secret_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("postgresql://u:hunter2@db/app\n")
     settings = load(DATABASE_URL_FILE=str(tmp_path / "secret"))
-    assert settings.database.url.password == "hunter2"
+    assert settings.database.password == "hunter2"
     assert "only one of" in problem(DATABASE_URL_FILE=str(tmp_path / "secret"), DATABASE_URL="postgresql://u@h/x")
     env_file = tmp_path / "worker.env"
     env_file.write_text("DATABASE_URL=postgresql://u@other/x")
     wins = load_settings(env_file, {"DATABASE_URL_FILE": str(tmp_path / "secret")})
-    assert wins.database.url.password == "hunter2"
+    assert wins.database.password == "hunter2"
     assert "DATABASE_URL_FILE" in problem(DATABASE_URL_FILE=str(tmp_path / "missing"))
 
 

@@ -12,7 +12,7 @@ from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
 from worker.db.errors import describe
 from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
-from worker.db.witnesses import HERE
+from worker.db.witnesses import VIEWS
 from worker.errors import DatabaseUnavailable, TooManyReaders
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Display:
         self._source = source
         self._redis = redis
         self._keys = keys
-        self._views = HERE[count_source]
+        self._views = VIEWS[count_source]
         self._turn = asyncio.Semaphore(READERS_AT_ONCE)
         self._present = 0
 

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from urllib.parse import parse_qsl, urlencode
+import re
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
-
-from worker.urls import split_url
+from worker.urls import MASK, split_url
 
 SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg")
 PRISMA_OPTIONS = ("connection_limit", "connect_timeout", "pool_timeout", "socket_timeout", "pgbouncer", "sslaccept")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
+_PLACE = re.compile(
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\[\]/:?]*))(?::(?P<port>\d*))?"
+    r"(?:/(?P<name>[^?]*))?(?:\?(?P<query>.*))?"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class DatabaseAddress:
-    """`url` names driver, user, host and database; `options` are libpq's (sslmode, …), as a query string."""
+    """`options` are libpq's (sslmode, host=/socket, …), as a query string. None: what libpq takes for it."""
 
-    url: URL
+    host: str | None
+    port: int | None
+    user: str | None
+    password: str | None = field(repr=False)
+    name: str | None
     options: str
+
+    def shown(self) -> str:
+        """As a URL that may be printed: without the password."""
+        place = f"{quote(self.user or '')}:{MASK}@{self.host}:{self.port}/{quote(self.name or '')}"
+        return f"postgresql://{place}" + (f"?{self.options}" if self.options else "")
 
 
 def parse_database_url(text: str) -> DatabaseAddress:
@@ -31,16 +44,20 @@ def parse_database_url(text: str) -> DatabaseAddress:
     parts = split_url(text)
     if parts.scheme not in SCHEMES:
         raise ValueError(f"the scheme must be postgresql, not {parts.scheme}")
-    try:
-        bare = make_url(f"postgresql+asyncpg://{parts.rest}")
-    except (ArgumentError, ValueError):
-        raise ValueError("expected host[:port]/database after the credentials") from None
-    options = _without_prisma_s(parse_qsl(bare.render_as_string().partition("?")[2], keep_blank_values=True))
+    place = _PLACE.fullmatch(parts.rest)
+    if place is None:
+        raise ValueError("expected host[:port]/database after the credentials")
+    port = int(place["port"]) if place["port"] else None
+    if port is not None and not 0 < port < 65536:
+        raise ValueError("the port must be a number from 1 to 65535")
+    options = _without_prisma_s(parse_qsl(place["query"] or "", keep_blank_values=True))
     for name, value in options:
         if name == "sslmode" and value not in SSL_MODES:
             raise ValueError(f"sslmode must be one of {', '.join(SSL_MODES)}")
-    url = URL.create(bare.drivername, parts.user, parts.password, bare.host, bare.port, bare.database)
-    return DatabaseAddress(url, urlencode(options))
+    host = place["ipv6"] or place["host"] or None
+    return DatabaseAddress(
+        host, port, parts.user, parts.password, unquote(place["name"] or "") or None, urlencode(options)
+    )
 
 
 def _without_prisma_s(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -51,8 +68,3 @@ def _without_prisma_s(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def database_address(host: str, port: int, user: str, password: str, name: str, ssl_mode: str) -> DatabaseAddress:
-    url = URL.create("postgresql+asyncpg", user, password or None, host, port, name)
-    return DatabaseAddress(url, urlencode({"sslmode": ssl_mode}))

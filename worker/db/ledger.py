@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_deltas, view_count_flushes, view_counts, view_counts_hourly
-from worker.db.witnesses import IN_SQL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import timedelta
 
-    from sqlalchemy import CTE, Select
+    from sqlalchemy import CTE, ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from worker.db.witnesses import CountSource
@@ -47,6 +47,13 @@ class Change:
     total: int
 
 
+# (counted, announced) → views: `witnesses.VIEWS` in SQL.
+_VIEWS: dict[CountSource, Callable[[Any, Any], ColumnElement[int]]] = {
+    "both": func.greatest,
+    "counters": lambda counted, _: counted,
+    "messages": lambda _, announced: announced,
+    "sum": lambda counted, announced: counted + announced,
+}
 _TAKEN = ("vod_id", "counted", "announced")
 
 
@@ -56,7 +63,7 @@ def _recording(count_source: CountSource) -> Select[str, int, int]:
     Arrays instead of rows: the number of parameters does not grow with the batch. The change of `views` is the
     difference of what the two witnesses say with and without this flush, so it needs no look at the row before.
     """
-    views = IN_SQL[count_source]
+    views = _VIEWS[count_source]
     batch = select(
         func.unnest(bindparam("ids", type_=ARRAY(Text))).label("vod_id"),
         func.unnest(bindparam("counted", type_=ARRAY(BigInteger))).label("counted"),

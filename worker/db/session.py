@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from sqlalchemy import event
+from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from worker.db.errors import database_errors, sqlstate
@@ -47,7 +47,7 @@ class Database:
         self._address = address
         self._kept_statements = KEPT_STATEMENTS
         self.engine: AsyncEngine = create_async_engine(
-            address.url,
+            URL.create("postgresql+asyncpg", address.user, address.password, address.host, address.port, address.name),
             pool_size=pool_size,
             max_overflow=overflow,
             pool_recycle=int(recycle),

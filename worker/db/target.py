@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from worker.db.ledger import Change
-    from worker.db.target_fit import Key, TargetNames
+    from worker.db.target_fit import Key
+    from worker.db.target_names import TargetNames
 
 # Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
 UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"

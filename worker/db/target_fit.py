@@ -1,4 +1,4 @@
-"""Which table of the application is kept up to date, and whether it can be."""
+"""Whether the application's own table can be kept up to date, and how ids become its keys."""
 
 from __future__ import annotations
 
@@ -16,42 +16,11 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.types import TypeEngine
 
+    from worker.db.target_names import TargetNames
+
 INTEGERS = ("int2", "int4", "int8")
 KEY_TYPES = ("smallint", "integer", "bigint", "uuid")
-_PART = r'"(?:[^"]|"")+"|[^".]+'
-_NAME = re.compile(rf"(?:(?P<schema>{_PART})\.)?(?P<table>{_PART})")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
-
-
-@dataclass(frozen=True, slots=True)
-class TargetNames:
-    """Bare names, as the catalog has them; without a `schema` the search path decides."""
-
-    schema: str | None
-    table: str
-    key: str
-    column: str
-
-    def __str__(self) -> str:
-        return self.table if self.schema is None else f"{self.schema}.{self.table}"
-
-    @property
-    def regclass(self) -> str:
-        """The table as `to_regclass` reads it."""
-        parts = [self.table] if self.schema is None else [self.schema, self.table]
-        return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
-
-
-def parse_target(table: str, key: str, column: str) -> TargetNames:
-    """`Vod`, `app.Vod`, or `"odd.name"` (quotes keep a dot in a name). Raises ValueError saying what is expected."""
-    match = _NAME.fullmatch(table)
-    if match is None:
-        raise ValueError("a table such as Vod or app.Vod, written as it is")
-    return TargetNames(_bare(match["schema"]), str(_bare(match["table"])), key, column)
-
-
-def _bare(name: str | None) -> str | None:
-    return name[1:-1].replace('""', '"') if name and name.startswith('"') else name
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -80,7 +81,7 @@ async def run(settings: Settings) -> bool:
         web = WebServer(health, api, metrics.registry, settings.health_check_host, settings.health_check_port)
         resources.push_async_callback(web.close)
         await web.start()
-        log.info("started", version=__version__, url=web.url, pipelines=list(settings.pipelines))
+        log.info("started", version=__version__, url=web.url, pid=os.getpid(), pipelines=list(settings.pipelines))
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         postgres = postgres_probe(database, status, target_table(settings), migrate=settings.migrate_on_start)
         loops: dict[str, Loop] = {

@@ -119,7 +119,7 @@ def _eviction(facts: dict[str, Any]) -> Finding:
 def _persistence(facts: dict[str, Any]) -> Finding:
     if facts.get("aof_enabled"):
         return Finding("redis persistence", Level.OK, "AOF is on")
-    remedy = "Views that are not flushed yet are lost when Redis ends. Set appendonly yes."
+    remedy = "Views that are not flushed yet are lost when Redis crashes. Set appendonly yes."
     saved = "AOF is off" + (
         ", snapshots are taken" if facts.get("rdb_last_save_time") and facts.get("rdb_saves") else ""
     )
@@ -132,5 +132,7 @@ async def check_agreement(adoption: Adoption) -> list[Finding]:
     pending = f"{situation.pending_views} views of {situation.pending_keys} ids are pending"
     if situation.hold is not None:
         return [Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)]
-    flushes = 0 if situation.source is None else situation.source.last_flush_id
+    if situation.marker is None:
+        return [Finding("marker", Level.OK, f"none yet, the first flush makes one; {pending}")]
+    flushes = situation.source.last_flush_id
     return [Finding("marker", Level.OK, f"Redis and Postgres agree after {flushes} flushes; {pending}")]

@@ -268,9 +268,9 @@ async def test_import_says_what_it_took_over(world: World) -> None:
     await world.sql.execute('CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int)')
     await world.sql.execute("INSERT INTO \"Vod\" VALUES ('a', 40), ('b', 2), ('c', 0)")
     done = await run_cli("import", "--from-target", **world.environment | TARGET)
-    assert (done.returncode, done.stdout) == (0, "3 rows of Vod looked at: 42 views of 2 ids taken over\n")
+    assert (done.returncode, done.stdout) == (0, "3 rows of Vod: 2 totals taken over, 42 views more than ours had\n")
     again = await run_cli("import", "--from-target", **world.environment | TARGET)
-    assert again.stdout == "3 rows of Vod looked at: 0 views of 0 ids taken over\n"
+    assert again.stdout == "3 rows of Vod: 0 totals taken over, 0 views more than ours had\n"
 
 
 async def test_forget_shows_and_asks_first(world: World) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from tests.howto.pages import Snippet, joined, snippets
 from tests.howto.programs import Programs
@@ -16,6 +17,8 @@ from tests.world import World
 from worker.dev.servers import free_port
 
 PAGE = snippets("../tutorial")
+# In the test, signals are for the worker and not for the shell that started it.
+START = replace(PAGE["start.sh"], code=PAGE["start.sh"].code.replace("viewer-worker run", "exec viewer-worker run"))
 
 
 def here(snippet: Snippet, port: int) -> Snippet:
@@ -36,7 +39,7 @@ async def test_it_leads_where_it_says(world: World, programs: Programs, run: Cal
         "export REDIS_URL",
         "export BATCH_INTERVAL_MS",
     }
-    with programs.started(PAGE["start.sh"], environment) as worker:
+    with programs.started(START, environment) as worker:
         await until(lambda: subscribers(world), 1)
         assert await shows("view.sh") == "1"
         number, expected = json.loads(await shows("number.sh")), json.loads(PAGE["number.json"].code)
@@ -44,14 +47,14 @@ async def test_it_leads_where_it_says(world: World, programs: Programs, run: Cal
         await until(world.pending, {})
         assert await shows("stored.sh") == PAGE["stored.txt"].code.strip()
         await shows("announce.sh")
-        await until(lambda: top(shows), {("2", "2", "vod_123"), ("5", "5", "vod_7")})
+        await until(lambda: top(shows), {("2", "2", "vod_456"), ("5", "5", "vod_7")})
         await killed(worker, PAGE["kill.sh"], shows)
-    with programs.started(PAGE["start.sh"], environment) as worker:
+    with programs.started(START, environment) as worker:
         await until(world.pending, {})
         assert await shows("after.sh") == PAGE["after.txt"].code.strip()
         await stopped(worker)
     await shows("table.sql")
-    target = joined(PAGE["target.sh"], PAGE["start.sh"])
+    target = joined(PAGE["target.sh"], START)
     with programs.started(target, environment) as worker:
         await until(lambda: subscribers(world), 1)
         await shows("view.sh")
@@ -73,9 +76,9 @@ async def top(shows: Callable[..., object]) -> set[tuple[str, ...]]:
 
 
 async def killed(worker: subprocess.Popen[str], block: Snippet, shows: Callable[..., object]) -> None:
-    """`pkill` would find every worker of this machine: this one is killed by its number, and the rest is typed."""
+    """`pgrep` would find any worker of this machine: this one is killed by its number, and the rest is typed."""
     kill, rest = block.code.split("\n", 1)
-    assert kill == 'pkill -9 -f "viewer-worker run"'
+    assert kill == """kill -9 "$(pgrep -n -f 'viewer-worker run')\""""
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     PAGE["kill.sh"] = replace(block, code=rest)
@@ -85,3 +88,16 @@ async def killed(worker: subprocess.Popen[str], block: Snippet, shows: Callable[
 async def stopped(worker: subprocess.Popen[str]) -> None:
     worker.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(worker.wait, 20) == 0
+
+
+async def test_servers_are_lent_until_they_are_given_back(programs: Programs, tmp_path: Path) -> None:
+    typed = PAGE["servers.sh"].code.strip()
+    lending = replace(PAGE["servers.sh"], code=f"exec {typed} --data {tmp_path / 'dev'}\n")
+    with programs.started(lending, {}) as program:
+        assert program.stdout is not None
+        lines = [await asyncio.to_thread(program.stdout.readline) for _ in range(2)]
+        urls = dict(line.strip().removeprefix("export ").split("=", 1) for line in lines)
+        async with World(urls["REDIS_URL"], urls["DATABASE_URL"]) as lent:
+            await lent.view("a")
+            assert await lent.sql.fetchval("SELECT 1") == 1
+        await stopped(program)

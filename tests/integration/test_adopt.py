@@ -97,3 +97,25 @@ async def test_agreement_leaves_nothing_to_adopt(world: World) -> None:
     assert situation.hold is None
     with pytest.raises(NothingToAdopt):
         await adoption.adopt(situation, discard=False)
+
+
+async def test_database_that_was_created_anew_is_seen_before_the_first_run(world: World) -> None:
+    await world.view("a", 5)
+    await world.worker().cycle()
+    await world.sql.execute(
+        "TRUNCATE view_counts, view_count_deltas, view_counts_hourly, view_count_flushes, view_count_sources"
+    )
+    await world.view("a", 2)
+    adoption = world.worker().counters.adoption
+    situation = await adoption.look()
+    assert situation.hold is not None
+    assert "belongs to another database" in situation.hold.cause
+    await adoption.adopt(situation, discard=False)
+    await world.worker().cycle()
+    assert await world.totals() == Counter(a=2)
+
+
+async def test_first_run_is_no_hold(world: World) -> None:
+    await world.view("a", 5)
+    situation = await world.worker().counters.adoption.look()
+    assert (situation.hold, situation.marker, situation.pending_views) == (None, None, 5)

@@ -283,7 +283,7 @@ async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeySe
         await worker.counters.lease.take()
         stop = asyncio.Event()
         task = asyncio.create_task(worker.counters.listener.run(stop))
-        await worker.heard(lambda: "SUBSCRIBE" in worker.status.checks["messages"].remedy)
+        await worker.heard(lambda: "users.acl" in worker.status.checks["messages"].remedy)
         await world.view("a", 3)
         await worker.cycle()
         await world.assert_exact()

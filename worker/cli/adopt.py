@@ -13,6 +13,12 @@ from worker.cli.options import EnvFile, LogLevel, read_settings
 if TYPE_CHECKING:
     from worker.settings import Settings
 
+WAYS_OUT = """
+Flushing is on hold, and views keep accumulating in Redis. Look first whether both sides can be made to fit again
+(docs/protocol.md, "When flushing is on hold"). Otherwise say what the pending views are:
+  --count-pending     they are in no flush: count them (a database that was created anew)
+  --discard-pending   they are in Postgres already: subtract them in Redis"""
+
 
 def adopt(
     count_pending: Annotated[
@@ -40,7 +46,7 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
 
     async with app.counters_for_a_command(settings) as counters:
         situation = await counters.adoption.look()
-        flushes = 0 if situation.source is None else situation.source.last_flush_id
+        flushes = situation.source.last_flush_id
         examples = ", ".join(f"{vod_id}: {count}" for vod_id, count in situation.examples.items())
         typer.echo(f"hold      {situation.hold.cause if situation.hold else 'none: Redis and Postgres agree'}")
         typer.echo(f"marker    {describe_marker(situation.marker)}")
@@ -48,7 +54,10 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
         typer.echo(f"pending   {situation.pending_views} views of {situation.pending_keys} ids")
         if examples:
             typer.echo(f"          {examples}")
-        if situation.hold is None or not decided:
+        if situation.hold is None:
+            return
+        if not decided:
+            typer.echo(WAYS_OUT)
             return
         typer.echo(
             f"\n{situation.pending_views} pending views will be "

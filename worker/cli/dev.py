@@ -17,6 +17,9 @@ def dev(
         str | None, typer.Option("--for", metavar="DURATION", help="Stop after this time (20s, 5m).")
     ] = None,
     rate: Annotated[int, typer.Option("--rate", min=1, max=50_000, help="Views a second to send.")] = 2000,
+    servers_only: Annotated[
+        bool, typer.Option("--servers-only", help="Only lend the two servers, until Ctrl-C.")
+    ] = False,
     traffic: Annotated[
         Path | None, typer.Option("--traffic", metavar="FILE", help="Views from this access log (combined format).")
     ] = None,
@@ -30,11 +33,14 @@ def dev(
     seconds = duration(for_).total_seconds() if for_ else None
     from worker.app import run_async
     from worker.dev.demo import Demo
+    from worker.dev.lending import lend
     from worker.dev.viewers import Audience, Popular, Recorded
     from worker.observability.logs import configure_logs
 
     configure_logs("warning")
     try:
+        if servers_only:
+            return run_async(lend(folder.resolve(), typer.echo))
         audience: Audience = Recorded(traffic) if traffic is not None else Popular(random.Random())
         exact = run_async(Demo(folder, audience, rate, seconds).run())
     except ModuleNotFoundError as error:

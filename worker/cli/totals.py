@@ -29,6 +29,9 @@ def top(
 
     found = app.run_async(look())
     typer.echo(f"since {found.since:%Y-%m-%d %H:%M} UTC\n")
+    if not found.entries:
+        typer.echo("no views")
+        return
     typer.echo(f"{'views':>12}  {'total':>12}  id")
     for entry in found.entries:
         typer.echo(f"{entry.views:>12,}  {entry.total:>12,}  {_printable(entry.vod_id)}")
@@ -56,7 +59,10 @@ def import_(
             rows, ids, views = rows + page.rows, ids + page.ids, views + page.views
             if sys.stderr.isatty():
                 typer.echo(f"\r{rows:,} rows", err=True, nl=False)
-        typer.echo(f"{rows:,} rows of {settings.view_target} looked at: {views:,} views of {ids:,} ids taken over")
+        if sys.stderr.isatty():
+            typer.echo("\r\x1b[K", err=True, nl=False)
+        taken = f"{ids:,} totals taken over, {views:,} views more than ours had"
+        typer.echo(f"{rows:,} rows of {settings.view_target}: {taken}")
 
     app.run_async(take_over())
 

@@ -12,6 +12,7 @@ from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.db.sources import UNKNOWN
 from worker.errors import NothingToAdopt
 from worker.ids import InvalidId
 
@@ -36,7 +37,7 @@ class Situation:
     """What both sides say, and what is pending. `hold` is None when there is nothing to decide."""
 
     hold: Hold | None
-    source: Source | None
+    source: Source
     marker: bytes | None
     pending_keys: int
     pending_views: int
@@ -57,9 +58,9 @@ class Adoption:
     async def look(self) -> Situation:
         """Both sides, without changing anything. Raises Unavailable."""
         async with self.database.transaction() as tx:
-            source = await self.source_row.read(tx)
+            source = await self.source_row.read(tx) or UNKNOWN
         (marker,) = await self.redis.read([self.keys.marker])
-        hold = None if source is None else await self._hold(marker, source)
+        hold = await self._hold(marker, source)
         counts: dict[str, int] = {}
         async for page in self._pending():
             counts.update(page)
@@ -74,10 +75,11 @@ class Adoption:
         since `situation` was looked at, Unavailable when a server fails on the way: then it is still on hold, and
         may be adopted again.
         """
-        if situation.hold is None or situation.source is None:
+        if situation.hold is None:
             raise NothingToAdopt("Redis and Postgres agree: there is nothing to adopt")
         discarded = 0
         async with self.database.transaction() as tx:
+            await self.source_row.ensure(tx)
             source = await self.source_row.lock(tx, wait=True)
             await tx.execute(select(func.set_config("idle_in_transaction_session_timeout", PATIENCE, True)))
             (marker,) = await self.redis.read([self.keys.marker])

@@ -60,6 +60,7 @@ class Lease:
                 except Unavailable as error:
                     log.debug("lease not renewed", cause=str(error))
             delay = RENEW_S if self.epoch is not None else STANDBY_S * self._rng.uniform(0.5, 1.0)
+            delay = 0.0 if self._predecessor is not None else delay
             self._status.expect_beat("lease", within=delay + 60.0)
             await wait_first(delay, stop, self._status.changed)
 
@@ -99,12 +100,12 @@ class Lease:
         """Let another worker have it at once. Raises DatabaseUnavailable."""
         async with self._database.transaction() as tx:
             await self._source_row.release_lease(tx, self._worker_id)
-        self.lost()
+        self._become(None, "lease released")
 
-    def _become(self, epoch: int | None) -> None:
+    def _become(self, epoch: int | None, event: str = "lease lost") -> None:
         if epoch == self.epoch:
             return
-        self.epoch = epoch
-        log.info("lease taken" if epoch is not None else "lease lost", epoch=epoch)
+        before, self.epoch = self.epoch, epoch
+        log.info("lease taken" if epoch is not None else event, epoch=epoch or before)
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()

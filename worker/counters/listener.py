@@ -75,7 +75,7 @@ class Listener:
                 try:
                     await self._listen(epoch, stop)
                 except RedisUnavailable as error:
-                    self._status.failing(CHECK, str(error), REMEDY)
+                    self._status.failing(CHECK, str(error), error.remedy)
                     await wait_first(self._backoff.next(), stop)
         finally:
             self._ended.set()
@@ -133,6 +133,3 @@ class Listener:
             await subscription.unsubscribe()
             await asyncio.sleep(GOODBYE_S)
         await subscription.close()
-
-
-REMEDY = "Counters are swept meanwhile; views that are only published are missed. Check the right to SUBSCRIBE."

@@ -24,7 +24,10 @@ REFUSED_DATA_PREFIXES = ("22", "23", "P0")
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 INSUFFICIENT_PRIVILEGE = "42501"
-RIGHTS_REMEDY = "Migrate as the owner of the tables. What its role lacks otherwise, viewer-worker check says."
+RIGHTS_REMEDY = (
+    "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant it that. "
+    "What the worker's role lacks otherwise, viewer-worker check says."
+)
 
 
 def sqlstate(error: BaseException) -> str | None:

@@ -48,6 +48,10 @@ class Source:
     lease_epoch: int
 
 
+# As a row that was just inserted.
+UNKNOWN = Source(None, 0, None, 0, None, None, None, None, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class LeaseState:
     holder: str | None

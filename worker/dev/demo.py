@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import signal
 import time
 from collections import Counter
@@ -15,7 +14,9 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from rich.console import Console
+from rich.control import Control
 from rich.markup import escape
+from rich.segment import ControlType
 from sqlalchemy import any_, bindparam, select
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
@@ -23,6 +24,7 @@ from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tables import view_counts
+from worker.dev.lending import locked
 from worker.dev.process import WorkerProcess
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.viewers import Audience, Told, Viewers
@@ -68,7 +70,7 @@ class Demo:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         async with AsyncExitStack() as stack:
-            self._lock_folder(stack)
+            stack.enter_context(locked(self._folder))
             self._handle_signals()
             self._say("Starting embedded Redis (Valkey) and Postgres …")
             valkey = self._start(stack, ValkeyServer(self._folder / "redis"))
@@ -192,12 +194,19 @@ class Demo:
             f"   lost {sample.lost}   double {sample.double}"
         )
         if self._console.is_terminal:
-            self._console.print(f"\r{line}\x1b[K", end="")
+            self._clear_line()
+            self._console.print(line, end="")
         else:
             self._console.print(line)
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._console.print(("\r\x1b[K" if self._console.is_terminal else "") + text, style=style)
+        if self._console.is_terminal:
+            self._clear_line()
+        self._console.print(text, style=style)
+
+    def _clear_line(self) -> None:
+        # Not by print(): that takes a carriage return out of the text.
+        self._console.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
 
     def _say_where(self, valkey: Server, postgres: Server, worker: WorkerProcess) -> None:
         self._say(f"  Redis     {valkey.url}")
@@ -209,13 +218,6 @@ class Demo:
         server.start()
         stack.callback(server.stop)
         return server
-
-    def _lock_folder(self, stack: AsyncExitStack) -> None:
-        lock = stack.enter_context((self._folder / "lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ViewerWorkerError(f"another `viewer-worker dev` is at work in {self._folder}") from None
 
     def _handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -23,6 +23,12 @@ SILENCE_S = 5.0
 CONFIRM_S = 4.0
 
 
+REFUSED = (
+    "Let the user of REDIS_URL subscribe to VIEW_CHANNEL; deploy/redis/users.acl has all that the worker needs. "
+    "Counters are swept meanwhile; views that are only published are missed."
+)
+
+
 class Subscription:
     """Raises RedisUnavailable from every method when the link is lost; what was published since is gone then.
 
@@ -92,7 +98,7 @@ class Subscription:
     def _note(self, reply: Any) -> None:
         """Everything that is no message: confirmations, answers to PING, refusals."""
         if isinstance(reply, hiredis.ReplyError):
-            raise RedisUnavailable(str(reply))
+            raise RedisUnavailable(str(reply), REFUSED)
         if isinstance(reply, list) and reply[0] == b"subscribe":
             self._confirmed = True
         elif isinstance(reply, list) and reply[0] == b"unsubscribe":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
@@ -82,6 +83,6 @@ def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Ha
             code, body = 400, {"error": str(error)}
         except Unavailable as error:
             code, body = 503, {"error": str(error), "remedy": error.remedy}
-        return web.json_response(body, status=code, headers={"Cache-Control": "no-store"})
+        return web.json_response(text=json.dumps(body) + "\n", status=code, headers={"Cache-Control": "no-store"})
 
     return handle

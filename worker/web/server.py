@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -62,6 +63,8 @@ class WebServer:
 def _answers(answer: Callable[[], Answer]) -> Handler:
     async def handle(_: web.Request) -> web.StreamResponse:
         result = answer()
-        return web.json_response(result.body, status=result.code, headers={"Cache-Control": "no-store"})
+        return web.json_response(
+            text=json.dumps(result.body) + "\n", status=result.code, headers={"Cache-Control": "no-store"}
+        )
 
     return handle

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -147,6 +149,20 @@ def test_dev_ends_with_an_exact_verdict_after_a_kill(tmp_path: Path) -> None:
     assert "EXACT: each view counted once; 900 ids compared, worker killed 1 time(s)." in done.stdout
     ids = dict(re.findall(r"^  (INCR and PUBLISH|INCR only|PUBLISH only) +(\d+)", done.stdout, re.MULTILINE))
     assert ids == {"INCR and PUBLISH": "600", "INCR only": "300", "PUBLISH only": "100"}
+
+
+def test_dev_redraws_its_line_on_a_terminal(tmp_path: Path) -> None:
+    ours, its = os.openpty()
+    command = [sys.executable, "-m", "worker", "dev", "--for", "2s", "--rate", "100", "--data", str(tmp_path / "dev")]
+    process = subprocess.Popen(command, env=clean_environment(), stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    assert process.wait() == 0, shown
+    assert shown.count(b"\r\x1b[2Ksent ") > 1
 
 
 def test_dev_replays_an_access_log(tmp_path: Path) -> None:

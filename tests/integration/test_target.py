@@ -230,6 +230,7 @@ async def test_ids_become_keys_of_the_column_s_own_type(
             "Vod.viewCount is generated, not an integer",
         ),
         ('CREATE TABLE "Vod" (id date PRIMARY KEY, "viewCount" int)', "Vod.id is date"),
+        ('CREATE TABLE "Vod" (id name PRIMARY KEY, "viewCount" int)', "Vod.id is name"),
         ('CREATE TABLE "Vod" (id text, "viewCount" int)', "Vod.id is not unique"),
         ('CREATE TABLE "Vod" (id text, at date, "viewCount" int, PRIMARY KEY (id, at))', "Vod.id is not unique"),
         (
@@ -247,6 +248,13 @@ async def test_table_that_does_not_fit_is_told_and_nothing_is_flushed(world: Wor
     assert caught.value.remedy
     assert await world.pending() == world.truth
     assert await world.totals() == Counter()
+
+
+async def test_the_worker_s_own_table_is_refused(world: World) -> None:
+    own = {"VIEW_TARGET_TABLE": "view_counts", "VIEW_TARGET_KEY": "vod_id", "VIEW_TARGET_COLUMN": "views"}
+    await world.view("a")
+    with pytest.raises(TargetUnusable, match="own table"):
+        await world.worker(**own).cycle()
 
 
 async def test_rights_that_are_missing_are_named(world: World) -> None:

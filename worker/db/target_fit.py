@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import BigInteger, Text, Uuid, text
 
+from worker.db.tables import metadata
 from worker.errors import TargetUnusable
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from worker.db.target_names import TargetNames
 
 INTEGERS = ("int2", "int4", "int8")
+OWN = list(metadata.tables)
 KEY_TYPES = ("smallint", "integer", "bigint", "uuid")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
@@ -45,7 +47,9 @@ class Key:
 
 async def fit(tx: AsyncConnection, names: TargetNames) -> Key:
     """Look whether the table is there and fits. Raises TargetUnusable saying what does not, and what to do."""
-    found = (await tx.execute(_LOOK, {"target": names.regclass, "key": names.key, "column": names.column})).one()
+    found = (
+        await tx.execute(_LOOK, {"target": names.regclass, "key": names.key, "column": names.column, "own": OWN})
+    ).one()
     if problem := _problem(names, found):
         raise TargetUnusable(*problem)
     if found.key_category == "S":
@@ -57,6 +61,7 @@ async def fit(tx: AsyncConnection, names: TargetNames) -> Key:
 _LOOK = text(
     """
     SELECT c.relkind::text,
+           c.oid = ANY (SELECT to_regclass(own) FROM unnest(CAST(:own AS text[])) AS own) AS is_own,
            k.attnum AS key_number,
            coalesce(nullif(kt.typbasetype, 0), kt.oid)::regtype::text AS key_name,
            kt.typcategory::text AS key_category,
@@ -85,6 +90,8 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
     shown = str(names)
     if found.relkind is None:
         return f"there is no table {shown}", "Set VIEW_TARGET_TABLE to its name, as it is written."
+    if found.is_own:
+        return f"{shown} is the worker's own table", "Set VIEW_TARGET_TABLE to a table of the application."
     if found.relkind not in ("r", "p"):
         return f"{shown} is not a table", "Set VIEW_TARGET_TABLE to a table of this database."
     if found.key_number is None:
@@ -94,7 +101,8 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
     if found.column_type not in INTEGERS or found.generated:
         kind = "generated" if found.generated else found.column_type
         return f"{shown}.{names.column} is {kind}, not an integer", "Make it an integer or a bigint."
-    if found.key_category != "S" and found.key_name not in KEY_TYPES:
+    # A name would be cut down to 63 bytes, and then be another's.
+    if (found.key_category != "S" or found.key_name == "name") and found.key_name not in KEY_TYPES:
         return f"{shown}.{names.key} is {found.key_name}", "The key must be a text, an integer or a uuid."
     if not found.is_unique:
         return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on it alone."

@@ -146,7 +146,7 @@ async def test_role_cannot_migrate_and_is_told_who_can(guarded: GuardedServers, 
     migrate = start(world.environment, "migrate")
     assert await migrate.wait() == 69
     assert "permission denied for schema public" in migrate.log
-    assert "Migrate as the owner of the tables." in migrate.log
+    assert "To migrate, a role needs CREATE on the schema" in migrate.log
     assert "Traceback" not in migrate.log
 
 

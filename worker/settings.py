@@ -156,6 +156,8 @@ class Settings(BaseModel):
         missing = [name for name in target if getattr(self, name) is None]
         if 0 < len(missing) < len(target):
             raise WrongTogether(missing[0], "a value: VIEW_TARGET_TABLE, _KEY and _COLUMN go together")
+        if self.view_target_column is not None and self.view_target_column == self.view_target_key:
+            raise WrongTogether("view_target_column", "another column than VIEW_TARGET_KEY")
         try:
             _ = self.view_target
         except ValueError as error:

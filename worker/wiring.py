@@ -106,6 +106,8 @@ def view_counters(
         clock=clock,
     )
     intake_ended = asyncio.Event()
+    if settings.channels[1] is None:
+        intake_ended.set()
     loop = FlushLoop(
         lease=lease,
         flusher=flusher,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.world import World
 from worker.counters.flush import Busy, Flushed
-from worker.counters.lease import TTL
+from worker.counters.lease import NEEDS, TTL
 from worker.counters.worker_id import died_here, new_worker_id
 
 
@@ -103,7 +103,6 @@ async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(
     await process.wait()
     assert not await neighbour.counters.lease.take()  # it looked at its start, and not again
     restarted = world.worker()
-    assert not await restarted.counters.lease.take()
     assert await restarted.counters.lease.take()
     assert restarted.counters.lease.epoch == 2
 
@@ -125,3 +124,23 @@ def test_who_died_here(holder: str, dead: bool) -> None:
 
 def test_worker_of_this_process_is_alive() -> None:
     assert not died_here(new_worker_id())
+
+
+async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.worker().counters.lease.take()
+    monkeypatch.setattr("worker.counters.lease.died_here", lambda _: True)
+    waits: list[float] = []
+
+    async def wait(seconds: float, *_: asyncio.Event) -> None:
+        waits.append(seconds)
+        worker.status.failing("postgres", "gone", "")
+        if len(waits) == 5:
+            stop.set()
+
+    monkeypatch.setattr("worker.counters.lease.wait_first", wait)
+    worker, stop = world.worker(), asyncio.Event()
+    for check in NEEDS:
+        worker.status.ok(check)
+    await worker.counters.lease.run(stop)
+    assert worker.counters.lease.epoch == 2
+    assert min(waits) > 0

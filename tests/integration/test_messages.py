@@ -319,3 +319,17 @@ async def test_flush_does_not_depend_on_publishing(valkey: ValkeyServer, databas
         worker = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://mute:x@"))
         assert isinstance(await worker.cycle(), Flushed)
         await world.assert_exact()
+
+
+async def test_forgotten_id_does_not_come_back_by_what_was_announced_before(world: World) -> None:
+    worker = world.worker()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        await both(world, "a", 5)
+        await worker.heard(lambda: sums(worker) == 5)
+        await world.worker().counters.forgetting.forget("a")
+        assert await worker.sweep_and_flush() == Busy()
+        await worker.counters.lease.take()
+        await worker.sweep_and_flush()
+    assert await rows(world) == {}
+    await world.assert_consistent()

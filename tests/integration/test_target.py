@@ -194,12 +194,13 @@ async def test_deadlock_with_the_application_is_tried_again(world: World) -> Non
         ("varchar(4)", {"abcd": 1, "abcde": 2}, {"abcd": 1}),
         ("char(4)", {"ab": 1, "abcde": 2}, {"ab  ": 1}),
         ("short", {"ab": 1, "abcde": 2}, {"ab": 1}),
+        ("shorter", {"abcd": 1, "abcde": 2}, {"abcd": 1}),
     ],
 )
 async def test_ids_become_keys_of_the_column_s_own_type(
     world: World, key_type: str, ids: dict[str, int], given: dict[Any, int]
 ) -> None:
-    await world.sql.execute("CREATE DOMAIN short AS varchar(4)")
+    await world.sql.execute("CREATE DOMAIN short AS varchar(4); CREATE DOMAIN shorter AS short")
     await world.sql.execute(
         f'CREATE SCHEMA app; CREATE TABLE app."Vod" (id {key_type} PRIMARY KEY, "viewCount" bigint)'
     )
@@ -359,3 +360,47 @@ async def test_taking_over_while_the_worker_flushes_misses_nothing(world: World)
     flushes = worker.metric("view_count_flushed_views_total") / 100
     assert set((await shown(world)).values()) == {1000 + flushes}
     assert dict(await world.totals()) == await shown(world)
+
+
+async def test_key_whose_type_the_application_changes_is_looked_at_anew(world: World) -> None:
+    await world.sql.execute('CREATE TABLE "Vod" (id bigint PRIMARY KEY, "viewCount" int NOT NULL DEFAULT 0)')
+    await world.sql.execute('INSERT INTO "Vod" VALUES (7)')
+    worker = world.worker(**SETTINGS)
+    await world.view("7")
+    await worker.cycle()
+    await world.sql.execute('ALTER TABLE "Vod" ALTER id TYPE text')
+    await world.view("7", 2)
+    await worker.cycle()
+    assert await shown(world) == {"7": 3}
+    await world.assert_exact()
+
+
+async def test_table_that_is_locked_as_a_whole_is_waited_for_once(world: World) -> None:
+    await table(world)
+    worker = world.worker(**SETTINGS)
+    await worker.cycle()
+    await world.view_many(["a", "b", "c"])
+    async with world.sql.transaction():
+        await world.sql.execute('LOCK TABLE "Vod" IN SHARE MODE')
+        with pytest.raises(DatabaseUnavailable, match="the table Vod is locked"):
+            await worker.sweep_and_flush()
+    await worker.sweep_and_flush()
+    await world.assert_exact()
+
+
+async def test_constraint_that_is_checked_late_hinders_no_other(world: World) -> None:
+    await table(world)
+    await world.sql.execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN IF new.id = 'b' THEN RAISE EXCEPTION 'no'; END IF; RETURN new; END$$;
+        CREATE CONSTRAINT TRIGGER t AFTER UPDATE ON "Vod" DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION refuse()
+        """
+    )
+    worker = world.worker(**SETTINGS)
+    await world.view_many(["a", "b", "b", "c"])
+    await worker.cycle()
+    assert await shown(world) == {"a": 1, "b": 0, "c": 1}
+    assert skipped(worker) == {"refused": 2}
+    await world.assert_exact()

@@ -70,6 +70,12 @@ def test_password_that_was_not_encoded_still_works() -> None:
     assert load(DB_PASSWORD="p@:/%#w").database.password == "p@:/%#w"
 
 
+def test_target_goes_together_and_its_key_is_not_its_total() -> None:
+    assert problem(VIEW_TARGET_TABLE="Vod").startswith("VIEW_TARGET_KEY=")
+    same = problem(VIEW_TARGET_TABLE="Vod", VIEW_TARGET_KEY="id", VIEW_TARGET_COLUMN="id")
+    assert same.startswith("VIEW_TARGET_COLUMN=")
+
+
 def test_url_of_a_prisma_application_works_as_it_is() -> None:
     url = "postgresql://u:p@db/app?schema=My App&connection_limit=5&pool_timeout=2&pgbouncer=true&sslmode=require"
     assert load(DATABASE_URL=url).database.options == "search_path=%22My+App%22&sslmode=require"

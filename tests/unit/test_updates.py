@@ -72,6 +72,11 @@ def test_messages_that_do_not_count_say_why(kind: str, raw: bytes) -> None:
         parse_update(raw)
 
 
+def test_number_too_long_for_python_in_a_field_that_is_ignored_hinders_nobody() -> None:
+    number = b'"n":' + b"1" * 5000
+    assert parse_update(b'{"vodId":"a","count":1,"x":{"count":0},' + number + b"}") == ("a", 1)
+
+
 def test_lone_surrogate_is_no_id() -> None:
     with pytest.raises(InvalidUpdate):
         parse_update(b'{"vodId":"\\ud800","count":1}')

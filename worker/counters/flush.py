@@ -12,7 +12,7 @@ from worker.counters.lease import TTL
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, Verdict, judge
-from worker.db.errors import describe, is_refused_data, sqlstate
+from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_data, sqlstate
 from worker.db.ledger import Flush
 from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
@@ -42,7 +42,6 @@ log = get_logger(__name__)
 
 # A flush that finds the marker moved starts over. More often than this in a row means that others are at work.
 MAX_ROUNDS = 8
-LOCK_NOT_AVAILABLE = "55P03"
 # Deadlock, serialization failure: this transaction was sacrificed for another, and may be tried again at once.
 COLLISIONS = ("40P01", "40001")
 

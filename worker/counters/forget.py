@@ -47,8 +47,10 @@ class Forgetting:
     async def forget(self, vod_id: str) -> Forgotten:
         """Total, history and pending views of the id are gone; what is viewed later counts anew.
 
-        Its rows in the ledger stay until retention removes them: they bring a Redis that comes back from a snapshot up
-        to date. Raises Unavailable, OnHold; whatever was done by then, it may be repeated.
+        The holder of the lease begins anew, with no sums of messages: views of other ids that were only published since
+        the last flush are lost by it. The id's rows in the ledger stay until retention removes them: they bring a Redis
+        that comes back from a snapshot up to date. Raises Unavailable, OnHold; whatever was done by then, it may be
+        repeated.
         """
         stored = pending = 0
         while True:
@@ -72,6 +74,8 @@ class Forgetting:
                         replid=identity,
                         ttl=TTL,
                     )
+                    # What the holder of the lease has heard of the id and not written is forgotten by this.
+                    await self.source_row.depose(tx)
             if isinstance(verdict, Agreed) and flush is not None:
                 settled = Marker(verdict.marker.lineage, flush.flush_id, flush.nonce)
                 pending += sum(flush.counted.values())

@@ -11,7 +11,10 @@ import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from worker.counters.worker_id import died_here
+from worker.db.errors import describe
 from worker.engine.waiting import wait_first
 from worker.errors import Unavailable
 from worker.observability.logs import get_logger
@@ -46,7 +49,6 @@ class Lease:
         self._worker_id = worker_id
         self._status = status
         self._rng = rng or random.Random()
-        self._predecessor: str | None = None
         self._looked = False
         self.epoch: int | None = None
         self.changed = asyncio.Event()
@@ -59,8 +61,10 @@ class Lease:
                     await self.take()
                 except Unavailable as error:
                     log.debug("lease not renewed", cause=str(error))
+                except SQLAlchemyError as error:
+                    # A table that is missing for a moment, a right that was taken away: nothing that a restart mends.
+                    log.warning("lease not renewed", cause=describe(error))
             delay = RENEW_S if self.epoch is not None else STANDBY_S * self._rng.uniform(0.5, 1.0)
-            delay = 0.0 if self._predecessor is not None else delay
             self._status.expect_beat("lease", within=delay + 60.0)
             await wait_first(delay, stop, self._status.changed)
 
@@ -69,14 +73,18 @@ class Lease:
         if self.epoch is None:
             async with self._database.transaction() as tx:
                 await self._source_row.ensure(tx)
-        async with self._database.transaction() as tx:
-            state = await self._source_row.take_lease(tx, self._worker_id, TTL, self._predecessor)
+        state = await self._ask(dead=None)
+        if (dead := self._crashed_before(state)) is not None:
+            state = await self._ask(dead)
         if state is not None and state.holder == self._worker_id:
             self._become(state.epoch)
         else:
             self.lost()
-        self._predecessor = self._crashed_before(state)
         return self.epoch is not None
+
+    async def _ask(self, dead: str | None) -> LeaseState | None:
+        async with self._database.transaction() as tx:
+            return await self._source_row.take_lease(tx, self._worker_id, TTL, dead)
 
     def _crashed_before(self, state: LeaseState | None) -> str | None:
         """Whose restart this may be: then nobody waits until the lease expires.

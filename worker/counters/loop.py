@@ -6,6 +6,8 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from worker.counters.flush import Busy, Flushed
 from worker.counters.lease import NEEDS
 from worker.counters.recovery import Hold
@@ -234,8 +236,8 @@ class FlushLoop:
     async def _release_lease(self) -> None:
         try:
             await self._lease.release()
-        except Unavailable as error:
-            log.warning("lease not released, it will expire", cause=str(error))
+        except (Unavailable, SQLAlchemyError) as error:
+            log.warning("lease not released, it will expire", cause=describe(error))
 
 
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker.db.errors import describe
 from worker.engine.waiting import wait_first
 from worker.errors import Unavailable
 from worker.observability.logs import get_logger
@@ -48,6 +51,9 @@ class Retention:
                     await self.prune(stop)
                 except Unavailable as error:
                     log.warning("retention put off", cause=str(error))
+                except SQLAlchemyError as error:
+                    # Flushing does not need it; a restart would not mend it.
+                    log.error("retention refused", cause=describe(error))
             self._status.expect_beat("retention", within=PERIOD_S + 120.0)
             await wait_first(PERIOD_S, stop)
 

@@ -59,10 +59,16 @@ def parse_update(raw: bytes) -> tuple[str, int]:
         raise InvalidUpdate("nested_too_deep") from None
     except InvalidId:
         raise InvalidUpdate("vod_id") from None
+    except ValueError:  # what the two parsers disagree about must not end the listener
+        raise InvalidUpdate("not_json") from None
 
 
 def _refuse_duplicates(raw: bytes) -> None:
-    pairs: list[tuple[str, object]] = json.loads(raw, object_pairs_hook=lambda pairs: pairs)
+    pairs: list[tuple[str, object]] = json.loads(
+        raw,
+        object_pairs_hook=lambda pairs: pairs,
+        parse_int=str,  # of any length: only the names matter here
+    )
     if max(Counter(name for name, _ in pairs if name in ("vodId", "count")).values()) > 1:
         raise InvalidUpdate("duplicate_field")
 

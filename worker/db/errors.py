@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # 40P01 deadlock, 55P03 lock timeout, 57014 statement timeout.
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
 TRANSIENT_STATES = frozenset({"25006", "25P03", "26000", "40001", "40P01", "55P03", "57014"})
+LOCK_NOT_AVAILABLE = "55P03"
 # Data that a table does not take: out of range, not in the database's encoding, against a constraint or a trigger.
 REFUSED_DATA_PREFIXES = ("22", "23", "P0")
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.

@@ -106,6 +106,11 @@ _ADVANCE = (
     )
 )
 _CONFIRM = update(view_count_sources).where(_this).values(settled_id=_row.last_flush_id, refused=None)
+_DEPOSE = (
+    update(view_count_sources)
+    .where(_this)
+    .values(lease_holder=None, lease_until=None, lease_epoch=_row.lease_epoch + 1)
+)
 _REFUSE = update(view_count_sources).where(_this).values(refused=bindparam("marker"))
 _FOUND = (
     update(view_count_sources)
@@ -183,6 +188,10 @@ class SourceRow:
         values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_replid": replid, "ttl": ttl}
         values["new_announced_nonce"] = announced_nonce
         await tx.execute(_ADVANCE, {"name": self.name, **values})
+
+    async def depose(self, tx: AsyncConnection) -> None:
+        """Whoever holds the lease has to take it anew, under another epoch."""
+        await tx.execute(_DEPOSE, {"name": self.name})
 
     async def confirm(self, tx: AsyncConnection) -> None:
         """The marker was read under the lock and names the last flush: it is settled."""

@@ -15,25 +15,28 @@ from sqlalchemy import (
     cast,
     column,
     exists,
+    false,
     func,
     quoted_name,
     select,
     table,
+    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
-from worker.db.errors import is_refused_data
+from worker.db.errors import LOCK_NOT_AVAILABLE, is_refused_data, sqlstate
 from worker.db.tables import view_counts
 from worker.db.target_fit import fit
+from worker.errors import DatabaseUnavailable
 from worker.ids import MAX_ID_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import Select
+    from sqlalchemy import Select, Update
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from worker.db.ledger import Change
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from worker.db.target_names import TargetNames
 
 # Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
+TABLE_LOCKED = "Views stay in Redis until CREATE INDEX, ALTER TABLE or VACUUM FULL is done with it."
+_CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 
 
@@ -70,12 +75,22 @@ class TargetTable:
 
         Raises TargetUnusable when the table does not fit.
         """
+        # Each time: the application may change its table, and a key of another type must not be guessed.
+        await self.check(tx)
         key = await self._fitting(tx)
         keys = {vod_id: value for vod_id in ids if (value := key.of(vod_id)) is not None}
         if not keys:
             return set()
-        rows = await tx.execute(_Statements(self.names, key).locked(), {"ids": list(keys), "keys": list(keys.values())})
-        return set(rows.scalars())
+        asked = {"ids": list(keys), "keys": list(keys.values())}
+        statements = _Statements(self.names, key)
+        try:
+            await tx.execute(statements.enter())
+            return set((await tx.execute(statements.locked(), asked)).scalars())
+        except DBAPIError as error:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+                raise
+            # Locked rows are not waited for, so this is the table; smaller batches would wait as long, each of them.
+            raise DatabaseUnavailable(f"the table {self.names} is locked", TABLE_LOCKED) from None
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
         """Add each change to its row. Returns the views that were not added, by reason."""
@@ -115,6 +130,8 @@ class TargetTable:
         try:
             async with tx.begin_nested():
                 added = set((await tx.execute(statement, {"ids": ids, "keys": keys, "views": views})).scalars())
+                # A constraint that is checked at the commit would refuse our own totals, too.
+                await tx.execute(_CHECK_NOW)
         except DBAPIError as error:
             if not is_refused_data(error):
                 raise
@@ -146,6 +163,10 @@ class _Statements:
         self._named = ids.label("vod_id"), cast(keys, _Named(key.cast)).label("key")
         self._views = views.label("views")
         self._after = cast(bindparam("after", type_=key.kind), _Named(key.cast))
+
+    def enter(self) -> Update:
+        """Changes nothing, and waits for whoever has the table locked against changes."""
+        return update(self._target).values({self._total: self._total}).where(false())
 
     def locked(self) -> Select[str]:
         wanted = select(*self._named).cte("wanted")

@@ -63,7 +63,7 @@ _LOOK = text(
     SELECT c.relkind::text,
            c.oid = ANY (SELECT to_regclass(own) FROM unnest(CAST(:own AS text[])) AS own) AS is_own,
            k.attnum AS key_number,
-           coalesce(nullif(kt.typbasetype, 0), kt.oid)::regtype::text AS key_name,
+           kt.oid::regtype::text AS key_name,
            kt.typcategory::text AS key_category,
            v.attnum AS column_number,
            vt.typname AS column_type,
@@ -78,7 +78,15 @@ _LOOK = text(
     FROM (SELECT to_regclass(:target) AS oid) named
     LEFT JOIN pg_class c ON c.oid = named.oid
     LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = :key AND NOT k.attisdropped AND k.attnum > 0
-    LEFT JOIN pg_type kt ON kt.oid = k.atttypid
+    LEFT JOIN LATERAL (
+        -- A domain may be one of another domain.
+        WITH RECURSIVE base AS (
+            SELECT oid, typbasetype, typcategory FROM pg_type WHERE oid = k.atttypid
+            UNION ALL
+            SELECT t.oid, t.typbasetype, t.typcategory FROM base JOIN pg_type t ON t.oid = base.typbasetype
+        )
+        SELECT oid, typcategory FROM base WHERE typbasetype = 0
+    ) kt ON true
     LEFT JOIN pg_attribute v ON v.attrelid = c.oid AND v.attname = :column AND NOT v.attisdropped AND v.attnum > 0
     LEFT JOIN pg_type vt ON vt.oid = v.atttypid
     """

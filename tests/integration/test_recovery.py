@@ -13,6 +13,7 @@ from tests.world import World
 from worker.counters.flush import Flushed
 from worker.counters.recovery import BIRTH, Hold, Recovery
 from worker.dev.servers import ValkeyServer
+from worker.errors import DatabaseUnavailable
 
 
 async def test_flushall_in_place_is_healed_and_counted_once(valkey: ValkeyServer, database_url: str) -> None:
@@ -309,6 +310,21 @@ async def test_row_that_somebody_holds_locked_is_left_and_hinders_nobody(world: 
         await world.sql.execute("SELECT * FROM view_counts WHERE vod_id = 'b' FOR UPDATE")
         await worker.cycle()
         assert await world.pending() == Counter(b=1)
+    await worker.cycle()
+    await world.assert_exact()
+
+
+async def test_table_that_somebody_holds_locked_is_not_waited_for_id_by_id(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.counters.flush.LOCKS_LIMIT_S", 1.0)
+    worker = world.worker()
+    await worker.cycle()
+    await world.view_many(["a", "b", "c", "d"])
+    async with world.sql.transaction():
+        await world.sql.execute("LOCK TABLE view_counts IN SHARE MODE")
+        with pytest.raises(DatabaseUnavailable):
+            await worker.cycle()
     await worker.cycle()
     await world.assert_exact()
 

@@ -42,6 +42,7 @@ log = get_logger(__name__)
 
 # A flush that finds the marker moved starts over. More often than this in a row means that others are at work.
 MAX_ROUNDS = 8
+LOCKS_LIMIT_S = 60.0
 # Deadlock, serialization failure: this transaction was sacrificed for another, and may be tried again at once.
 COLLISIONS = ("40P01", "40001")
 
@@ -97,26 +98,31 @@ class Flusher:
     metrics: Metrics
     clock: Clock
 
-    async def flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
+    async def flush(self, ids: Sequence[str], began: float | None = None) -> Flushed | Busy | Hold:
         """Flush the pending views of `ids` (sorted, no repeats). With no ids, only compare Redis and Postgres.
 
         Ids that Postgres refuses are quarantined, ids whose row somebody has locked are left for the next sweep; the
-        others are flushed. Raises Unavailable. Whatever was or was not done by then, the next flush finds out.
+        others are flushed. Raises Unavailable, also when locks are still in the way a minute after it `began`: then it is
+        the whole table, and each smaller batch would wait as long. Whatever was or was not done by then, the next flush
+        finds out.
         """
+        began = self.clock.monotonic() if began is None else began
         try:
             return await self._flush(ids)
         except (SQLAlchemyError, DatabaseUnavailable) as error:
             locked = sqlstate(error) == LOCK_NOT_AVAILABLE
             if not ids or not (locked or is_refused_data(error)):
                 raise
+            if locked and self.clock.monotonic() - began > LOCKS_LIMIT_S:
+                raise
             if len(ids) == 1:
                 self._leave(ids[0], error, locked=locked)
                 return Flushed()
         half = len(ids) // 2
-        first = await self.flush(ids[:half])
+        first = await self.flush(ids[:half], began)
         if not isinstance(first, Flushed):
             return first
-        second = await self.flush(ids[half:])
+        second = await self.flush(ids[half:], began)
         return first + second if isinstance(second, Flushed) else second
 
     async def _flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:

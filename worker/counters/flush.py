@@ -102,8 +102,8 @@ class Flusher:
         """Flush the pending views of `ids` (sorted, no repeats). With no ids, only compare Redis and Postgres.
 
         Ids that Postgres refuses are quarantined, ids whose row somebody has locked are left for the next sweep; the
-        others are flushed. Raises Unavailable, also when locks are still in the way a minute after it `began`: then it is
-        the whole table, and each smaller batch would wait as long. Whatever was or was not done by then, the next flush
+        others are flushed. Raises Unavailable, also when locks are in the way a minute after it `began`: then it is the
+        whole table, and each smaller batch would wait as long. Whatever was or was not done by then, the next flush
         finds out.
         """
         began = self.clock.monotonic() if began is None else began

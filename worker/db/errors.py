@@ -25,6 +25,8 @@ REFUSED_DATA_PREFIXES = ("22", "23", "P0")
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 INSUFFICIENT_PRIVILEGE = "42501"
+# The driver's own. The second is what it raises on a connection on which the server said goodbye, until that is closed.
+DRIVER_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 RIGHTS_REMEDY = (
     "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant it that. "
     "What the worker's role lacks otherwise, viewer-worker check says."
@@ -55,7 +57,7 @@ def is_transient(error: BaseException) -> bool:
 def is_transient_cause(error: BaseException | None) -> bool:
     """OSError includes every timeout."""
     while error is not None:
-        if isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.PostgresConnectionError):
+        if isinstance(error, (OSError, asyncpg.PostgresConnectionError, *DRIVER_ERRORS)):
             return True
         error = error.__cause__
     return False
@@ -75,7 +77,7 @@ def database_errors() -> Iterator[None]:
     """Raise DatabaseUnavailable for what heals by waiting; let everything else through unchanged."""
     try:
         yield
-    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except (SQLAlchemyError, asyncpg.PostgresError, *DRIVER_ERRORS, OSError) as error:
         if is_refused(error):
             raise DatabaseUnavailable(describe(error), "Check user, password and database in DATABASE_URL.") from error
         if sqlstate(error) == INSUFFICIENT_PRIVILEGE:

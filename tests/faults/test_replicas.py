@@ -7,7 +7,6 @@ with which seed; the seed is printed, so that a failure can be run again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import shutil
@@ -27,8 +26,10 @@ from redis.exceptions import RedisError
 from tests.world import CliWorker
 from worker.db import schema
 from worker.db.address import parse_database_url
+from worker.db.errors import database_errors
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
+from worker.errors import DatabaseUnavailable
 
 SECONDS = float(os.environ.get("FAULT_SECONDS", "16"))
 SEED = int(os.environ.get("FAULT_SEED", random.randrange(2**32)))
@@ -73,43 +74,45 @@ class Chaos:
         return aioredis.from_url(self.valkey.url, retry=Retry(NoBackoff(), 0), socket_timeout=2)
 
     async def produce(self) -> None:
-        client = self.redis()
-        while not self.done.is_set():
-            views = self.rng.choices(IDS, weights=range(len(IDS), 0, -1), k=20)
-            pipeline = client.pipeline(transaction=False)
-            for vod_id in views:
-                pipeline.incr(PREFIX + vod_id)
-            self.truth.sent.update(views)
-            try:
-                await pipeline.execute()
-            except (RedisError, OSError):
-                await asyncio.sleep(0.05)
-            else:
-                self.truth.acknowledged.update(views)
-            await asyncio.sleep(0.005)
-        await client.aclose()
+        async with self.redis() as client:
+            while not self.done.is_set():
+                views = self.rng.choices(IDS, weights=range(len(IDS), 0, -1), k=20)
+                pipeline = client.pipeline(transaction=False)
+                for vod_id in views:
+                    pipeline.incr(PREFIX + vod_id)
+                self.truth.sent.update(views)
+                try:
+                    await pipeline.execute()
+                except (RedisError, OSError):
+                    await asyncio.sleep(0.05)
+                else:
+                    self.truth.acknowledged.update(views)
+                await asyncio.sleep(0.005)
 
     async def read(self) -> None:
         """An application that shows GET + database, in this order, is never below the truth; a total never above."""
-        client = self.redis()
-        while not self.done.is_set():
-            with contextlib.suppress(RedisError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        async with self.redis() as client:
+            while not self.done.is_set():
                 surely = self.truth.acknowledged.copy()
-                pending = await client.mget([PREFIX + vod_id for vod_id in IDS])
-                totals = await self.totals()
+                try:
+                    pending = await client.mget([PREFIX + vod_id for vod_id in IDS])
+                    totals = await self.totals()
+                except (RedisError, OSError, DatabaseUnavailable):
+                    await asyncio.sleep(0.05)
+                    continue
                 for vod_id, value in zip(IDS, pending, strict=True):
                     assert int(value or 0) + totals[vod_id] >= surely[vod_id], f"{vod_id}: a dip"
                 assert totals <= self.truth.sent
                 self.samples += 1
-            await asyncio.sleep(0.05)
-        await client.aclose()
+                await asyncio.sleep(0.05)
 
     async def totals(self) -> Counter[str]:
-        sql = await asyncpg.connect(self.postgres.url, timeout=2)
-        try:
-            return Counter({row["vod_id"]: row["views"] for row in await sql.fetch("SELECT * FROM view_counts")})
-        finally:
-            sql.terminate()
+        with database_errors():
+            sql = await asyncpg.connect(self.postgres.url, timeout=2)
+            try:
+                return Counter({row["vod_id"]: row["views"] for row in await sql.fetch("SELECT * FROM view_counts")})
+            finally:
+                sql.terminate()
 
     async def torment(self) -> None:
         """Every two seconds a replica is killed or frozen; on the way both servers are killed twice."""
@@ -155,10 +158,11 @@ async def test_three_replicas_are_exact_whatever_is_killed_or_frozen(servers_fol
         await schema.upgrade(database)
         await database.close()
         chaos.replicas = [chaos.start_replica() for _ in range(3)]
-        others = [asyncio.create_task(chaos.produce()), asyncio.create_task(chaos.read())]
-        await chaos.torment()
-        chaos.done.set()
-        await asyncio.gather(*others)
+        async with asyncio.TaskGroup() as meanwhile:
+            meanwhile.create_task(chaos.produce())
+            meanwhile.create_task(chaos.read())
+            await chaos.torment()
+            chaos.done.set()
         await _healed(chaos)
         totals, truth = await chaos.totals(), chaos.truth
         assert truth.acknowledged <= totals
@@ -182,10 +186,9 @@ async def test_three_replicas_are_exact_whatever_is_killed_or_frozen(servers_fol
 
 async def _healed(chaos: Chaos) -> None:
     """Wait until nothing is pending and no total moves any more."""
-    client = chaos.redis()
-    async with asyncio.timeout(60):
-        while await client.exists(*(PREFIX + vod_id for vod_id in IDS)):
-            await asyncio.sleep(0.1)
-    await asyncio.sleep(1)
-    assert not await client.exists(*(PREFIX + vod_id for vod_id in IDS))
-    await client.aclose()
+    async with chaos.redis() as client:
+        async with asyncio.timeout(60):
+            while await client.exists(*(PREFIX + vod_id for vod_id in IDS)):
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        assert not await client.exists(*(PREFIX + vod_id for vod_id in IDS))

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from worker.db.target_names import TargetNames
 
 # Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
+UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 TABLE_LOCKED = "Views stay in Redis until CREATE INDEX, ALTER TABLE or VACUUM FULL is done with it."
 _CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
-UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,10 @@ class TargetTable:
         self.names = names
         self._key: Key | None = None
 
-    async def check(self, tx: AsyncConnection) -> None:
-        """Raises TargetUnusable when the table is not there or does not fit."""
+    async def check(self, tx: AsyncConnection) -> Key:
+        """How ids become its keys. Raises TargetUnusable when the table is not there or does not fit."""
         self._key = await fit(tx, self.names)
+        return self._key
 
     async def locked(self, tx: AsyncConnection, ids: Sequence[str]) -> set[str]:
         """Which of the ids have a row that somebody has locked; the rows of the others are locked for us, in order.
@@ -76,8 +77,7 @@ class TargetTable:
         Raises TargetUnusable when the table does not fit.
         """
         # Each time: the application may change its table, and a key of another type must not be guessed.
-        await self.check(tx)
-        key = await self._fitting(tx)
+        key = await self.check(tx)
         keys = {vod_id: value for vod_id in ids if (value := key.of(vod_id)) is not None}
         if not keys:
             return set()
@@ -94,7 +94,7 @@ class TargetTable:
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
         """Add each change to its row. Returns the views that were not added, by reason."""
-        key = await self._fitting(tx)
+        key = self._key or await self.check(tx)
         skipped: Counter[str] = Counter()
         batch = []
         for change in changes:
@@ -112,15 +112,9 @@ class TargetTable:
 
         An id's total becomes what the application shows. Where ours is above that already, it stays.
         """
-        key = await self._fitting(tx)
+        key = self._key or await self.check(tx)
         statement = _Statements(self.names, key).take_over(first=after is None)
         return Page(*(await tx.execute(statement, {"after": after, "at_most": rows})).one())
-
-    async def _fitting(self, tx: AsyncConnection) -> Key:
-        if self._key is None:
-            await self.check(tx)
-        assert self._key is not None  # noqa: S101
-        return self._key
 
     async def _add(
         self, tx: AsyncConnection, statement: Select[str], batch: list[tuple[str, Any, int]], skipped: Counter[str]

@@ -165,4 +165,4 @@ def view_counters(
 
 
 def target_table(settings: Settings) -> TargetTable | None:
-    return None if settings.view_target is None else TargetTable(settings.view_target)
+    return None if settings.view_target is None else TargetTable(settings.view_target, SystemClock())

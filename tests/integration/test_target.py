@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,6 +12,7 @@ import asyncpg
 import pytest
 
 from tests.world import InProcessWorker, World
+from worker.clock import SystemClock
 from worker.counters.flush import Flushed
 from worker.db.takeover import take_over
 from worker.db.target import TargetTable
@@ -111,6 +113,35 @@ async def test_row_that_refuses_hinders_no_other(world: World, refusing: str, ex
     assert found.pop("b") == expected
     assert set(found.values()) == {1}
     assert skipped(worker) == {"refused": 50}
+    await world.assert_exact()
+
+
+async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await table(world)
+    # What a sequence counted stays counted when the transaction does not.
+    await world.sql.execute(
+        """
+        CREATE SEQUENCE tries;
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN IF new.id = 'b' THEN PERFORM nextval('tries'); RAISE EXCEPTION 'no'; END IF; RETURN new; END$$;
+        CREATE TRIGGER t BEFORE UPDATE ON "Vod" FOR EACH ROW EXECUTE FUNCTION refuse()
+        """
+    )
+    worker = world.worker(**SETTINGS)
+
+    async def tries_of_a_flush() -> int:
+        before: int = await world.sql.fetchval("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM tries")
+        await world.view_many(["a", "b"])
+        await worker.cycle()
+        after: int = await world.sql.fetchval("SELECT last_value FROM tries")
+        return after - before
+
+    assert await tries_of_a_flush() > 0
+    assert await tries_of_a_flush() == 0
+    monkeypatch.setattr("worker.db.target.REST_S", 0.0)
+    assert await tries_of_a_flush() > 0
+    assert await shown(world) == {"a": 3, "b": 0, "c": 0}
+    assert skipped(worker) == {"refused": 3}
     await world.assert_exact()
 
 
@@ -258,17 +289,62 @@ async def test_the_worker_s_own_table_is_refused(world: World) -> None:
         await world.worker(**own).cycle()
 
 
-async def test_rights_that_are_missing_are_named(world: World) -> None:
+@pytest.fixture
+async def role(world: World) -> AsyncIterator[str]:
+    """One that may do what the worker needs, in this database."""
+    name = f"limited_{uuid4().hex[:8]}"
     await table(world)
-    role = f"limited_{uuid4().hex[:8]}"
-    await world.sql.execute(f'CREATE ROLE {role}; GRANT SELECT ON "Vod" TO {role}')
-    target = TargetTable(parse_target("Vod", "id", "viewCount"))
+    await world.sql.execute(f'CREATE ROLE {name}; GRANT SELECT, UPDATE ("viewCount") ON "Vod" TO {name}')
+    yield name
+    await world.sql.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def problem_of(world: World, role: str) -> TargetUnusable | None:
+    target = TargetTable(parse_target("Vod", "id", "viewCount"), SystemClock())
     async with world.worker().database.transaction() as tx:
         await tx.exec_driver_sql(f"SET LOCAL ROLE {role}")
-        with pytest.raises(TargetUnusable, match="may not read and update") as caught:
+        try:
             await target.check(tx)
-    assert caught.value.remedy.startswith("GRANT SELECT (id, viewCount), UPDATE (viewCount)")
-    await world.sql.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        except TargetUnusable as problem:
+            return problem
+    return None
+
+
+async def test_rights_that_are_missing_are_named(world: World, role: str) -> None:
+    assert await problem_of(world, role) is None
+    await world.sql.execute(f'REVOKE UPDATE ("viewCount") ON "Vod" FROM {role}')
+    problem = await problem_of(world, role)
+    assert problem is not None
+    assert "may not read and update" in str(problem)
+    assert problem.remedy.startswith("GRANT SELECT (id, viewCount), UPDATE (viewCount)")
+
+
+@pytest.mark.parametrize(
+    ("policies", "fits"),
+    [
+        ("SELECT", False),
+        ("CREATE POLICY p ON \"Vod\" TO {role} USING (id <> 'b')", False),
+        ('CREATE POLICY p ON "Vod" FOR SELECT TO {role} USING (true)', False),
+        ("CREATE POLICY p ON \"Vod\" TO {role} USING (true) WITH CHECK (id <> 'b')", False),
+        ('CREATE POLICY p ON "Vod" TO postgres USING (true)', False),
+        ('CREATE POLICY p ON "Vod" TO {role} USING (true)', True),
+        ('CREATE POLICY p ON "Vod" USING (true) WITH CHECK (true)', True),
+        (
+            'CREATE POLICY p ON "Vod" TO {role} USING (true);'
+            "CREATE POLICY q ON \"Vod\" AS RESTRICTIVE TO {role} USING (id <> 'b')",
+            False,
+        ),
+    ],
+    ids=["none", "some rows", "reading", "some changes", "another's", "all", "everybody's", "restricted"],
+)
+async def test_rows_that_row_level_security_may_hide_are_not_guessed_about(
+    world: World, role: str, policies: str, fits: bool
+) -> None:
+    await world.sql.execute('ALTER TABLE "Vod" ENABLE ROW LEVEL SECURITY')
+    await world.sql.execute(policies.format(role=role))
+    problem = await problem_of(world, role)
+    assert (problem is None) == fits
+    assert problem is None or "row-level security may hide rows of Vod" in str(problem)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Select, Update
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from worker.clock import Clock
     from worker.db.ledger import Change
     from worker.db.target_fit import Key
     from worker.db.target_names import TargetNames
 
 # Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
 UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
+# Each row that refuses is found by a dozen tries: once found, it is not tried again for a while.
+REST_S = 600.0
+RESTING_IDS = 50_000
 TABLE_LOCKED = "Views stay in Redis until CREATE INDEX, ALTER TABLE or VACUUM FULL is done with it."
 _CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 
@@ -62,9 +66,11 @@ class Page:
 class TargetTable:
     """Each method runs in the caller's transaction. What it cannot add is left out there, and never an error."""
 
-    def __init__(self, names: TargetNames) -> None:
+    def __init__(self, names: TargetNames, clock: Clock) -> None:
         self.names = names
+        self._clock = clock
         self._key: Key | None = None
+        self._refused_at: dict[str, float] = {}
 
     async def check(self, tx: AsyncConnection) -> Key:
         """How ids become its keys. Raises TargetUnusable when the table is not there or does not fit."""
@@ -101,6 +107,8 @@ class TargetTable:
             value = key.of(change.vod_id)
             if value is None:
                 skipped[NOT_A_KEY] += change.views
+            elif self._is_resting(change.vod_id):
+                skipped[REFUSED] += change.views
             else:
                 batch.append((change.vod_id, value, change.views))
         if batch:
@@ -131,12 +139,24 @@ class TargetTable:
                 raise
             if len(batch) == 1:
                 skipped[REFUSED] += views[0]
+                if len(self._refused_at) < RESTING_IDS:
+                    self._refused_at[ids[0]] = self._clock.monotonic()
                 return
             half = len(batch) // 2
             await self._add(tx, statement, batch[:half], skipped)
             await self._add(tx, statement, batch[half:], skipped)
         else:
             skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
+
+    def _is_resting(self, vod_id: str) -> bool:
+        """Whether its row refused not long ago."""
+        refused_at = self._refused_at.get(vod_id)
+        if refused_at is None:
+            return False
+        if self._clock.monotonic() - refused_at < REST_S:
+            return True
+        del self._refused_at[vod_id]
+        return False
 
 
 class _Statements:

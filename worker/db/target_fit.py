@@ -74,7 +74,17 @@ _LOOK = text(
                  AND i.indnkeyatts = 1 AND i.indkey[0] = k.attnum
            ) AS is_unique,
            has_column_privilege(c.oid, k.attnum, 'SELECT') AND has_column_privilege(c.oid, v.attnum, 'SELECT')
-               AND has_column_privilege(c.oid, v.attnum, 'UPDATE') AS allowed
+               AND has_column_privilege(c.oid, v.attnum, 'UPDATE') AS allowed,
+           -- A row that is seen but may not be changed looks as if somebody had it locked.
+           row_security_active(c.oid) AND NOT (
+               EXISTS (
+                   SELECT FROM pg_policy p
+                   WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd = '*'
+                     AND pg_get_expr(p.polqual, c.oid) = 'true'
+                     AND coalesce(pg_get_expr(p.polwithcheck, c.oid), 'true') = 'true'
+                     AND EXISTS (SELECT FROM unnest(p.polroles) role WHERE role = 0 OR pg_has_role(role, 'USAGE'))
+               ) AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive)
+           ) AS rows_may_hide
     FROM (SELECT to_regclass(:target) AS oid) named
     LEFT JOIN pg_class c ON c.oid = named.oid
     LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = :key AND NOT k.attisdropped AND k.attnum > 0
@@ -114,9 +124,18 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
         return f"{shown}.{names.key} is {found.key_name}", "The key must be a text, an integer or a uuid."
     if not found.is_unique:
         return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on it alone."
+    return _problem_of_rights(names, found)
+
+
+def _problem_of_rights(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
     if not found.allowed:
         return (
-            f"the worker may not read and update {shown}",
+            f"the worker may not read and update {names}",
             f"GRANT SELECT ({names.key}, {names.column}), UPDATE ({names.column}) on it to the worker's user.",
+        )
+    if found.rows_may_hide:
+        return (
+            f"row-level security may hide rows of {names} from the worker",
+            f"CREATE POLICY viewer_worker ON {names.regclass} TO the worker's user USING (true).",
         )
     return None

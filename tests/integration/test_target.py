@@ -15,7 +15,7 @@ from tests.world import InProcessWorker, World
 from worker.clock import SystemClock
 from worker.counters.flush import Flushed
 from worker.db.takeover import take_over
-from worker.db.target import TargetTable
+from worker.db.target import Page, TargetTable
 from worker.db.target_names import parse_target
 from worker.errors import DatabaseUnavailable, TargetUnusable
 
@@ -436,6 +436,30 @@ async def test_taking_over_while_the_worker_flushes_misses_nothing(world: World)
     flushes = worker.metric("view_count_flushed_views_total") / 100
     assert set((await shown(world)).values()) == {1000 + flushes}
     assert dict(await world.totals()) == await shown(world)
+
+
+async def test_a_worker_that_never_ran_before_does_not_flush_into_a_taking_over(world: World) -> None:
+    await table(world, ids="a")
+    await world.view("a", 3)
+    reading, go_on = asyncio.Event(), asyncio.Event()
+    take_page = TargetTable.take_over
+
+    async def take_page_later(*args: Any) -> Page:
+        reading.set()
+        await go_on.wait()
+        return await take_page(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TargetTable, "take_over", take_page_later)
+        taking_over = asyncio.create_task(imported(world, world.worker(**SETTINGS)))
+        await reading.wait()
+        flush = asyncio.create_task(world.worker(**SETTINGS).cycle())
+        done, _ = await asyncio.wait({flush}, timeout=0.5)
+        go_on.set()
+        await asyncio.gather(taking_over, flush)
+    assert not done
+    assert await shown(world) == {"a": 3}
+    await world.assert_exact()
 
 
 async def test_key_whose_type_the_application_changes_is_looked_at_anew(world: World) -> None:

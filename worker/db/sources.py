@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, or_, select, update
+from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_sources
@@ -91,6 +91,7 @@ _LIMIT = select(*_SETTINGS)
 # The lock and its limits in one round trip.
 _LOCK = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update(skip_locked=True)
 _LOCK_PATIENTLY = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update()
+_LOCK_ALL = text(f"LOCK TABLE {view_count_sources.name} IN EXCLUSIVE MODE")
 
 _ADVANCE = (
     update(view_count_sources)
@@ -143,7 +144,8 @@ _RELEASE_LEASE = update(view_count_sources).where(_this, _mine).values(lease_hol
 async def lock_all_sources(tx: AsyncConnection) -> None:
     """Keep every worker from flushing until the end of the transaction; wait for those that are at it."""
     await tx.execute(_LIMIT)
-    await tx.execute(select(_row.source).order_by(_row.source).with_for_update())
+    # Not the rows one by one: a worker that starts for the first time brings a new one.
+    await tx.execute(_LOCK_ALL)
 
 
 class SourceRow:

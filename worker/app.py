@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from worker import __version__
-from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis
+from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
 from worker.clock import SystemClock
 from worker.counters.flush import Busy
 from worker.counters.keys import Keys
@@ -81,7 +81,15 @@ async def run(settings: Settings) -> bool:
         web = WebServer(health, api, metrics.registry, settings.health_check_host, settings.health_check_port)
         resources.push_async_callback(web.close)
         await web.start()
-        log.info("started", version=__version__, url=web.url, pid=os.getpid(), pipelines=list(settings.pipelines))
+        log.info(
+            "started",
+            version=__version__,
+            url=web.url,
+            pid=os.getpid(),
+            pipelines=list(settings.pipelines),
+            redis=settings.shown()["REDIS_URL"],
+            postgres=settings.shown()["DATABASE_URL"],
+        )
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         postgres = postgres_probe(database, status, target_table(settings), migrate=settings.migrate_on_start)
         loops: dict[str, Loop] = {
@@ -175,6 +183,8 @@ async def check(settings: Settings) -> list[Finding]:
         keys = Keys(settings.view_key_prefix.encode())
         findings = await _look("postgres", check_postgres(database, target_table(settings)))
         findings += await _look("redis", check_redis(redis, keys, settings.channels))
+        if settings.may_hear_of_other_keys:
+            findings.append(shared_channel(settings.view_channel))
         if not any(finding.level is Level.FAILURE and finding.name in AGREEMENT_NEEDS for finding in findings):
             counters = view_counters(settings, database, redis, Status(SystemClock(), (CHECK,)), Metrics())
             findings += await _look("marker", check_agreement(counters.adoption))

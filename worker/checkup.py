@@ -79,6 +79,13 @@ async def check_redis(redis: RedisClient, keys: Keys, channels: tuple[str, str |
     return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
 
 
+def shared_channel(channel: str) -> Finding:
+    """To be told where a worker may hear messages about other keys than its own."""
+    found = f"{channel} is the usual channel, while the keys are not in the usual place"
+    remedy = "If producers of other keys publish there too, each view counts twice: give each its own VIEW_CHANNEL."
+    return Finding("view channel", Level.WARNING, found, remedy)
+
+
 async def _rights(redis: RedisClient, keys: Keys, channels: list[bytes]) -> list[Finding]:
     asked = (keys.marker, keys.probe, keys.counter("check"))
     denied: list[bytes] | None = await redis.run(RIGHTS, asked, channels)

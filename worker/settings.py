@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlencode
@@ -191,6 +192,14 @@ class Settings(BaseModel):
         return self.view_totals_channel, None if self.view_count_source == "counters" else self.view_channel
 
     @property
+    def may_hear_of_other_keys(self) -> bool:
+        """A channel is of the whole Redis server: the usual one may have messages about another database or prefix."""
+        usual = type(self).model_fields
+        if self.channels[1] != usual["view_channel"].default:
+            return False
+        return self.redis.database != 0 or self.view_key_prefix != usual["view_key_prefix"].default
+
+    @property
     def view_target(self) -> TargetNames | None:
         """The application's own table; None when there is none to be kept up to date."""
         if self.view_target_table is None:
@@ -207,6 +216,8 @@ class Settings(BaseModel):
 
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
+# BATCH_INTERVAL is as much like BATCH_INTERVAL_MS; DB_USERNAME, which an application may use itself, is not DB_USER.
+ALIKE = 0.87
 SECRETS = {"database_url", "redis_url", "db_password"}
 
 
@@ -243,6 +254,15 @@ def load_settings(
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise InvalidSettings([_problem(dict(details), raw) for details in error.errors()]) from None
+
+
+def misspelt(names: Collection[str]) -> dict[str, str]:
+    """Variables that are no settings, each with the one that it resembles and that is not given."""
+    settings = {field.upper() for field in Settings.model_fields}
+    settings |= {f"{name}_FILE" for name in settings}
+    missing = sorted(settings.difference(names))
+    alike = {name: get_close_matches(name, missing, n=1, cutoff=ALIKE) for name in names if name not in settings}
+    return {name: found[0] for name, found in sorted(alike.items()) if found}
 
 
 def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:

@@ -74,6 +74,22 @@ def test_config_prints_effective_values_without_secrets() -> None:
     assert "hunter2" not in done.stdout + done.stderr
 
 
+def test_variable_that_is_almost_a_setting_is_told_and_its_value_is_not(tmp_path: Path) -> None:
+    env_file = tmp_path / "worker.env"
+    env_file.write_text("BATCH_INTERVAL=hunter2\n")
+    done = cli(
+        "config", "--env-file", str(env_file), REDIS_URI="redis://:hunter2@redis", DB_USERNAME="of-another-program"
+    )
+    assert done.returncode == 0
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {line["name"]: line["perhaps"] for line in told} == {
+        "BATCH_INTERVAL": "BATCH_INTERVAL_MS",
+        "REDIS_URI": "REDIS_URL",
+    }
+    assert "hunter2" not in done.stdout + done.stderr
+    assert not cli("config", REDIS_URI="redis://redis", REDIS_URL="redis://redis").stderr
+
+
 @pytest.mark.parametrize("command", ["run", "migrate", "config", "healthcheck"])
 def test_wrong_setting_stops_every_command_with_78(command: str) -> None:
     done = cli(command, BATCH_SIZE="many", DATABASE_URL="nosql://me:hunter2@db")
@@ -216,6 +232,14 @@ async def test_check_finds_everything_well(world: World) -> None:
         "redis persistence",
         "marker",
     ]
+
+
+async def test_check_warns_of_a_channel_that_another_source_may_use(world: World) -> None:
+    environment = {name: value for name, value in world.environment.items() if name != "VIEW_CHANNEL"}
+    for settings, warns in (({}, True), ({"VIEW_CHANNEL": "mine"}, False), ({"VIEW_COUNT_SOURCE": "counters"}, False)):
+        done = await run_cli("check", **environment | settings)
+        assert done.returncode == 0, done.stdout
+        assert ("view channel" in done.stdout) is warns
 
 
 async def test_check_tells_what_is_wrong_and_what_to_do(valkey: ValkeyServer, database_url: str) -> None:

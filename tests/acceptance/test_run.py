@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import aiohttp
@@ -50,6 +51,9 @@ async def get(url: str) -> tuple[int, dict[str, Any]]:
 async def test_incr_is_in_postgres_within_one_interval(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "500"}, "run")
     await worker.wait_for_log("marker born")
+    started = json.loads(await worker.wait_for_log('"started"'))
+    assert urlsplit(started["redis"]).port == urlsplit(world.environment["REDIS_URL"]).port
+    assert urlsplit(started["postgres"]).path == urlsplit(world.environment["DATABASE_URL"]).path
     await world.view("vod_123", 1)
     await wait_until(lambda: all_in_postgres(world))
     worker.terminate()

@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -186,7 +187,7 @@ async def test_what_does_not_heal_is_not(database: Database, statement: str) -> 
 
 
 @pytest.mark.parametrize("path", ["wrong-password", "no-such-database", "nobody-listens", "never-answers"])
-async def test_database_out_of_reach_is_unavailable_and_tells_no_secret(
+async def test_database_out_of_reach_is_unavailable_and_tells_where_and_no_secret(
     postgres_url: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.db.session.CONNECT_TIMEOUT_S", 0.3)
@@ -203,6 +204,7 @@ async def test_database_out_of_reach_is_unavailable_and_tells_no_secret(
         database = Database(parse_database_url(url))
         with pytest.raises(DatabaseUnavailable) as caught:
             await one(database)
+        assert str(caught.value).startswith(f"{urlsplit(url).hostname}:{urlsplit(url).port}: ")
         assert "hunter2" not in str(caught.value)
         await database.close()
 

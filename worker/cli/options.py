@@ -18,11 +18,17 @@ LogLevel = Annotated[str | None, typer.Option("--log-level", help="debug, info, 
 
 def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     """Read the settings and set up the log. Raises InvalidSettings."""
-    from worker.observability.logs import configure_logs
-    from worker.settings import load_settings
+    import os
+
+    from dotenv import dotenv_values
+
+    from worker.observability.logs import configure_logs, get_logger
+    from worker.settings import load_settings, misspelt
 
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level)
+    for name, setting in misspelt({**os.environ, **dotenv_values(env_file or ".env")}).items():
+        get_logger(__name__).warning("this variable is no setting", name=name, perhaps=setting)
     return settings
 
 

@@ -30,6 +30,12 @@ class DatabaseAddress:
     name: str | None
     options: str
 
+    @property
+    def place(self) -> str:
+        """Host (or the folder of its socket) and port, for people."""
+        host = self.host or dict(parse_qsl(self.options)).get("host", "localhost")
+        return f"{host}:{self.port or 5432}"
+
     def shown(self) -> str:
         """As a URL that may be printed: without the password."""
         place = f"{quote(self.user or '')}:{MASK}@{self.host}:{self.port}/{quote(self.name or '')}"

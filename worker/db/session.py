@@ -12,6 +12,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from worker.db.errors import database_errors, sqlstate
+from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Database:
         it happened; the caller must find out from the database, not assume.
         """
         with database_errors():
-            connection = await self.engine.connect()
+            connection = await self._connection()
             try:
                 async with connection.begin():
                     yield connection
@@ -95,6 +96,13 @@ class Database:
                 raise
             finally:
                 await connection.close()
+
+    async def _connection(self) -> AsyncConnection:
+        try:
+            with database_errors():
+                return await self.engine.connect()
+        except DatabaseUnavailable as error:
+            raise DatabaseUnavailable(f"{self._address.place}: {error}", error.remedy) from error
 
     async def _keep_no_statements(self) -> None:
         """A transaction pooler hands out another server connection each time: what was prepared is not there."""

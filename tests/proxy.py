@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 class Mode(Enum):
     FORWARD = "forward"
     SWALLOW = "the server gets every byte, its answers are lost"
+    VANISH = "nothing gets through, either way"
     HANG_UP = "the server gets every byte, and instead of its answer the connection is reset"
 
 
@@ -25,6 +26,7 @@ class Proxy:
         self._addition: tuple[bytes, bytes] | None = None
         self.mode = Mode.FORWARD
         self.requests: list[bytes] = []
+        self.connections = 0
 
     def hang_up_at(self, words: bytes) -> None:
         """Reset the connection on which the server answers these words, instead of passing them on."""
@@ -64,6 +66,7 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.connections += 1
         usual_port = 6379 if self._server.scheme == "redis" else 5432
         upstream, to_server = await asyncio.open_connection(self._server.hostname, self._server.port or usual_port)
         try:
@@ -83,8 +86,9 @@ class Proxy:
             self.requests.append(chunk)
             if self._last_request is not None and self._last_request in chunk:
                 self.mode = Mode.HANG_UP
-            to_server.write(chunk)
-            await to_server.drain()
+            if self.mode is not Mode.VANISH:
+                to_server.write(chunk)
+                await to_server.drain()
         to_client.close()
 
     async def _replies(self, upstream: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:

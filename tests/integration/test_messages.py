@@ -9,15 +9,21 @@ import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.proxy import Mode, Proxy
+from tests.tls import Certificates, TlsFront
 from tests.world import InProcessWorker, World
 from worker.counters.flush import Busy, Flushed
 from worker.counters.reading import Reading
 from worker.dev.servers import ValkeyServer
-from worker.errors import DatabaseUnavailable
+from worker.errors import DatabaseUnavailable, RedisUnavailable
+from worker.redis.address import parse_redis_url
+from worker.redis.client import RedisClient
 
 
 def sums(worker: InProcessWorker) -> int:
@@ -259,6 +265,34 @@ async def test_link_that_falls_silent_is_noticed_and_made_anew(
             await world.announce("a")
             await worker.heard(lambda: sums(worker) == 1)
         assert worker.metric("view_count_subscription_gaps_total") == 1
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+async def test_subscription_on_a_dead_link_is_left_without_a_new_connection(
+    redis_url: str, tmp_path: Path, tls: bool
+) -> None:
+    """Even if the reader was waiting: over TLS the goodbye has no end."""
+    with contextlib.ExitStack() as resources:
+        url = redis_url
+        if tls:
+            certificates, authority = Certificates(), tmp_path / "authority.pem"
+            certificates.authority.cert_pem.write_to_path(str(authority))
+            front = TlsFront(certificates, urlsplit(redis_url).port or 6379)
+            resources.callback(front.close)
+            url = f"rediss://127.0.0.1:{front.port}?ssl_ca_certs={authority}"
+        async with Proxy(url) as proxy:
+            client = RedisClient(parse_redis_url(proxy.url))
+            async with client.subscription("a channel") as subscription:
+                reading = asyncio.create_task(subscription.read())
+                await asyncio.sleep(0)
+                proxy.mode = Mode.VANISH
+                await subscription.close()
+                with pytest.raises(RedisUnavailable, match="closed"):
+                    await reading
+                with pytest.raises(RedisUnavailable, match="closed"):
+                    await subscription.unsubscribe()
+            assert proxy.connections == 1
+            await client.close()
 
 
 async def test_what_was_published_before_a_stop_is_counted(world: World) -> None:

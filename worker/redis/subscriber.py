@@ -44,6 +44,7 @@ class Subscription:
         self._replies = hiredis.Reader(notEnoughData=_NOTHING)
         self._confirmed = False
         self._pinged = False
+        self._closed = False
         self.ended = False
 
     async def read(self) -> list[bytes]:
@@ -69,6 +70,10 @@ class Subscription:
         await self._send("UNSUBSCRIBE", self._channel)
 
     async def close(self) -> None:
+        """At once: TLS would wait for the other side's goodbye, and `read` with it."""
+        self._closed = True
+        if (writer := self._connection._writer) is not None:
+            writer.transport.abort()
         await self._connection.disconnect(nowait=True)
 
     async def _subscribe(self) -> None:
@@ -105,6 +110,8 @@ class Subscription:
             self.ended = True
 
     async def _send(self, *command: str | bytes) -> None:
+        if self._closed:  # the library would connect anew, without a subscription
+            raise RedisUnavailable("the connection was closed")
         with redis_errors():
             await self._connection.send_command(*command, check_health=False)
 

@@ -48,9 +48,9 @@ async def test_one_id(base: str, path: str, vod_id: str) -> None:
 
 
 async def test_several_ids_in_their_order_without_repeats(base: str) -> None:
-    code, body = await get(f"{base}/v1/views?ids=b,a%2Fx,b,,c")
+    code, body = await get(f"{base}/v1/views?ids=b,a%2Fx,b,,c+%C3%BC&ids=d")
     assert code == 200
-    assert [entry["vodId"] for entry in body["views"]] == ["b", "a/x", "c"]
+    assert [entry["vodId"] for entry in body["views"]] == ["b", "a/x", "c ü", "d"]
 
 
 async def test_top_of_a_window(base: str) -> None:
@@ -67,6 +67,8 @@ async def test_top_of_a_window(base: str) -> None:
         ("/v1/views?ids=" + "a," * 101, "1 to 100 ids"),
         ("/v1/views/" + "x" * 257, "256 bytes"),
         ("/v1/views/a%00b", "NUL"),
+        ("/v1/views/%ff", "not UTF-8"),
+        ("/v1/views?ids=a,%C3", "not UTF-8"),
         ("/v1/top?window=soon", "window: expected"),
         ("/v1/top?window=-1h", "window: expected"),
         ("/v1/top?limit=0", "limit: expected"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qsl, unquote
 
 from aiohttp import web
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_IDS = 100
 MAX_LIMIT = 100
+# Bytes of a URL that are not UTF-8 are kept, so that such an id is refused; read as something else it would be another.
+UNCHANGED = "surrogateescape"
 
 
 class Numbers(Protocol):
@@ -42,11 +45,13 @@ class Api:
         ]
 
     async def _one(self, request: web.Request) -> dict[str, Any]:
-        (shown,) = await self._numbers.views([_id(request.match_info["vod_id"])])
+        path = request.rel_url.raw_path.split("/v1/views/", 1)[1]
+        (shown,) = await self._numbers.views([_id(unquote(path, errors=UNCHANGED))])
         return _views(shown)
 
     async def _several(self, request: web.Request) -> dict[str, Any]:
-        ids = [_id(text) for text in request.query.get("ids", "").split(",") if text]
+        query = parse_qsl(request.rel_url.raw_query_string, errors=UNCHANGED)
+        ids = [_id(text) for name, value in query if name == "ids" for text in value.split(",") if text]
         if not 1 <= len(ids) <= MAX_IDS:
             raise ValueError(f"ids: expected 1 to {MAX_IDS} ids, separated by commas")
         return {"views": [_views(shown) for shown in await self._numbers.views(list(dict.fromkeys(ids)))]}
@@ -69,7 +74,7 @@ def _views(shown: Shown) -> dict[str, Any]:
 
 
 def _id(text: str) -> str:
-    return decode_id(text.encode())
+    return decode_id(text.encode(errors=UNCHANGED))
 
 
 def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.world import InProcessWorker, World
 from worker.counters.flush import Busy, Committed, Flushed
+from worker.counters.lease import NEEDS
 from worker.counters.marker import Marker
 from worker.counters.recovery import Hold
 from worker.counters.settle import SETTLE
@@ -482,4 +483,19 @@ async def test_backlog_beyond_the_memory_limit_is_flushed_while_sweeping(
     outcome = await worker.cycle()
     assert isinstance(outcome, Flushed)
     assert outcome.views == 5000
+    await world.assert_exact()
+
+
+async def test_stop_waits_for_no_messages_where_none_are_listened_to(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.counters.loop.INTAKE_END_S", 3600.0)
+    worker, stop = world.worker(VIEW_COUNT_SOURCE="counters"), asyncio.Event()
+    for check in NEEDS:
+        worker.status.ok(check)
+    await worker.counters.lease.take()
+    await world.view("a", 3)
+    stop.set()
+    async with asyncio.timeout(30):
+        await worker.counters.loop.run(stop)
     await world.assert_exact()

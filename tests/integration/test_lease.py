@@ -144,3 +144,26 @@ async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkey
     await worker.counters.lease.run(stop)
     assert worker.counters.lease.epoch == 2
     assert min(waits) > 0
+
+
+async def test_table_that_is_away_for_a_moment_ends_no_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.counters.lease.RENEW_S", 0.05)
+    monkeypatch.setattr("worker.counters.retention.PERIOD_S", 0.05)
+    worker, stop = world.worker(VIEW_LEDGER_RETENTION="1ms"), asyncio.Event()
+    for check in NEEDS:
+        worker.status.ok(check)
+    for _ in range(5):
+        await world.view("a")
+        await worker.cycle()
+    loops = [asyncio.create_task(loop.run(stop)) for loop in (worker.counters.lease, worker.counters.retention)]
+    for table in ("view_count_sources", "view_count_flushes"):
+        await world.sql.execute(f"ALTER TABLE {table} RENAME TO away")
+        done, _ = await asyncio.wait(loops, timeout=0.3)
+        assert not done
+        await world.sql.execute(f"ALTER TABLE away RENAME TO {table}")
+    await worker.cycle()
+    async with asyncio.timeout(10):
+        while await world.sql.fetchval("SELECT count(*) FROM view_count_flushes") > 2:
+            await asyncio.sleep(0.05)
+    stop.set()
+    await asyncio.gather(*loops)

@@ -23,6 +23,8 @@ TESTS = (
     "tests/integration/test_lease.py",
     "tests/integration/test_messages.py",
     "tests/integration/test_target.py",
+    "tests/integration/test_target_fit.py",
+    "tests/integration/test_takeover.py",
     "tests/integration/test_display.py",
     "tests/property",
 )

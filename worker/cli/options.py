@@ -22,8 +22,8 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
 
     from dotenv import dotenv_values
 
+    from worker.environment import load_settings, misspelt
     from worker.observability.logs import configure_logs, get_logger
-    from worker.settings import load_settings, misspelt
 
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level)

@@ -1,0 +1,98 @@
+"""Reads the settings from the environment, from `.env` and from `<NAME>_FILE`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+
+from worker.errors import InvalidSettings, SettingProblem
+from worker.settings import SECRETS, Settings, WrongTogether
+from worker.urls import MASK, mask_url
+
+# BATCH_INTERVAL is as much like BATCH_INTERVAL_MS; DB_USERNAME, which an application may use itself, is not DB_USER.
+ALIKE = 0.87
+_SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
+
+
+def load_settings(
+    env_file: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: str | None
+) -> Settings:
+    """Read the settings: `overrides` (flags) before `environ` before `env_file` (default `.env`, if it is there).
+
+    Raises InvalidSettings naming every variable that is wrong.
+    """
+    if env_file is not None and not env_file.is_file():
+        raise InvalidSettings([SettingProblem("--env-file", str(env_file), "a file that exists")])
+    dotenv = {name: value for name, value in dotenv_values(env_file or ".env").items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    raw = _collect(dotenv) | _collect(os.environ if environ is None else environ) | given
+    _follow(raw, "batch_size", "batch_size_max", more=True)
+    _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise InvalidSettings([_problem(dict(details), raw) for details in error.errors()]) from None
+
+
+def misspelt(names: Collection[str]) -> dict[str, str]:
+    """Variables that are no settings, each with the one that it resembles and that is not given."""
+    settings = {field.upper() for field in Settings.model_fields}
+    settings |= {f"{name}_FILE" for name in settings}
+    missing = sorted(settings.difference(names))
+    alike = {name: get_close_matches(name, missing, n=1, cutoff=ALIKE) for name in names if name not in settings}
+    return {name: found[0] for name, found in sorted(alike.items()) if found}
+
+
+def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
+    """A default that a given value leaves behind moves along with it."""
+    value, default = raw.get(given, ""), Settings.model_fields[other].default
+    if value.isdecimal() and (int(value) > default) is more and int(value) != default:
+        raw.setdefault(other, value)
+
+
+def _collect(given: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are ours. An empty one that has no default of its own counts as unset."""
+    raw: dict[str, str] = {}
+    for field, info in Settings.model_fields.items():
+        name = field.upper()
+        value, path = given.get(name), given.get(f"{name}_FILE")
+        if path:
+            if value:
+                raise InvalidSettings([SettingProblem(f"{name}_FILE", path, f"only one of {name} and {name}_FILE")])
+            value = _read_file(f"{name}_FILE", path)
+        if value is not None and (value != "" or info.default is not None):
+            raw[field] = value
+    return raw
+
+
+def _read_file(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings([SettingProblem(name, path, f"a readable text file ({type(error).__name__})")]) from None
+
+
+def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, WrongTogether):
+        field, expected = cause.field, cause.expected
+    else:
+        message = str(details["msg"]).removeprefix("Value error, ")
+        field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
+    value = raw.get(field, str(Settings.model_fields[field].default or ""))
+    return SettingProblem(field.upper(), _show_wrong(field, value), expected)
+
+
+def _show_wrong(field: str, value: str) -> str:
+    """Of a secret that is no URL nobody can tell where the password stands; and one may stand in the wrong setting."""
+    scheme = _SCHEME.match(value)
+    if field in SECRETS:
+        return f"{scheme[0]}{MASK}" if scheme else MASK
+    return (mask_url(value) if scheme else value)[:64]

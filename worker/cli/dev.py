@@ -44,5 +44,5 @@ def dev(
         audience: Audience = Recorded(traffic) if traffic is not None else Popular(random.Random())
         exact = run_async(Demo(folder, audience, rate, seconds).run())
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed", "Run: pip install 'viewer-worker[dev]'", EXIT_FAILURE)
+        fail(f"{error.name} is not installed", "Run: pip install 'viewer-worker[demo]'", EXIT_FAILURE)
     raise typer.Exit(0 if exact else EXIT_FAILURE)

@@ -10,8 +10,10 @@ import asyncpg
 import pytest
 
 from tests import vod_table
+from tests.fakes import FakeClock
 from tests.world import World
 from worker.counters.flush import Flushed
+from worker.db.target import REST_S
 from worker.errors import DatabaseUnavailable
 
 
@@ -97,6 +99,8 @@ async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, mon
         CREATE TRIGGER t BEFORE UPDATE ON "Vod" FOR EACH ROW EXECUTE FUNCTION refuse()
         """
     )
+    clock = FakeClock()
+    monkeypatch.setattr("worker.wiring.SystemClock", lambda: clock)
     worker = world.worker(**vod_table.SETTINGS)
 
     async def tries_of_a_flush() -> int:
@@ -108,7 +112,7 @@ async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, mon
 
     assert await tries_of_a_flush() > 0
     assert await tries_of_a_flush() == 0
-    monkeypatch.setattr("worker.db.target.REST_S", 0.0)
+    clock.advance(REST_S + 1)
     assert await tries_of_a_flush() > 0
     assert await vod_table.shown(world) == {"a": 3, "b": 0, "c": 0}
     assert vod_table.skipped(worker) == {"refused": 3}

@@ -15,7 +15,7 @@ from worker.counters.batch_size import BatchSize
 from worker.counters.keys import MAX_COUNT, Keys, parse_count
 from worker.counters.marker import Marker
 from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
-from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, Quarantine, printable
+from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, REST_S, Quarantine, printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.db.sources import Source
 from worker.ids import MAX_ID_BYTES, InvalidId, check_id, fitting_id
@@ -276,3 +276,13 @@ def test_quarantine_is_bounded() -> None:
     quarantine.next_sweep()
     quarantine.next_sweep()
     assert len(quarantine) == 0
+
+
+def test_keys_that_rest_are_bounded_and_the_newest_are_among_them() -> None:
+    quarantine = Quarantine(clock := FakeClock())
+    for number in range(REMEMBERED_KEYS + 1):
+        quarantine.report(b"%d" % number, "bad", rest=True)
+    assert quarantine.is_resting(b"%d" % REMEMBERED_KEYS)
+    assert not quarantine.is_resting(b"0")
+    clock.advance(REST_S)
+    assert not quarantine.is_resting(b"%d" % REMEMBERED_KEYS)

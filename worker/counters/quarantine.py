@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cachetools import TTLCache
+
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class Quarantine:
         self._previous: dict[bytes, str] = {}
         self._beyond = 0
         self._logged: dict[bytes, float] = {}
-        self._resting: dict[bytes, tuple[float, str]] = {}
+        self._resting: TTLCache[bytes, str] = TTLCache(REMEMBERED_KEYS, REST_S, clock.monotonic)
 
     def __len__(self) -> int:
         return len(self._previous.keys() | self._current.keys()) + self._beyond
@@ -45,8 +47,8 @@ class Quarantine:
         With `rest`, it is costly to look at and not tried again for ten minutes.
         """
         key = key[:REMEMBERED_BYTES]
-        if rest and len(self._resting) < REMEMBERED_KEYS:
-            self._resting[key] = self._clock.monotonic() + REST_S, reason
+        if rest:
+            self._resting[key] = reason
         if key not in self._current and len(self._current) >= REMEMBERED_KEYS:
             self._beyond += 1
             return
@@ -59,12 +61,8 @@ class Quarantine:
 
     def is_resting(self, key: bytes) -> bool:
         """True when `key` is not to be tried now; it is reported anew."""
-        resting = self._resting.get(key)
-        if resting is None:
-            return False
-        until, reason = resting
-        if self._clock.monotonic() >= until:
-            del self._resting[key]
+        reason = self._resting.get(key[:REMEMBERED_BYTES])
+        if reason is None:
             return False
         self.report(key, reason)
         return True

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cachetools import TTLCache
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -68,9 +69,8 @@ class TargetTable:
 
     def __init__(self, names: TargetNames, clock: Clock) -> None:
         self.names = names
-        self._clock = clock
         self._key: Key | None = None
-        self._refused_at: dict[str, float] = {}
+        self._refused: TTLCache[str, None] = TTLCache(RESTING_IDS, REST_S, clock.monotonic)
 
     async def check(self, tx: AsyncConnection) -> Key:
         """How ids become its keys. Raises TargetUnusable when the table is not there or does not fit."""
@@ -107,7 +107,7 @@ class TargetTable:
             value = key.of(change.vod_id)
             if value is None:
                 skipped[NOT_A_KEY] += change.views
-            elif self._is_resting(change.vod_id):
+            elif change.vod_id in self._refused:
                 skipped[REFUSED] += change.views
             else:
                 batch.append((change.vod_id, value, change.views))
@@ -139,24 +139,13 @@ class TargetTable:
                 raise
             if len(batch) == 1:
                 skipped[REFUSED] += views[0]
-                if len(self._refused_at) < RESTING_IDS:
-                    self._refused_at[ids[0]] = self._clock.monotonic()
+                self._refused[ids[0]] = None
                 return
             half = len(batch) // 2
             await self._add(tx, statement, batch[:half], skipped)
             await self._add(tx, statement, batch[half:], skipped)
         else:
             skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
-
-    def _is_resting(self, vod_id: str) -> bool:
-        """Whether its row refused not long ago."""
-        refused_at = self._refused_at.get(vod_id)
-        if refused_at is None:
-            return False
-        if self._clock.monotonic() - refused_at < REST_S:
-            return True
-        del self._refused_at[vod_id]
-        return False
 
 
 class _Statements:

@@ -14,6 +14,7 @@ ViewerWorkerError
 │   └── InvalidView          its id or count is none; also a ValueError
 ├── ViewIndeterminate        (producer) sent, and in Redis or not; sending it again may count it twice
 ├── InvalidId                (ids) this cannot be an id
+├── BadRequest               (web) a question that cannot be answered
 └── ServerFailed             (dev.servers) an embedded server did not start
 """
 

@@ -94,3 +94,13 @@ async def test_server_that_cannot_be_asked_is_503_and_says_why(base: str, number
 async def test_nothing_can_be_changed(base: str) -> None:
     async with aiohttp.ClientSession() as session, session.post(f"{base}/v1/views/a") as response:
         assert response.status == 405
+
+
+async def test_mistake_of_our_own_is_not_the_asker_s(
+    base: str, numbers: FakeNumbers, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers.error = ValueError("a bug")
+    async with aiohttp.ClientSession() as session, session.get(f"{base}/v1/views/a") as response:
+        assert response.status == 500
+        assert "a bug" not in await response.text()
+    assert "a bug" in caplog.text

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
 from aiohttp import web
 
 from worker.durations import parse_duration
-from worker.errors import Unavailable
+from worker.errors import Unavailable, ViewerWorkerError
 from worker.ids import InvalidId, decode_id
+from worker.web.answer import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +24,10 @@ MAX_IDS = 100
 MAX_LIMIT = 100
 # Bytes of a URL that are not UTF-8 are kept, so that such an id is refused; read as something else it would be another.
 UNCHANGED = "surrogateescape"
+
+
+class BadRequest(ViewerWorkerError):
+    """A question that cannot be answered; the text says what is expected."""
 
 
 class Numbers(Protocol):
@@ -53,17 +57,17 @@ class Api:
         query = parse_qsl(request.rel_url.raw_query_string, errors=UNCHANGED)
         ids = [_id(text) for name, value in query if name == "ids" for text in value.split(",") if text]
         if not 1 <= len(ids) <= MAX_IDS:
-            raise ValueError(f"ids: expected 1 to {MAX_IDS} ids, separated by commas")
+            raise BadRequest(f"ids: expected 1 to {MAX_IDS} ids, separated by commas")
         return {"views": [_views(shown) for shown in await self._numbers.views(list(dict.fromkeys(ids)))]}
 
     async def _top(self, request: web.Request) -> dict[str, Any]:
         try:
             window = parse_duration(request.query.get("window", "24h"))
         except ValueError as error:
-            raise ValueError(f"window: expected {error}") from None
+            raise BadRequest(f"window: expected {error}") from None
         limit = request.query.get("limit", "10")
         if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= MAX_LIMIT):
-            raise ValueError(f"limit: expected a number from 1 to {MAX_LIMIT}")
+            raise BadRequest(f"limit: expected a number from 1 to {MAX_LIMIT}")
         top = await self._numbers.top(window, int(limit))
         entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
         return {"since": top.since.isoformat().replace("+00:00", "Z"), "top": entries}
@@ -81,13 +85,11 @@ def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Ha
     """400 for a question that cannot be answered, 503 while a server cannot be asked; both say why."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        code, body = 200, {}
         try:
-            body = await answer(request)
-        except (ValueError, InvalidId) as error:
-            code, body = 400, {"error": str(error)}
+            return Answer(200, await answer(request)).response()
+        except (BadRequest, InvalidId) as error:
+            return Answer(400, {"error": str(error)}).response()
         except Unavailable as error:
-            code, body = 503, {"error": str(error), "remedy": error.remedy}
-        return web.json_response(text=json.dumps(body) + "\n", status=code, headers={"Cache-Control": "no-store"})
+            return Answer(503, {"error": str(error), "remedy": error.remedy}).response()
 
     return handle

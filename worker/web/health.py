@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from worker.observability.status import Check, State, Status
+from worker.web.answer import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from worker.clock import Clock
 
 SERVICE = "viewer-worker"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An HTTP status code and a JSON document."""
-
-    code: int
-    body: dict[str, object]
 
 
 class Health:

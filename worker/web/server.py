@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -14,8 +13,9 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+    from worker.web.answer import Answer
     from worker.web.api import Api
-    from worker.web.health import Answer, Health
+    from worker.web.health import Health
 
 MAX_REQUEST_BYTES = 1024
 
@@ -62,9 +62,6 @@ class WebServer:
 
 def _answers(answer: Callable[[], Answer]) -> Handler:
     async def handle(_: web.Request) -> web.StreamResponse:
-        result = answer()
-        return web.json_response(
-            text=json.dumps(result.body) + "\n", status=result.code, headers={"Cache-Control": "no-store"}
-        )
+        return answer().response()
 
     return handle

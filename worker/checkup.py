@@ -7,9 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
-
-from worker.db.schema import read_schema
+from worker.db.schema import read_schema, read_versions
 from worker.errors import SchemaNotCurrent, TargetUnusable
 from worker.redis.scripts import LuaScript
 
@@ -44,15 +42,11 @@ class Finding:
 async def check_postgres(database: Database, target: TargetTable | None) -> list[Finding]:
     """`target` is the application's own table, if there is one to be kept up to date. Raises DatabaseUnavailable."""
     async with database.transaction() as tx:
-        number = int((await tx.execute(text("SHOW server_version_num"))).scalar_one())
-        version = (await tx.execute(text("SHOW server_version"))).scalar_one()
-        timescale = (
-            await tx.execute(text("SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'"))
-        ).scalar()
+        number, version, timescale = await read_versions(tx)
         schema = await read_schema(tx)
-    findings = [Finding("postgres version", Level.OK, str(version))]
+    findings = [Finding("postgres version", Level.OK, version)]
     if number < OLDEST_POSTGRES:
-        findings = [Finding("postgres version", Level.FAILURE, str(version), "Use PostgreSQL 15 or newer.")]
+        findings = [Finding("postgres version", Level.FAILURE, version, "Use PostgreSQL 15 or newer.")]
     kind = f"{timescale}: tables by time are hypertables" if timescale else "not installed: tables by time are plain"
     findings.append(Finding("timescaledb", Level.OK, kind))
     try:

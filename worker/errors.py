@@ -6,6 +6,7 @@ ViewerWorkerError
 │   ├── RedisUnavailable
 │   ├── DatabaseUnavailable
 │   └── TooManyReaders       too many ask for numbers at the same time
+├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a table that is not there
 ├── SchemaNotCurrent         the database's tables are not those of this version, or its role may not use them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── OnHold                   Redis and Postgres contradict each other: first `adopt` has to end that
@@ -42,6 +43,12 @@ class SettingProblem:
         return f"{self.name}={self.value!r}: expected {self.expected}"
 
 
+def cause_of(error: Exception) -> str:
+    """What an error says, in a line; with its kind where it is not one of ours."""
+    text = str(error).split("\n", 1)[0][:200]
+    return text if isinstance(error, ViewerWorkerError) else f"{type(error).__name__}: {text}"
+
+
 class InvalidSettings(ViewerWorkerError):
     """Settings with wrong values, all of them named."""
 
@@ -70,6 +77,15 @@ class DatabaseUnavailable(Unavailable):
         super().__init__(cause)
         if remedy is not None:
             self.remedy = remedy
+
+
+class DatabaseRefused(ViewerWorkerError):
+    """Waiting does not heal it. The cause is the driver's error; `db.errors` tells the kinds apart."""
+
+    remedy = "`viewer-worker check` says what is wrong."
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"Postgres refuses it: {cause}")
 
 
 class TooManyReaders(Unavailable):

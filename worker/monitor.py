@@ -7,11 +7,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from worker.db.errors import database_errors, describe
+from worker.db.errors import database_errors
 from worker.db.schema import read_schema, upgrade
 from worker.engine.retry import Backoff
 from worker.engine.waiting import wait_first
-from worker.errors import SchemaNotCurrent, TargetUnusable, Unavailable
+from worker.errors import SchemaNotCurrent, TargetUnusable, Unavailable, cause_of
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Monitor:
             return self._down(str(error), error.remedy)
         except Exception as error:
             log.debug("probe failed", check=self._name, exc_info=error)
-            return self._down(describe(error), REFUSED)
+            return self._down(cause_of(error), REFUSED)
         if not self._status.is_ok(self._name):
             self._on_up()
         self._up.set(1)
@@ -87,7 +87,7 @@ async def _migrate(database: Database, status: Status, schema: SchemaState) -> b
     except Unavailable:
         raise
     except Exception as error:
-        status.failing("schema", f"migration failed: {describe(error)}", "Run: viewer-worker migrate, as its owner.")
+        status.failing("schema", f"migration failed: {cause_of(error)}", "Run: viewer-worker migrate, as its owner.")
         return False
     return True
 

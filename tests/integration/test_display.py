@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql
 
 from tests.world import World
 from worker.db.reads import TOP, TOTALS, Shown, TopEntry
-from worker.errors import DatabaseUnavailable, TooManyReaders
+from worker.errors import DatabaseRefused, DatabaseUnavailable, TooManyReaders
 
 
 async def test_pending_and_stored_views_are_shown_together(world: World) -> None:
@@ -150,7 +150,7 @@ async def test_readers_do_not_keep_the_worker_from_its_connections(world: World)
 
 async def test_tables_that_are_missing_are_told(redis_url: str, empty_database_url: str) -> None:
     async with World(redis_url, empty_database_url) as world:
-        with pytest.raises(DatabaseUnavailable, match="view_counts"):
+        with pytest.raises(DatabaseRefused, match="view_counts"):
             await world.worker().counters.display.views(["a"])
 
 

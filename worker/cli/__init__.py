@@ -54,15 +54,5 @@ def main() -> None:
         fail(str(error), error.remedy, EXIT_UNAVAILABLE)
     except ViewerWorkerError as error:
         fail(str(error), error.remedy, EXIT_FAILURE)
-    except Exception as error:
-        if not _is_database_error(error):
-            raise
-        from worker.db.errors import describe
-
-        fail(f"Postgres refused: {describe(error)}", "Check the rights of the user in DATABASE_URL.", EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _is_database_error(error: Exception) -> bool:
-    return any(kind.__module__.partition(".")[0] in ("sqlalchemy", "asyncpg") for kind in type(error).__mro__)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
-
-from sqlalchemy import func, select
 
 from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 SCAN_COUNT = 1000
 EXAMPLES = 5
 # Discarding goes through all pending keys while the row is locked.
-PATIENCE = "10min"
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class Adoption:
         async with self.database.transaction() as tx:
             await self.source_row.ensure(tx)
             source = await self.source_row.lock(tx, wait=True)
-            await tx.execute(select(func.set_config("idle_in_transaction_session_timeout", PATIENCE, True)))
+            await self.source_row.hold(tx, PATIENCE)
             (marker,) = await self.redis.read([self.keys.marker])
             if source is None or marker != situation.marker or _facts(source) != _facts(situation.source):
                 raise NothingToAdopt("something changed since it was looked at: look again")

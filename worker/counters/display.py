@@ -6,14 +6,11 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
-from worker.db.errors import describe
 from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
 from worker.db.witnesses import VIEWS
-from worker.errors import DatabaseUnavailable, TooManyReaders
+from worker.errors import TooManyReaders
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -34,7 +31,8 @@ PATIENCE_S = 2.0
 class Display:
     """Exact, except for what was only announced since the last flush: that is not seen yet.
 
-    Raises Unavailable from every method: a server cannot be used, is too slow, or too many ask at once.
+    Raises Unavailable from every method: a server cannot be used, is too slow, or too many ask at once. Raises
+    DatabaseRefused when the tables are not there.
     """
 
     def __init__(
@@ -85,8 +83,6 @@ class Display:
                 yield
             finally:
                 self._turn.release()
-        except SQLAlchemyError as error:
-            raise DatabaseUnavailable(describe(error), "`viewer-worker check` says what is wrong.") from error
         finally:
             self._present -= 1
 

@@ -6,21 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from worker.counters.lease import TTL
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, Verdict, judge
-from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_data, sqlstate
+from worker.db.errors import LOCK_NOT_AVAILABLE, is_refused_data, sqlstate
 from worker.db.ledger import Flush
-from worker.errors import DatabaseUnavailable
+from worker.errors import DatabaseRefused, DatabaseUnavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from worker.clock import Clock
     from worker.counters.announced import Announced
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from worker.counters.settle import Settler
     from worker.counters.totals import TotalsChannel
     from worker.db.ledger import Change, Ledger
-    from worker.db.session import Database
+    from worker.db.session import Database, Transaction
     from worker.db.sources import Source, SourceRow
     from worker.db.target import TargetTable
     from worker.observability.metrics import Metrics
@@ -109,7 +105,7 @@ class Flusher:
         began = self.clock.monotonic() if began is None else began
         try:
             return await self._flush(ids)
-        except (SQLAlchemyError, DatabaseUnavailable) as error:
+        except (DatabaseRefused, DatabaseUnavailable) as error:
             locked = sqlstate(error) == LOCK_NOT_AVAILABLE
             if not ids or not (locked or is_refused_data(error)):
                 raise
@@ -148,7 +144,7 @@ class Flusher:
         if locked:
             log.warning("left pending, its row is locked", key=printable(key))
         else:
-            self.quarantine.report(key, f"Postgres refuses it: {describe(error)}", rest=True)
+            self.quarantine.report(key, str(error), rest=True)
 
     async def _commit(self, ids: Sequence[str]) -> Committed | Flushed | Busy | Hold | None:
         """Commit one flush, or do what the marker asks for first (None: done, start over)."""
@@ -178,7 +174,7 @@ class Flusher:
 
     async def _record(
         self,
-        tx: AsyncConnection,
+        tx: Transaction,
         source: Source,
         before: Marker,
         reading: Reading,
@@ -211,7 +207,7 @@ class Flusher:
         self.announced.sending(flush.nonce, announced)
         return Committed(before, flush, changes, skipped)
 
-    async def _locked(self, tx: AsyncConnection, target: TargetTable, ids: Sequence[str]) -> set[str]:
+    async def _locked(self, tx: Transaction, target: TargetTable, ids: Sequence[str]) -> set[str]:
         """Ids whose row in the application's table somebody has locked: they are left for the next flush."""
         locked = await target.locked(tx, ids)
         if locked:

@@ -11,12 +11,9 @@ import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from worker.counters.worker_id import died_here
-from worker.db.errors import describe
 from worker.engine.waiting import wait_first
-from worker.errors import Unavailable
+from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -61,9 +58,9 @@ class Lease:
                     await self.take()
                 except Unavailable as error:
                     log.debug("lease not renewed", cause=str(error))
-                except SQLAlchemyError as error:
-                    # A table that is missing for a moment, a right that was taken away: nothing that a restart mends.
-                    log.warning("lease not renewed", cause=describe(error))
+                except DatabaseRefused as error:
+                    # A table that is missing for a moment: nothing that a restart mends.
+                    log.warning("lease not renewed", cause=str(error))
             delay = RENEW_S if self.epoch is not None else STANDBY_S * self._rng.uniform(0.5, 1.0)
             self._status.expect_beat("lease", within=delay + 60.0)
             await wait_first(delay, stop, self._status.changed)

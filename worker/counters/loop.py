@@ -6,15 +6,12 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from worker.counters.flush import Busy, Flushed
 from worker.counters.lease import NEEDS
 from worker.counters.recovery import Hold
-from worker.db.errors import describe
 from worker.engine.retry import Backoff
 from worker.engine.waiting import wait_first
-from worker.errors import Unavailable, ViewerWorkerError
+from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError, cause_of
 from worker.ids import InvalidId
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
@@ -207,7 +204,7 @@ class FlushLoop:
     def _failed(self, error: Exception) -> float:
         self._metrics.flush_failures.inc()
         self._batch_size.failed()
-        cause = str(error) if isinstance(error, ViewerWorkerError) else describe(error)
+        cause = cause_of(error)
         remedy = error.remedy if isinstance(error, ViewerWorkerError) else UNEXPECTED
         # What heals by waiting is told in a line. Anything else needs the traceback, but not at every try.
         unexpected = not isinstance(error, Unavailable) and cause != self._status.checks[CHECK].cause
@@ -236,8 +233,8 @@ class FlushLoop:
     async def _release_lease(self) -> None:
         try:
             await self._lease.release()
-        except (Unavailable, SQLAlchemyError) as error:
-            log.warning("lease not released, it will expire", cause=describe(error))
+        except (Unavailable, DatabaseRefused) as error:
+            log.warning("lease not released, it will expire", cause=str(error))
 
 
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."

@@ -14,12 +14,10 @@ from worker.observability.status import STEP_LIMIT_S
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from worker.counters.keys import Keys
     from worker.counters.settle import Settler
     from worker.db.ledger import Ledger
-    from worker.db.session import Database
+    from worker.db.session import Database, Transaction
     from worker.db.sources import Source, SourceRow
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
@@ -216,7 +214,7 @@ class Recovery:
             await self.source_row.found(tx, lineage, last_nonce, source.settled_id, identity)
         return Marker(lineage, source.settled_id, nonce)
 
-    async def _nonce_of(self, tx: AsyncConnection, source: Source) -> UUID | None:
+    async def _nonce_of(self, tx: Transaction, source: Source) -> UUID | None:
         """The nonce of the last settled flush."""
         if source.settled_id == source.last_flush_id:
             return source.last_nonce

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from worker.db.errors import describe
 from worker.engine.waiting import wait_first
-from worker.errors import Unavailable
+from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -51,9 +48,9 @@ class Retention:
                     await self.prune(stop)
                 except Unavailable as error:
                     log.warning("retention put off", cause=str(error))
-                except SQLAlchemyError as error:
+                except DatabaseRefused as error:
                     # Flushing does not need it; a restart would not mend it.
-                    log.error("retention refused", cause=describe(error))
+                    log.error("retention refused", cause=str(error))
             self._status.expect_beat("retention", within=PERIOD_S + 120.0)
             await wait_first(PERIOD_S, stop)
 

@@ -1,4 +1,4 @@
-"""Which errors of the database heal by waiting. Driver errors are translated here and nowhere else."""
+"""Errors of the database and its driver are translated here and nowhere else: which of them heal by waiting?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.errors import DatabaseUnavailable
+from worker.errors import DatabaseRefused, DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_transient_cause(error: BaseException | None) -> bool:
-    """OSError includes every timeout."""
+    """True when the error or a cause of it says that the connection is of no use. OSError includes every timeout."""
     while error is not None:
         if isinstance(error, (OSError, asyncpg.PostgresConnectionError, *DRIVER_ERRORS)):
             return True
@@ -63,7 +63,7 @@ def is_transient_cause(error: BaseException | None) -> bool:
     return False
 
 
-def is_refused(error: BaseException) -> bool:
+def is_login_refused(error: BaseException) -> bool:
     return (sqlstate(error) or "").startswith(REFUSED_PREFIXES)
 
 
@@ -74,16 +74,18 @@ def is_refused_data(error: BaseException) -> bool:
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Raise DatabaseUnavailable for what heals by waiting; let everything else through unchanged."""
+    """Raise DatabaseUnavailable for what heals by waiting, DatabaseRefused for what else Postgres does not do."""
     try:
         yield
     except (SQLAlchemyError, asyncpg.PostgresError, *DRIVER_ERRORS, OSError) as error:
-        if is_refused(error):
+        if is_login_refused(error):
             raise DatabaseUnavailable(describe(error), "Check user, password and database in DATABASE_URL.") from error
         if sqlstate(error) == INSUFFICIENT_PRIVILEGE:
             raise DatabaseUnavailable(describe(error), RIGHTS_REMEDY) from error
         if is_transient(error):
             raise DatabaseUnavailable(describe(error)) from error
+        if isinstance(error, DBAPIError | asyncpg.PostgresError):
+            raise DatabaseRefused(describe(error)) from error
         raise
 
 

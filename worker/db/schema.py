@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # Not Alembic's default name: the application's own migrations may live in the same database.
 VERSION_TABLE = "viewer_worker_schema"
 GRANT = "As the owner of the tables, run deploy/postgres/role.sql."
+_VERSIONS = text(
+    "SELECT CAST(current_setting('server_version_num') AS int), current_setting('server_version'), "
+    "(SELECT extversion FROM pg_extension WHERE extname = 'timescaledb')"
+)
 _MIGRATION_LOCK = 0x7669657765722D77  # "viewer-w"; any constant that nobody else uses
 
 
@@ -100,6 +104,12 @@ async def read_schema(connection: AsyncConnection) -> SchemaState:
     current = (await connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))).scalar()  # noqa: S608
     lacking = await missing_rights(connection) if current == known[0] else ()
     return SchemaState(current, known[0], known, lacking)
+
+
+async def read_versions(connection: AsyncConnection) -> tuple[int, str, str | None]:
+    """Postgres's version as a number (180006) and as text, and that of TimescaleDB where it is installed."""
+    number, shown, timescale = (await connection.execute(_VERSIONS)).one()
+    return number, shown, timescale
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:

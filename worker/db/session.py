@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from uuid import uuid4
 
 from sqlalchemy import URL, event
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from worker.db.address import DatabaseAddress
+
+# A connection in the middle of a transaction, as `Database.transaction` hands it out.
+Transaction: TypeAlias = AsyncConnection
 
 CONNECT_TIMEOUT_S = 5.0
 # Past the server's own statement timeout, so that this one only speaks when the server is out of reach.
@@ -76,11 +79,11 @@ class Database:
         return Database(self._address, command_timeout=None)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def transaction(self) -> AsyncIterator[Transaction]:
         """One transaction: committed when the block ends, rolled back when it raises.
 
-        Raises DatabaseUnavailable for what heals by waiting. When that comes out of the commit, nobody knows whether
-        it happened; the caller must find out from the database, not assume.
+        Raises DatabaseUnavailable for what heals by waiting, DatabaseRefused for what does not. When the first comes
+        out of the commit, nobody knows whether it happened; the caller must find out from the database, not assume.
         """
         with database_errors():
             connection = await self._connection()

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote
 from aiohttp import web
 
 from worker.durations import parse_duration
-from worker.errors import Unavailable, ViewerWorkerError
+from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError
 from worker.ids import InvalidId, decode_id
 from worker.web.answer import Answer
 
@@ -31,7 +31,7 @@ class BadRequest(ViewerWorkerError):
 
 
 class Numbers(Protocol):
-    """Where the numbers come from. Raises Unavailable."""
+    """Where the numbers come from. Raises Unavailable, DatabaseRefused."""
 
     async def views(self, ids: Sequence[str]) -> Sequence[Shown]: ...
     async def top(self, window: timedelta, limit: int) -> Top: ...
@@ -89,7 +89,7 @@ def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Ha
             return Answer(200, await answer(request)).response()
         except (BadRequest, InvalidId) as error:
             return Answer(400, {"error": str(error)}).response()
-        except Unavailable as error:
+        except (Unavailable, DatabaseRefused) as error:
             return Answer(503, {"error": str(error), "remedy": error.remedy}).response()
 
     return handle

@@ -118,8 +118,8 @@ MUTANTS = (
     Mutant(
         "identity asked for after the evidence",
         "worker/counters/recovery.py",
-        "self._found_lineage(judged, evidence.identity)",
-        "self._found_lineage(judged, self.keys.identity(await self.redis.probe()))",
+        "self._start_lineage(judged, evidence.identity)",
+        "self._start_lineage(judged, self.keys.identity(await self.redis.probe()))",
     ),
     Mutant(
         "settle is refused at maxmemory",

@@ -80,7 +80,7 @@ async def test_crash_on_the_way_leaves_the_hold(on_hold: World, monkeypatch: pyt
     adoption = on_hold.worker().counters.adoption
     situation = await adoption.look()
     with monkeypatch.context() as patch:
-        patch.setattr(SourceRow, "found", crash)
+        patch.setattr(SourceRow, "start_lineage", crash)
         with pytest.raises(RuntimeError):
             await adoption.adopt(situation, discard=True)
     assert isinstance(await on_hold.worker().cycle(), Hold)

@@ -11,8 +11,9 @@ import pytest
 
 from tests.world import World
 from worker.counters.flush import Busy, Flushed
-from worker.counters.lease import NEEDS, TTL
-from worker.counters.worker_id import died_here, new_worker_id
+from worker.counters.lease import NEEDS
+from worker.counters.worker_id import has_died_here, new_worker_id
+from worker.db.sources import LEASE_TTL
 
 
 async def test_only_one_of_two_gets_the_lease(world: World) -> None:
@@ -51,7 +52,7 @@ async def test_flush_renews_the_lease(world: World) -> None:
     worker.counters.loop.sweep_soon()
     await worker.counters.loop.cycle()
     left = await world.sql.fetchval("SELECT lease_until - now() FROM view_count_sources")
-    assert left > TTL / 2
+    assert left > LEASE_TTL / 2
 
 
 async def test_nobody_waits_for_the_row_lock_of_a_flush(world: World) -> None:
@@ -86,7 +87,7 @@ async def test_worker_that_freezes_while_it_takes_the_lease_loses_the_row_lock(
     worker = world.worker()
     await worker.counters.lease.take()
     async with worker.database.transaction() as tx:
-        await worker.counters.lease._source_row.take_lease(tx, "frozen", TTL)
+        await worker.counters.lease._source_row.take_lease(tx, "frozen")
         limit = (await tx.exec_driver_sql("SHOW idle_in_transaction_session_timeout")).scalar_one()
     assert limit == "8s"
 
@@ -118,17 +119,17 @@ async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(
         ("", False),
     ],
 )
-def test_who_died_here(holder: str, dead: bool) -> None:
-    assert died_here(holder.format(host=socket.gethostname(), pid=os.getpid())) is dead
+def test_who_has_died_here(holder: str, dead: bool) -> None:
+    assert has_died_here(holder.format(host=socket.gethostname(), pid=os.getpid())) is dead
 
 
 def test_worker_of_this_process_is_alive() -> None:
-    assert not died_here(new_worker_id())
+    assert not has_died_here(new_worker_id())
 
 
 async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.worker().counters.lease.take()
-    monkeypatch.setattr("worker.counters.lease.died_here", lambda _: True)
+    monkeypatch.setattr("worker.counters.lease.has_died_here", lambda _: True)
     waits: list[float] = []
 
     async def wait(seconds: float, *_: asyncio.Event) -> None:

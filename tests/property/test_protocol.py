@@ -62,8 +62,9 @@ class Actor:
 
     def _gate_redis(self) -> None:
         redis = self.worker.redis
-        for name in ("read", "type_of", "types_of", "scan", "run"):
+        for name in ("read", "type_of", "types_of", "run"):
             setattr(redis, name, self._gated(name, getattr(redis, name)))
+        redis.scan = self._gated_pages(redis.scan)  # type: ignore[method-assign]
 
         async def probe() -> str:
             await self._gate("probe", RedisUnavailable)
@@ -82,6 +83,15 @@ class Actor:
             result = await call(*args)
             await self._gate(f"after {name}", RedisUnavailable)
             return result
+
+        return gated
+
+    def _gated_pages(self, scan: Any) -> Any:
+        async def gated(pattern: bytes) -> AsyncIterator[list[bytes]]:
+            await self._gate("before scan", RedisUnavailable)
+            async for page in scan(pattern):
+                await self._gate("after scan", RedisUnavailable)
+                yield page
 
         return gated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -113,7 +114,7 @@ def source(last: int = 7, **changes: Any) -> Source:
         "last_flush_id": last,
         "last_nonce": NONCE,
         "settled_id": last - 1,
-        "replid": "r",
+        "identity": "r",
         "refused": None,
         "announced_nonce": None,
         "lease_holder": "me",
@@ -166,9 +167,10 @@ class SlowRedis:
         self._clock = clock
         self._pages = pages
 
-    async def scan(self, cursor: int, pattern: bytes, count: int) -> tuple[int, list[bytes]]:
-        self._clock.advance(1)
-        return (cursor + 1) % self._pages, [b"vod:views:%d" % cursor]
+    async def scan(self, _: bytes) -> AsyncIterator[list[bytes]]:
+        for number in range(self._pages):
+            self._clock.advance(1)
+            yield [b"vod:views:%d" % number]
 
 
 async def test_sweep_scans_at_most_its_share_of_the_time() -> None:

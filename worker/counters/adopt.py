@@ -11,7 +11,7 @@ from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
-from worker.db.sources import UNKNOWN
+from worker.db.sources import NEW_SOURCE
 from worker.errors import NothingToAdopt
 from worker.ids import InvalidId
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from worker.db.sources import Source, SourceRow
     from worker.redis.client import RedisClient
 
-SCAN_COUNT = 1000
 EXAMPLES = 5
 # Discarding goes through all pending keys while the row is locked.
 PATIENCE = timedelta(minutes=10)
@@ -57,7 +56,7 @@ class Adoption:
     async def look(self) -> Situation:
         """Both sides, without changing anything. Raises Unavailable."""
         async with self.database.transaction() as tx:
-            source = await self.source_row.read(tx) or UNKNOWN
+            source = await self.source_row.read(tx) or NEW_SOURCE
         (marker,) = await self.redis.read([self.keys.marker])
         hold = await self._hold(marker, source)
         counts: dict[str, int] = {}
@@ -95,7 +94,7 @@ class Adoption:
                     adopted = following
                     discarded += sum(page.values())
             identity = self.keys.identity(await self.redis.probe())
-            await self.source_row.found(tx, adopted.lineage, adopted.nonce, source.last_flush_id, identity)
+            await self.source_row.start_lineage(tx, adopted.lineage, adopted.nonce, source.last_flush_id, identity)
         return discarded
 
     async def _hold(self, marker: bytes | None, source: Source) -> Hold | None:
@@ -114,9 +113,7 @@ class Adoption:
 
     async def _pending(self) -> AsyncIterator[dict[str, int]]:
         """The pending counts, page by page, sorted within a page."""
-        cursor = 0
-        while True:
-            cursor, found = await self.redis.scan(cursor, self.keys.pattern, SCAN_COUNT)
+        async for found in self.redis.scan(self.keys.pattern):
             names = sorted(set(found))
             counts: dict[str, int] = {}
             for key, value in zip(names, await self.redis.read(names) if names else (), strict=True):
@@ -128,8 +125,6 @@ class Adoption:
                     counts[vod_id] = count
             if counts:
                 yield counts
-            if cursor == 0:
-                return
 
 
 def _facts(source: Source) -> tuple[object, ...]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from worker.counters.lease import TTL
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
-from worker.counters.recovery import Agreed, Behind, Hold, Missing, Verdict, judge
+from worker.counters.recovery import Agreed, Hold, judge
 from worker.db.errors import LOCK_NOT_AVAILABLE, is_refused_data, sqlstate
 from worker.db.ledger import Flush
 from worker.errors import DatabaseRefused, DatabaseUnavailable
@@ -170,7 +169,9 @@ class Flusher:
         if committed is not None:
             self.announced.settle(committed.flush.nonce)
         await self.reader.report(reading, announced)
-        return await self._continue(verdict, source, committed)
+        if isinstance(verdict, Agreed):
+            return committed or Flushed()
+        return await self.recovery.resolve(verdict, source)
 
     async def _record(
         self,
@@ -201,8 +202,7 @@ class Flusher:
             nonce=flush.nonce,
             settled=source.last_flush_id,
             announced_nonce=flush.nonce if announced else None,
-            replid=identity,
-            ttl=TTL,
+            identity=identity,
         )
         self.announced.sending(flush.nonce, announced)
         return Committed(before, flush, changes, skipped)
@@ -213,19 +213,6 @@ class Flusher:
         if locked:
             log.info("left pending, their rows are locked", table=str(target.names), keys=len(locked))
         return locked
-
-    async def _continue(
-        self, verdict: Verdict, source: Source, committed: Committed | None
-    ) -> Committed | Flushed | Hold | None:
-        match verdict:
-            case Agreed():
-                return committed or Flushed()
-            case Behind(marker):
-                return await self.recovery.replay(marker, source.last_flush_id)
-            case Missing():
-                return await self.recovery.give_birth(source)
-            case Hold():
-                return verdict
 
     async def _finished(self, committed: Committed, started: float) -> Flushed:
         flush, seconds = committed.flush, self.clock.monotonic() - started

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from worker.counters.lease import TTL
 from worker.counters.marker import Marker
-from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.counters.recovery import Agreed, judge
 from worker.db.ledger import Flush
 from worker.errors import OnHold
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from worker.counters.settle import Settler
     from worker.db.ledger import Ledger
     from worker.db.session import Database
-    from worker.db.sources import Source, SourceRow
+    from worker.db.sources import SourceRow
     from worker.redis.client import RedisClient
 
 
@@ -71,27 +70,14 @@ class Forgetting:
                         nonce=flush.nonce,
                         settled=source.last_flush_id,
                         announced_nonce=None,
-                        replid=identity,
-                        ttl=TTL,
+                        identity=identity,
                     )
                     # What the holder of the lease has heard of the id and not written is forgotten by this.
-                    await self.source_row.depose(tx)
+                    await self.source_row.revoke_lease(tx)
             if isinstance(verdict, Agreed) and flush is not None:
                 settled = Marker(verdict.marker.lineage, flush.flush_id, flush.nonce)
                 pending += sum(flush.counted.values())
                 if await self.settler.settle(verdict.marker, settled, flush.counted):
                     return Forgotten(stored, pending)
-            await self._agree(verdict, source)
-
-    async def _agree(self, verdict: object, source: Source) -> None:
-        """Do what the marker asks for first. Raises OnHold."""
-        hold: Hold | None = None
-        match verdict:
-            case Behind(marker):
-                hold = await self.recovery.replay(marker, source.last_flush_id)
-            case Missing():
-                hold = await self.recovery.give_birth(source)
-            case Hold():
-                hold = verdict
-        if hold is not None:
-            raise OnHold(hold.cause, hold.remedy)
+            if (hold := await self.recovery.resolve(verdict, source)) is not None:
+                raise OnHold(hold.cause, hold.remedy)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from worker.counters.worker_id import died_here
+from worker.counters.worker_id import has_died_here
 from worker.engine.waiting import wait_first
 from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# By the database's clock. A holder that renews every two seconds is given up after eight.
-TTL = timedelta(seconds=8)
 RENEW_S = 2.0
 STANDBY_S = 1.0
 NEEDS = ("redis", "postgres", "schema")
@@ -39,13 +36,11 @@ class Lease:
         source_row: SourceRow,
         worker_id: str,
         status: Status,
-        rng: random.Random | None = None,
     ) -> None:
         self._database = database
         self._source_row = source_row
         self._worker_id = worker_id
         self._status = status
-        self._rng = rng or random.Random()
         self._looked = False
         self.epoch: int | None = None
         self.changed = asyncio.Event()
@@ -61,7 +56,7 @@ class Lease:
                 except DatabaseRefused as error:
                     # A table that is missing for a moment: nothing that a restart mends.
                     log.warning("lease not renewed", cause=str(error))
-            delay = RENEW_S if self.epoch is not None else STANDBY_S * self._rng.uniform(0.5, 1.0)
+            delay = RENEW_S if self.epoch is not None else STANDBY_S * random.uniform(0.5, 1.0)
             self._status.expect_beat("lease", within=delay + 60.0)
             await wait_first(delay, stop, self._status.changed)
 
@@ -81,7 +76,7 @@ class Lease:
 
     async def _ask(self, dead: str | None) -> LeaseState | None:
         async with self._database.transaction() as tx:
-            return await self._source_row.take_lease(tx, self._worker_id, TTL, dead)
+            return await self._source_row.take_lease(tx, self._worker_id, dead)
 
     def _crashed_before(self, state: LeaseState | None) -> str | None:
         """Whose restart this may be: then nobody waits until the lease expires.
@@ -91,7 +86,7 @@ class Lease:
         if self._looked or state is None:
             return None
         self._looked = True
-        return state.holder if state.holder is not None and died_here(state.holder) else None
+        return state.holder if state.holder is not None and has_died_here(state.holder) else None
 
     def covers(self, source: Source) -> bool:
         """True when the row, read under its lock, still names this worker and this epoch."""

@@ -57,7 +57,6 @@ class FlushLoop:
         clock: Clock,
         interval: float,
         batch_size: BatchSize,
-        rng: random.Random | None = None,
     ) -> None:
         self._lease = lease
         self._clock = clock
@@ -72,8 +71,7 @@ class FlushLoop:
         self._metrics = metrics
         self._interval = interval
         self._batch_size = batch_size
-        self._rng = rng or random.Random()
-        self._backoff = Backoff(first=0.2, cap=10.0, rng=self._rng)
+        self._backoff = Backoff(first=0.2, cap=10.0)
         self._wake = asyncio.Event()
         self._busy_since: float | None = None
         metrics.pending_keys.set_function(lambda: len(pending))
@@ -199,7 +197,7 @@ class FlushLoop:
                 "another session keeps the row in view_count_sources locked",
                 "Find it in pg_locks and pg_stat_activity, and end it.",
             )
-        return BUSY_RETRY_S * self._rng.uniform(0.5, 1.5)
+        return BUSY_RETRY_S * random.uniform(0.5, 1.5)
 
     def _failed(self, error: Exception) -> float:
         self._metrics.flush_failures.inc()

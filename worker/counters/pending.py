@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from worker.counters.keys import Keys
     from worker.redis.client import RedisClient
 
-SCAN_COUNT = 1000
 SWEEP_SHARE = 0.05
 
 
@@ -70,12 +69,10 @@ class Sweep:
 
         Raises RedisUnavailable; the sweep then stays due.
         """
-        started, spent, cursor = self._clock.monotonic(), 0.0, 0
-        while True:
-            asked = self._clock.monotonic()
-            cursor, page = await self._redis.scan(cursor, self._keys.pattern, SCAN_COUNT)
+        started = asked = self._clock.monotonic()
+        spent = 0.0
+        async for page in self._redis.scan(self._keys.pattern):
             spent += self._clock.monotonic() - asked
             yield page
-            if cursor == 0:
-                break
+            asked = self._clock.monotonic()
         self._not_before = started + spent / SWEEP_SHARE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,18 @@ class Recovery:
     status: Status
     trust_lost_marker: bool = False
 
+    async def resolve(self, verdict: Verdict, source: Source) -> Hold | None:
+        """Do what the verdict asks for. None when that was done, or is being done by somebody else: look again."""
+        match verdict:
+            case Agreed():
+                return None
+            case Behind(marker):
+                return await self.replay(marker, source.last_flush_id)
+            case Missing():
+                return await self.give_birth(source)
+            case Hold():
+                return verdict
+
     async def replay(self, marker: Marker, last_flush_id: int, *, rehearse: bool = False) -> Hold | None:
         """Settle, in order, every flush after `marker`. Runs without the row lock: each settle names its predecessor.
 
@@ -152,7 +165,7 @@ class Recovery:
             log.error("marker lost", flushes=judged.last_flush_id, going_on_because=evidence.reason)
         # The identity is that of the evidence: asked for anew, it could be that of a copy put in place since, and the
         # next look would take the copy for a data set whose marker was deleted in place.
-        marker = await self._found_lineage(judged, evidence.identity)
+        marker = await self._start_lineage(judged, evidence.identity)
         if not isinstance(marker, Marker):
             return marker
         outcome: bytes = await self.redis.run(BIRTH, (self.keys.marker, self.keys.probe), (nonce, marker.encode()))
@@ -175,7 +188,7 @@ class Recovery:
     async def _reason(self, judged: Source, history: History | None, identity: str | None) -> str | None:
         if judged.last_flush_id == 0:
             return "nothing was ever flushed"
-        if identity is not None and identity == judged.replid:
+        if identity is not None and identity == judged.identity:
             return "Redis is the same as at the last flush: the marker was deleted in place (FLUSHALL, DEL, eviction)"
         if history is not None and history.started_empty:
             return "Redis started without any data"
@@ -186,13 +199,13 @@ class Recovery:
         return None
 
     async def _any_counter(self) -> bool:
-        cursor = 0
-        while True:
-            cursor, page = await self.redis.scan(cursor, self.keys.pattern, 1000)
-            if page or cursor == 0:
-                return bool(page)
+        async with aclosing(self.redis.scan(self.keys.pattern)) as pages:
+            async for page in pages:
+                if page:
+                    return True
+        return False
 
-    async def _found_lineage(self, judged: Source, identity: str | None) -> Marker | Hold | None:
+    async def _start_lineage(self, judged: Source, identity: str | None) -> Marker | Hold | None:
         """Commit the lineage that the new marker will name, at the last flush that is known to be settled.
 
         What follows that flush is replayed: if the marker alone was lost, it may not be settled yet. The lineage is
@@ -211,7 +224,7 @@ class Recovery:
                 if settled_nonce is None or last_nonce is None:
                     return Hold(f"flush {source.settled_id + 1} is no longer complete in the ledger")
                 nonce = settled_nonce
-            await self.source_row.found(tx, lineage, last_nonce, source.settled_id, identity)
+            await self.source_row.start_lineage(tx, lineage, last_nonce, source.settled_id, identity)
         return Marker(lineage, source.settled_id, nonce)
 
     async def _nonce_of(self, tx: Transaction, source: Source) -> UUID | None:

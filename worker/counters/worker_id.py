@@ -17,7 +17,7 @@ def new_worker_id() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{_PROCESS}.{next(_workers)}"
 
 
-def died_here(worker_id: str) -> bool:
+def has_died_here(worker_id: str) -> bool:
     """True when the worker was one of this host, and its process is gone."""
     host, _, rest = worker_id.rpartition(":")[0].rpartition(":")
     process = worker_id.rpartition(":")[2].partition(".")[0]

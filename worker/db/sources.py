@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, or_, select, text, update
+from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_sources
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+# By the database's clock. A holder that renews every two seconds is given up after eight.
+LEASE_TTL = timedelta(seconds=8)
 
 # Local to the transaction that holds the row lock. A worker that freezes in it loses the lock and the transaction
 # together; a commit that later steps rely on is on disk when it is confirmed, whatever the database's default.
@@ -32,16 +34,16 @@ LOCAL_SETTINGS = {
 class Source:
     """A source row, read under its lock. `last_nonce` is set as soon as `lineage` is.
 
-    `settled_id` is the last flush that is known to be settled; `replid` what the data set was recognised by then (its
-    `master_replid` and the key prefix); `refused` what a marker said that did not belong here; `announced_nonce` the
-    nonce of the last flush that wrote sums of messages.
+    `settled_id` is the last flush that is known to be settled; `identity` (column `replid`) what the data set was
+    recognised by then: its `master_replid` and the key prefix; `refused` what a marker said that did not belong here;
+    `announced_nonce` the nonce of the last flush that wrote sums of messages.
     """
 
     lineage: UUID | None
     last_flush_id: int
     last_nonce: UUID | None
     settled_id: int
-    replid: str | None
+    identity: str | None
     refused: str | None
     announced_nonce: UUID | None
     lease_holder: str | None
@@ -49,7 +51,7 @@ class Source:
 
 
 # As a row that was just inserted.
-UNKNOWN = Source(None, 0, None, 0, None, None, None, None, 0)
+NEW_SOURCE = Source(None, 0, None, 0, None, None, None, None, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ _COLUMNS = (
 _this = _row.source == bindparam("name")
 # The time of the statement, not of its transaction's begin: a lease must not be short by what the flush took.
 _now = func.clock_timestamp()
-_until = _now + bindparam("ttl", type_=Interval)
+_until = _now + literal(LEASE_TTL, Interval)
 
 # Looked for first: ON CONFLICT alone waits for whoever is just updating the row.
 _ENSURE = (
@@ -107,13 +109,13 @@ _ADVANCE = (
     )
 )
 _CONFIRM = update(view_count_sources).where(_this).values(settled_id=_row.last_flush_id, refused=None)
-_DEPOSE = (
+_REVOKE_LEASE = (
     update(view_count_sources)
     .where(_this)
     .values(lease_holder=None, lease_until=None, lease_epoch=_row.lease_epoch + 1)
 )
 _REFUSE = update(view_count_sources).where(_this).values(refused=bindparam("marker"))
-_FOUND = (
+_START_LINEAGE = (
     update(view_count_sources)
     .where(_this)
     .values(
@@ -185,20 +187,19 @@ class SourceRow:
         nonce: UUID,
         settled: int,
         announced_nonce: UUID | None,
-        replid: str | None,
-        ttl: timedelta,
+        identity: str | None,
     ) -> None:
-        """A flush was written; `settled` is the one before it. Renews the lease for `ttl`.
+        """A flush was written; `settled` is the one before it. Renews the lease.
 
         `announced_nonce` is the flush's own if it wrote sums of messages, else None: it stays as it is then.
         """
-        values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_replid": replid, "ttl": ttl}
+        values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_replid": identity}
         values["new_announced_nonce"] = announced_nonce
         await tx.execute(_ADVANCE, {"name": self.name, **values})
 
-    async def depose(self, tx: AsyncConnection) -> None:
+    async def revoke_lease(self, tx: AsyncConnection) -> None:
         """Whoever holds the lease has to take it anew, under another epoch."""
-        await tx.execute(_DEPOSE, {"name": self.name})
+        await tx.execute(_REVOKE_LEASE, {"name": self.name})
 
     async def confirm(self, tx: AsyncConnection) -> None:
         """The marker was read under the lock and names the last flush: it is settled."""
@@ -208,22 +209,22 @@ class SourceRow:
         """Remember a marker that does not belong to this database: from now on only `adopt` may give birth."""
         await tx.execute(_REFUSE, {"name": self.name, "marker": marker})
 
-    async def found(self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int, identity: str | None) -> None:
+    async def start_lineage(
+        self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int, identity: str | None
+    ) -> None:
         """From now on this lineage says that a Redis data set (`identity`) and this database belong together."""
         values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_replid": identity}
-        await tx.execute(_FOUND, {"name": self.name, **values})
+        await tx.execute(_START_LINEAGE, {"name": self.name, **values})
 
-    async def take_lease(
-        self, tx: AsyncConnection, worker_id: str, ttl: timedelta, dead: str | None = None
-    ) -> LeaseState | None:
-        """Take the lease if it is free, expired or our own, for `ttl`. Returns who has it now; None: there is no row.
+    async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState | None:
+        """Take the lease if it is free, expired or our own. Returns who has it now; None: there is no row.
 
         A holder that is known to be `dead` need not be waited for. Taking it over raises the epoch, renewing it does
         not. A row that is locked is left as it is.
         """
         # A worker that freezes right after this must not keep the row locked.
         await tx.execute(_LIMIT)
-        await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "ttl": ttl, "dead": dead})
+        await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "dead": dead})
         row = (await tx.execute(_READ_LEASE, {"name": self.name})).one_or_none()
         return None if row is None else LeaseState(*row)
 

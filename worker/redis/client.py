@@ -13,7 +13,7 @@ from worker.redis.errors import redis_errors
 from worker.redis.subscriber import subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from worker.redis.address import RedisAddress
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # Below the time for which Postgres lets a transaction idle: a Redis that falls silent must not cost the row lock.
 COMMAND_TIMEOUT_S = 4.0
 CONNECT_TIMEOUT_S = 3.0
-
-
+# Keys that one SCAN looks at: about a millisecond of Redis's time.
+SCAN_COUNT = 1000
 REPLID_LENGTH = 40
 
 
@@ -113,11 +113,15 @@ class RedisClient:
             kinds: list[bytes] = await pipeline.execute()
         return [kind.decode() for kind in kinds]
 
-    async def scan(self, cursor: int, pattern: bytes, count: int) -> tuple[int, list[bytes]]:
-        """One page of SCAN: the next cursor (0: done) and the keys found."""
-        with redis_errors():
-            page = await self._redis.scan(cursor, match=pattern, count=count)
-        return cast("tuple[int, list[bytes]]", page)
+    async def scan(self, pattern: bytes) -> AsyncGenerator[list[bytes]]:
+        """Keys that match, page by page; a page may be empty, a key may come twice."""
+        cursor = 0
+        while True:
+            with redis_errors():
+                cursor, page = await self._redis.scan(cursor, match=pattern, count=SCAN_COUNT)
+            yield cast("list[bytes]", page)
+            if cursor == 0:
+                return
 
     async def overwrite(self, key: bytes, value: bytes) -> None:
         """Set a key, whatever type it had."""

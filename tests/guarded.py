@@ -92,6 +92,8 @@ class GuardedServers:
         redis_password, password = self._password("redis_viewer_worker"), self._password("postgres_viewer_worker")
         self._admin_redis_url = f"redis://admin:{self._password('redis_admin')}@127.0.0.1:{self.valkey.port}"
         self._limited_redis_url = f"rediss://viewer-worker:{redis_password}@127.0.0.1:{redis_port}"
+        application_password = self._password("redis_application")
+        self.application_redis_url = f"rediss://application:{application_password}@127.0.0.1:{redis_port}"
         self._limited_postgres_url = f"postgresql://viewer_worker:{password}@127.0.0.1:{postgres_port}"
         self._template = await self._prepare(password)
 

@@ -35,7 +35,8 @@ def check_id(vod_id: object) -> str:
     if isinstance(vod_id, int) and vod_id.bit_length() > 8 * MAX_ID_BYTES:  # str() refuses the largest
         raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
     try:
-        return decode_id(str(vod_id).encode())
+        # Members of an enumeration are their value, not their name.
+        return decode_id((str.__str__(vod_id) if isinstance(vod_id, str) else int.__repr__(vod_id)).encode())
     except UnicodeEncodeError:
         raise InvalidId("the id is not UTF-8") from None
 

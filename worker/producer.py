@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from types import TracebackType
 from typing import Self
@@ -26,6 +26,7 @@ TIMEOUT_S = 0.5
 MAX_CONNECTIONS = 16
 MAX_COUNT = 10**9
 QUIET_S = 60.0
+CLOSED = "the producer is closed"
 
 Views = Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
 
@@ -44,7 +45,7 @@ class Outcome(Enum):
 
 
 class ViewProducer:
-    """Records views from asyncio code.
+    """Records views from asyncio code, on one event loop.
 
     `redis` is a URL (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`), or a `redis.asyncio.Redis` of the
     application, which stays open; nothing is repeated, whatever its retry setting says. `timeout` (seconds) is for each
@@ -72,24 +73,28 @@ class ViewProducer:
         self._transactions = Transactions(redis, timeout, max_connections)
         self._views = _ViewCommands(prefix, channel)
         self._failures = Failures(raise_errors, SystemClock())
+        self._closed = False
 
     async def record(self, vod_id: str | int, count: int = 1) -> Outcome:
         """Count `count` views, 1 … 10^9, of an id: 1 to 256 bytes of UTF-8 without NUL, or an int for its decimals."""
-        return await self._send([(vod_id, count)])
+        return await self._send(lambda: self._views.of_one(vod_id, count))
 
     async def record_many(self, views: Views) -> Outcome:
         """Count the views of many ids, some thousands at most, in one step: where one is invalid, nothing is sent."""
-        return await self._send(views.items())
+        return await self._send(lambda: self._views.of_many(views))
 
-    async def _send(self, views: Iterable[tuple[str | int, int]]) -> Outcome:
+    async def _send(self, make: Callable[[], list[Command]]) -> Outcome:
         try:
-            if commands := self._views.commands(views):
+            if commands := make():
+                if self._closed:
+                    raise ViewNotRecorded(CLOSED)
                 await self._transactions.execute(commands)
         except (ViewNotRecorded, ViewIndeterminate) as error:
             return self._failures.outcome(error)
         return Outcome.RECORDED
 
     async def aclose(self) -> None:
+        self._closed = True
         for client in self._opened:
             await client.aclose()
 
@@ -127,24 +132,28 @@ class SyncViewProducer:
         self._transactions = BlockingTransactions(redis, timeout, max_connections)
         self._views = _ViewCommands(prefix, channel)
         self._failures = Failures(raise_errors, SystemClock())
+        self._closed = False
 
     def record(self, vod_id: str | int, count: int = 1) -> Outcome:
         """As in `ViewProducer`."""
-        return self._send([(vod_id, count)])
+        return self._send(lambda: self._views.of_one(vod_id, count))
 
     def record_many(self, views: Views) -> Outcome:
         """As in `ViewProducer`."""
-        return self._send(views.items())
+        return self._send(lambda: self._views.of_many(views))
 
-    def _send(self, views: Iterable[tuple[str | int, int]]) -> Outcome:
+    def _send(self, make: Callable[[], list[Command]]) -> Outcome:
         try:
-            if commands := self._views.commands(views):
+            if commands := make():
+                if self._closed:
+                    raise ViewNotRecorded(CLOSED)
                 self._transactions.execute(commands)
         except (ViewNotRecorded, ViewIndeterminate) as error:
             return self._failures.outcome(error)
         return Outcome.RECORDED
 
     def close(self) -> None:
+        self._closed = True
         for client in self._opened:
             client.close()
 
@@ -164,11 +173,14 @@ class _ViewCommands:
         self._keys = Keys(prefix.encode())
         self._channel = channel
 
-    def commands(self, views: Iterable[tuple[object, object]]) -> list[Command]:
+    def of_many(self, views: object) -> list[Command]:
         """Raises InvalidView for the first that cannot be recorded."""
-        return [command for vod_id, count in views for command in self._view(vod_id, count)]
+        if not isinstance(views, Mapping):
+            raise InvalidView(f"views are a mapping of ids to counts, not a {type(views).__name__}")
+        return [command for vod_id, count in views.items() for command in self.of_one(vod_id, count)]
 
-    def _view(self, vod_id: object, count: object) -> tuple[Command, Command]:
+    def of_one(self, vod_id: object, count: object) -> list[Command]:
+        """Raises InvalidView."""
         try:
             text = check_id(vod_id)
         except InvalidId as error:
@@ -176,7 +188,7 @@ class _ViewCommands:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
             raise InvalidView(f"a count is an int from 1 to {MAX_COUNT:,}")
         message = json.dumps({"vodId": text, "count": count}, ensure_ascii=False, separators=(",", ":"))
-        return ("INCRBY", self._keys.counter(text), count), ("PUBLISH", self._channel, message)
+        return [("INCRBY", self._keys.counter(text), count), ("PUBLISH", self._channel, message)]
 
 
 class Failures:

@@ -5,8 +5,10 @@ That they are enough for everything else is tested by the scenarios that are mar
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from tests.guarded import DEPLOY, GuardedServers
 from tests.tls import Certificates, TlsFront
 from tests.world import CliWorker, InProcessWorker, World
+from worker import SyncViewProducer, ViewProducer
 from worker.db.ledger import Ledger
 from worker.db.rights import RIGHTS
 from worker.db.schema import VERSION_TABLE
@@ -88,6 +91,20 @@ async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, s
         used = {name.removeprefix("cmdstat_") for name in await world.redis.info("commandstats")}
         assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
     assert granted <= used
+
+
+async def test_application_s_user_may_do_what_applications_do(
+    guarded: GuardedServers, world: World, start: Start
+) -> None:
+    url = f"{guarded.application_redis_url}?ssl_ca_certs={guarded.authority}"
+    async with ViewProducer(url, raise_errors=True, timeout=5) as producer:
+        await producer.record_many({"a": 2, "b": 1})
+    with SyncViewProducer(url, raise_errors=True, timeout=5) as blocking:
+        await asyncio.to_thread(blocking.record, "a")
+    publish = start({"REDIS_URL": url}, "publish", "a")
+    assert await publish.wait() == 0, publish.log
+    assert await world.pending() == Counter(a=4, b=1)
+    assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
 
 
 async def test_right_that_is_missing_is_named_and_waited_for(world: World, start: Start) -> None:

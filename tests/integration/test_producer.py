@@ -198,7 +198,8 @@ async def test_counter_of_a_wrong_type_leaves_a_message_behind(
         ("-incrby", Outcome.NOT_RECORDED, 0),
         ("-@all", Outcome.NOT_RECORDED, 0),
         # Without MULTI, each command runs by itself.
-        ("-multi", Outcome.INDETERMINATE, 1),
+        ("-multi", Outcome.RECORDED, 1),
+        ("-exec", Outcome.NOT_RECORDED, 0),
     ],
 )
 async def test_user_without_a_right(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, IntEnum
 from threading import Event
 from types import SimpleNamespace
 
@@ -25,8 +28,9 @@ from redis.exceptions import (
 import worker
 from tests.fakes import FakeClock
 from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
+from worker.ids import check_id
 from worker.producer import Failures, Outcome, SyncViewProducer, ViewProducer
-from worker.redis.transaction import BlockingTransactions, judge
+from worker.redis.transaction import BlockingTransactions, Permits, raise_unless_applied
 
 QUEUED = b"QUEUED"
 LOST = redis.ConnectionError("Connection closed by server.")
@@ -48,8 +52,13 @@ def demoted() -> redis.ConnectionError:
             return error
 
 
-def test_all_results_without_an_error_are_proof() -> None:
-    judge([b"OK", QUEUED, QUEUED, [4, 0]], 2)
+@pytest.mark.parametrize(
+    "replies",
+    [[b"OK", QUEUED, QUEUED, [4, 0]], [NoPermissionError("no MULTI"), 4, 0, NoPermissionError("no EXEC")]],
+    ids=["together", "one by one"],
+)
+def test_all_results_without_an_error_are_proof(replies: list[object]) -> None:
+    raise_unless_applied(replies, 2)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +76,7 @@ def test_all_results_without_an_error_are_proof() -> None:
 )
 def test_refusal_in_the_queue_proves_that_nothing_was_applied(replies: list[object]) -> None:
     with pytest.raises(ViewNotRecorded):
-        judge(replies, 2)
+        raise_unless_applied(replies, 2)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +88,13 @@ def test_refusal_in_the_queue_proves_that_nothing_was_applied(replies: list[obje
         [b"OK", QUEUED, QUEUED, [ResponseError("WRONGTYPE"), 0]],
         [b"OK", QUEUED, QUEUED, [1]],
         [b"OK", QUEUED, QUEUED, None],
-        [NoPermissionError("no MULTI"), 1, 0, ResponseError("EXEC without MULTI")],
+        [NoPermissionError("no MULTI"), 1, NoPermissionError("no PUBLISH"), ResponseError("EXEC without MULTI")],
         [NoPermissionError("no MULTI"), NoPermissionError("no INCRBY"), LOST],
     ],
 )
 def test_without_proof_it_is_indeterminate(replies: list[object]) -> None:
     with pytest.raises(ViewIndeterminate):
-        judge(replies, 2)
+        raise_unless_applied(replies, 2)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,36 @@ def test_invalid_view_never_reaches_redis(vod_id: object, count: object) -> None
         assert isinstance(caught.value, ValueError)
     with SyncViewProducer("unix:///nowhere/redis.sock") as producer:
         assert producer.record(vod_id, count) is Outcome.NOT_RECORDED  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("views", [None, ["vod_1"], "vod_1", {"vod_1": 0}])
+def test_views_that_are_no_mapping_are_invalid_and_not_raised(views: object) -> None:
+    with SyncViewProducer("unix:///nowhere/redis.sock") as producer:
+        assert producer.record_many(views) is Outcome.NOT_RECORDED  # type: ignore[arg-type]
+
+
+async def test_closed_producer_opens_no_connection() -> None:
+    blocking = SyncViewProducer("unix:///nowhere/redis.sock", raise_errors=True)
+    blocking.close()
+    with pytest.raises(ViewNotRecorded, match="closed"):
+        blocking.record("vod_1")
+    producer = ViewProducer("unix:///nowhere/redis.sock", raise_errors=True)
+    await producer.aclose()
+    with pytest.raises(ViewNotRecorded, match="closed"):
+        await producer.record("vod_1")
+
+
+class Word(str, Enum):  # noqa: UP042 - str() of such a member is not its value
+    VOD = "vod_1"
+
+
+class Number(IntEnum):
+    SEVEN = 7
+
+
+@pytest.mark.parametrize(("given", "meant"), [("vod_1", "vod_1"), (7, "7"), (Word.VOD, "vod_1"), (Number.SEVEN, "7")])
+def test_id_is_its_text_or_decimals(given: str | int, meant: str) -> None:
+    assert check_id(given) == meant
 
 
 class StuckPool:
@@ -195,3 +234,50 @@ def test_package_offers_the_library_and_nothing_else_by_accident() -> None:
     )
     with pytest.raises(AttributeError, match="Producer"):
         _ = worker.Producer
+
+
+class TaskLimit(Exception):
+    """Raised by a signal handler of the application, wherever its code is just then."""
+
+
+class LimitedPool:
+    def get_connection(self) -> None:
+        raise TaskLimit
+
+
+def test_exception_of_the_application_s_own_passes_and_takes_no_connection_with_it() -> None:
+    transactions = BlockingTransactions(SimpleNamespace(connection_pool=LimitedPool()), 0.01, 1)  # type: ignore[arg-type]
+    for _ in range(3):
+        with pytest.raises(TaskLimit):
+            transactions.execute([("PING",)])
+
+
+def test_permit_of_a_call_that_was_cut_off_is_free_again() -> None:
+    permits = Permits(1)
+    permit = permits.take(0.01)
+    assert permit is not None
+    assert permits.take(0.01) is None
+    del permit
+    again = permits.take(0.01)
+    assert again is not None
+    again.give_back()
+    again.give_back()
+    del again
+    assert permits.take(0.01) is not None
+
+
+def test_permits_are_gone_with_their_producer() -> None:
+    permits = Permits(3)
+    gone = weakref.ref(permits._free)
+    del permits
+    assert gone() is None
+
+
+def test_forked_process_has_all_permits() -> None:
+    permits = Permits(1)
+    permit = permits.take(0.01)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if permits.take(0.01) is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert permit is not None

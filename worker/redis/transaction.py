@@ -8,8 +8,10 @@ repeat the commands either.
 from __future__ import annotations
 
 import asyncio
-import threading
+import os
+import weakref
 from collections.abc import Sequence
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import redis
@@ -20,6 +22,10 @@ from worker.errors import ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
 from worker.redis.errors import describe, redact
 
 Command = tuple[str | bytes | int, ...]
+
+# What the library and the system raise. Anything else is the application's own, such as the time limit of a task, which
+# a signal may raise anywhere.
+ERRORS = (RedisError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 class Transactions:
@@ -35,7 +41,7 @@ class Transactions:
 
         Raises ViewNotRecorded when surely none was, ViewIndeterminate when that is not known.
         """
-        sent = False
+        sent = answered = False
         try:
             async with asyncio.timeout(self._timeout), self._free:
                 connection = await self._pool.get_connection()
@@ -48,11 +54,14 @@ class Transactions:
                     sent = True
                     await connection.send_packed_command(packed, check_health=False)
                     replies = await _replies(connection, len(commands) + 2)
+                    answered = True
                 finally:
+                    if sent and not answered:  # the next would take these replies for its own
+                        await connection.disconnect(nowait=True)
                     await self._pool.release(connection)
-        except Exception as error:
+        except ERRORS as error:
             raise _failure(error, sent) from error
-        judge(replies, len(commands))
+        raise_unless_applied(replies, len(commands))
 
 
 async def _replies(connection: Any, expected: int) -> list[object]:
@@ -71,13 +80,14 @@ class BlockingTransactions:
     def __init__(self, client: redis.Redis, timeout: float, max_connections: int) -> None:
         self._pool: Any = client.connection_pool
         self._timeout = timeout
-        self._free = threading.BoundedSemaphore(max_connections)
+        self._permits = Permits(max_connections)
 
     def execute(self, commands: Sequence[Command]) -> None:
         """As in `Transactions`."""
-        if not self._free.acquire(timeout=self._timeout):
+        permit = self._permits.take(self._timeout)
+        if permit is None:
             raise ViewNotRecorded("no connection became free in time")
-        sent = False
+        sent = answered = False
         try:
             connection = self._pool.get_connection()
             try:
@@ -88,13 +98,59 @@ class BlockingTransactions:
                 sent = True
                 connection.send_packed_command(packed, check_health=False)
                 replies = _blocking_replies(connection, len(commands) + 2)
+                answered = True
             finally:
+                if sent and not answered:
+                    connection.disconnect()
                 self._pool.release(connection)
-        except Exception as error:
+        except ERRORS as error:
             raise _failure(error, sent) from error
         finally:
-            self._free.release()
-        judge(replies, len(commands))
+            permit.give_back()
+        raise_unless_applied(replies, len(commands))
+
+
+class Permits:
+    """So many calls at a time. A call that is cut off at any point gives its permit back; a forked child has them all.
+
+    A semaphore of `threading` is written in Python: an exception out of a signal handler can leave its lock taken for
+    ever. This queue is not, and may be used in a destructor.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._refill()
+
+    def _refill(self) -> None:
+        self._process = os.getpid()
+        self._free: SimpleQueue[_Permit] = SimpleQueue()
+        for _ in range(self._number):
+            self._free.put(_Permit(self._free))
+
+    def take(self, timeout: float) -> _Permit | None:
+        """None when none became free within `timeout` seconds."""
+        if self._process != os.getpid():
+            self._refill()
+        try:
+            return self._free.get(timeout=timeout)
+        except Empty:
+            return None
+
+
+class _Permit:
+    """To be given back once; when it is not, because the call was cut off, it gives itself back."""
+
+    def __init__(self, free: SimpleQueue[_Permit]) -> None:
+        self._free = weakref.ref(free)
+        self._given_back = False
+
+    def give_back(self) -> None:
+        free = self._free()
+        if free is not None and not self._given_back:
+            self._given_back = True
+            free.put(_Permit(free))
+
+    __del__ = give_back
 
 
 def _blocking_replies(connection: Any, expected: int) -> list[object]:
@@ -117,11 +173,13 @@ def _failure(error: Exception, sent: bool) -> ViewerWorkerError:
     return (ViewIndeterminate if sent else ViewNotRecorded)(describe(error))
 
 
-def judge(replies: Sequence[object], commands: int) -> None:
+def raise_unless_applied(replies: Sequence[object], commands: int) -> None:
     """What the replies to MULTI, `commands` and EXEC prove; an exception that ends them early is the last of them.
 
     Raises as `Transactions.execute`.
     """
+    if _each_ran_by_itself(replies, commands):
+        return
     results = replies[-1] if len(replies) == commands + 2 else None
     applied = cast("Sequence[object]", results) if isinstance(results, list) else ()
     errors = [reply for reply in (*replies, *applied) if isinstance(reply, Exception)]
@@ -130,6 +188,14 @@ def judge(replies: Sequence[object], commands: int) -> None:
     cause = errors[0] if errors else None
     failure = ViewNotRecorded if _nothing_was_applied(replies, commands) else ViewIndeterminate
     raise failure("no answer to EXEC" if cause is None else describe(cause)) from cause
+
+
+def _each_ran_by_itself(replies: Sequence[object], commands: int) -> bool:
+    """Where the user may not MULTI, the commands are applied one by one, and EXEC is refused, too."""
+    if len(replies) != commands + 2:
+        return False
+    multi, *results, exec_ = replies
+    return _is_refusal(multi) and _is_refusal(exec_) and not any(isinstance(result, Exception) for result in results)
 
 
 def _nothing_was_applied(replies: Sequence[object], commands: int) -> bool:

@@ -24,7 +24,7 @@ TESTS = (
     "tests/integration/test_messages.py",
     "tests/integration/test_target.py",
     "tests/integration/test_target_fit.py",
-    "tests/integration/test_takeover.py",
+    "tests/integration/test_total_import.py",
     "tests/integration/test_display.py",
     "tests/property",
 )

@@ -1,4 +1,4 @@
-"""What the program does: run, run once, migrate, check, take over. Each connects what it needs, and closes it."""
+"""What the program does: run, run once, migrate, check, import. Each connects what it needs, and closes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worker.counters.keys import Keys
 from worker.counters.listener import CHECK as MESSAGES
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
-from worker.db.takeover import take_over as take_over_totals
+from worker.db.total_import import import_totals as import_pages
 from worker.engine.supervisor import Loop, Supervisor
 from worker.errors import Unavailable
 from worker.monitor import Monitor, postgres_probe, redis_probe
@@ -158,7 +158,7 @@ async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState
         await database.close()
 
 
-async def take_over(settings: Settings) -> AsyncIterator[Page]:
+async def import_totals(settings: Settings) -> AsyncIterator[Page]:
     """The totals of the application's own table, page by page. Raises Unavailable, SchemaNotCurrent, TargetUnusable."""
     target = target_table(settings)
     if target is None:
@@ -167,7 +167,7 @@ async def take_over(settings: Settings) -> AsyncIterator[Page]:
     try:
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
-        async for page in take_over_totals(database, target):
+        async for page in import_pages(database, target):
             yield page
     finally:
         await database.close()

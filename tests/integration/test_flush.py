@@ -8,10 +8,12 @@ import shutil
 from collections import Counter
 from typing import Any
 
+import asyncpg
 import pytest
 
+from tests.fakes import FakeClock
 from tests.world import InProcessWorker, World
-from worker.counters.flush import Busy, Committed, Flushed
+from worker.counters.flush import Busy, Committed, Flushed, Flusher
 from worker.counters.lease import NEEDS
 from worker.counters.marker import Marker
 from worker.counters.recovery import Hold
@@ -499,3 +501,22 @@ async def test_stop_waits_for_no_messages_where_none_are_listened_to(
     async with asyncio.timeout(30):
         await worker.counters.loop.run(stop)
     await world.assert_exact()
+
+
+async def test_locks_that_last_keep_nobody_else_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, tried = FakeClock(), []
+    monkeypatch.setattr("worker.wiring.SystemClock", lambda: clock)
+
+    async def flush(_: object, ids: list[str]) -> Flushed:
+        tried.append(ids)
+        if any(vod_id.startswith("locked") for vod_id in ids):
+            clock.advance(12)
+            raise DatabaseUnavailable("locked") from asyncpg.LockNotAvailableError("locked")
+        return Flushed(1, len(ids), len(ids))
+
+    monkeypatch.setattr(Flusher, "_flush", flush)
+    flusher = world.worker().counters.flusher
+    assert await flusher.flush(["free", *(f"locked_{number}" for number in range(7))]) == Flushed(1, 1, 1)
+    assert [len(ids) for ids in tried] == [8, 4, 2, 1, 1, 2, 1]
+    with pytest.raises(DatabaseUnavailable):
+        await flusher.flush([f"locked_{number}" for number in range(8)])

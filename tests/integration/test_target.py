@@ -88,6 +88,64 @@ async def test_row_that_refuses_hinders_no_other(world: World, refusing: str, ex
     await world.assert_exact()
 
 
+@pytest.mark.parametrize("state", ["PT403", "42501", "42P01", "55000", "21000"])
+async def test_row_whose_trigger_fails_in_whatever_way_hinders_no_other(world: World, state: str) -> None:
+    await vod_table.create(world)
+    await world.sql.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN IF new.id = 'b' THEN RAISE 'no' USING ERRCODE = '{state}'; END IF; RETURN new; END$$;
+        CREATE TRIGGER t BEFORE UPDATE ON "Vod" FOR EACH ROW EXECUTE FUNCTION refuse()
+        """
+    )
+    worker = world.worker(**vod_table.SETTINGS)
+    await world.view_many(["a", "b", "b", "c"])
+    await worker.cycle()
+    assert await vod_table.shown(world) == {"a": 1, "b": 0, "c": 1}
+    assert vod_table.skipped(worker) == {"refused": 2}
+    await world.assert_exact()
+
+
+async def test_table_whose_trigger_refuses_every_statement_hinders_no_total(world: World) -> None:
+    await vod_table.create(world)
+    await world.sql.execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no'; END$$;
+        CREATE TRIGGER t BEFORE UPDATE ON "Vod" FOR EACH STATEMENT EXECUTE FUNCTION refuse()
+        """
+    )
+    worker = world.worker(**vod_table.SETTINGS)
+    await world.view_many(["a", "b", "gone"])
+    await worker.cycle()
+    assert worker.metric("view_count_quarantined_keys") == 0
+    assert vod_table.skipped(worker) == {"refused": 3}
+    await world.assert_exact()
+
+
+async def test_rows_whose_trigger_waits_for_a_lock_stay_pending_and_hinder_no_other(world: World) -> None:
+    blocked, free = [f"blocked_{number:02}" for number in range(5)], [f"vod_{number:02}" for number in range(40)]
+    await vod_table.create(world, ids=",".join(blocked + free))
+    await world.sql.execute(
+        """
+        CREATE TABLE channel (n int); INSERT INTO channel VALUES (0);
+        CREATE FUNCTION add() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN IF new.id LIKE 'blocked%' THEN UPDATE channel SET n = n + 1; END IF; RETURN new; END$$;
+        CREATE TRIGGER t AFTER UPDATE ON "Vod" FOR EACH ROW EXECUTE FUNCTION add()
+        """
+    )
+    worker = world.worker(**vod_table.SETTINGS)
+    await worker.cycle()
+    await world.view_many(blocked + free)
+    async with world.sql.transaction():
+        await world.sql.execute("UPDATE channel SET n = n + 1")
+        await worker.sweep_and_flush()
+    assert await world.pending() == Counter(blocked)
+    assert await world.totals() == Counter(free)
+    await worker.sweep_and_flush()
+    assert set((await vod_table.shown(world)).values()) == {1}
+    await world.assert_exact()
+
+
 async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await vod_table.create(world)
     # What a sequence counted stays counted when the transaction does not.

@@ -53,9 +53,9 @@ def import_(
     if settings.view_target is None:
         fail("VIEW_TARGET_TABLE is not set", "Set VIEW_TARGET_TABLE, _KEY and _COLUMN.", EXIT_CONFIG)
 
-    async def take_over() -> None:
+    async def import_all() -> None:
         rows = ids = views = 0
-        async for page in app.take_over(settings):
+        async for page in app.import_totals(settings):
             rows, ids, views = rows + page.rows, ids + page.ids, views + page.views
             if sys.stderr.isatty():
                 typer.echo(f"\r{rows:,} rows", err=True, nl=False)
@@ -64,7 +64,7 @@ def import_(
         taken = f"{ids:,} totals taken over, {views:,} views more than ours had"
         typer.echo(f"{rows:,} rows of {settings.view_target}: {taken}")
 
-    app.run_async(take_over())
+    app.run_async(import_all())
 
 
 def forget(

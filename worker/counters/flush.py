@@ -93,32 +93,37 @@ class Flusher:
     metrics: Metrics
     clock: Clock
 
-    async def flush(self, ids: Sequence[str], began: float | None = None) -> Flushed | Busy | Hold:
+    async def flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
         """Flush the pending views of `ids` (sorted, no repeats). With no ids, only compare Redis and Postgres.
 
         Ids that Postgres refuses are quarantined, ids whose row somebody has locked are left for the next sweep; the
-        others are flushed. Raises Unavailable, also when locks are in the way a minute after it `began`: then it is the
-        whole table, and each smaller batch would wait as long. Whatever was or was not done by then, the next flush
-        finds out.
+        others are flushed. Raises Unavailable, also when locks let nothing at all through for a minute: then it is the
+        whole table. Whatever was or was not done by then, the next flush finds out.
         """
-        began = self.clock.monotonic() if began is None else began
-        try:
-            return await self._flush(ids)
-        except (DatabaseRefused, DatabaseUnavailable) as error:
-            locked = sqlstate(error) == LOCK_NOT_AVAILABLE
-            if not ids or not (locked or is_refused_data(error)):
-                raise
-            if locked and self.clock.monotonic() - began > LOCKS_LIMIT_S:
-                raise
-            if len(ids) == 1:
-                self._leave(ids[0], error, locked=locked)
-                return Flushed()
-        half = len(ids) // 2
-        first = await self.flush(ids[:half], began)
-        if not isinstance(first, Flushed):
-            return first
-        second = await self.flush(ids[half:], began)
-        return first + second if isinstance(second, Flushed) else second
+        total, parts, began = Flushed(), [ids], self.clock.monotonic()
+        while parts:
+            part = parts.pop()
+            try:
+                outcome = await self._flush(part)
+            except (DatabaseRefused, DatabaseUnavailable) as error:
+                locked = sqlstate(error) == LOCK_NOT_AVAILABLE
+                if not part or not (locked or is_refused_data(error)):
+                    raise
+                if locked and self.clock.monotonic() - began > LOCKS_LIMIT_S:
+                    if total.flush_id is None:
+                        raise
+                    log.warning("left pending, locks are in the way", keys=len(part) + sum(map(len, parts)))
+                    return total
+                if len(part) == 1:
+                    self._leave(part[0], error, locked=locked)
+                else:
+                    half = len(part) // 2
+                    parts += part[half:], part[:half]
+                continue
+            if not isinstance(outcome, Flushed):
+                return outcome
+            total += outcome
+        return total
 
     async def _flush(self, ids: Sequence[str]) -> Flushed | Busy | Hold:
         started = self.clock.monotonic()
@@ -168,6 +173,7 @@ class Flusher:
                 await self.source_row.refuse(tx, str(verdict.refused))
         if committed is not None:
             self.announced.settle(committed.flush.nonce)
+            self._measure(committed)
         await self.reader.report(reading, announced)
         if isinstance(verdict, Agreed):
             return committed or Flushed()
@@ -209,19 +215,22 @@ class Flusher:
 
     async def _locked(self, tx: Transaction, target: TargetTable, ids: Sequence[str]) -> set[str]:
         """Ids whose row in the application's table somebody has locked: they are left for the next flush."""
-        locked = await target.locked(tx, ids)
+        locked = await target.lock_rows(tx, ids)
         if locked:
             log.info("left pending, their rows are locked", table=str(target.names), keys=len(locked))
         return locked
 
+    def _measure(self, committed: Committed) -> None:
+        """Right after the commit: a settle that fails is made up for by a replay, which knows nothing of this."""
+        self.metrics.flushes.inc()
+        self.metrics.flushed_views.inc(sum(change.views for change in committed.changes))
+        for reason, skipped in committed.skipped.items():
+            self.metrics.target_skipped.labels(reason).inc(skipped)
+
     async def _finished(self, committed: Committed, started: float) -> Flushed:
         flush, seconds = committed.flush, self.clock.monotonic() - started
         keys, views = len(flush.ids), sum(change.views for change in committed.changes)
-        self.metrics.flushes.inc()
-        self.metrics.flushed_views.inc(views)
         self.metrics.flush_seconds.observe(seconds)
-        for reason, skipped in committed.skipped.items():
-            self.metrics.target_skipped.labels(reason).inc(skipped)
         log.info("batch flushed", flush_id=flush.flush_id, keys=keys, views=views, duration_s=round(seconds, 4))
         await self.totals.publish(flush.flush_id, committed.changes)
         return Flushed(flush.flush_id, keys, views)

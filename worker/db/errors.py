@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Classes: 08 connection, 53 resources (disk, memory, connections), 57P0x shutdown and start-up. Single states: 25006
-# read-only (failover), 25P03 idle-in-transaction timeout, 26000 statement forgotten by a pooler, 40001 serialization,
-# 40P01 deadlock, 55P03 lock timeout, 57014 statement timeout.
+# read-only (failover), 25P03 and 25P04 timeouts of the transaction (idle, as a whole), 26000 statement forgotten by a
+# pooler, 40001 serialization, 40P01 deadlock, 55P03 lock timeout, 57014 statement timeout.
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
-TRANSIENT_STATES = frozenset({"25006", "25P03", "26000", "40001", "40P01", "55P03", "57014"})
+TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04", "26000", "40001", "40P01", "55P03", "57014"})
 LOCK_NOT_AVAILABLE = "55P03"
 # Data that a table does not take: out of range, not in the database's encoding, against a constraint or a trigger.
 REFUSED_DATA_PREFIXES = ("22", "23", "P0")
+# What is no matter of a row, although it may come up at one: the transaction, the connection, the server.
+TRANSACTION_PREFIXES = ("08", "25", "40", "53", "57")
+TRANSACTION_STATES = frozenset({"0A000", "26000", LOCK_NOT_AVAILABLE})
 # Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 INSUFFICIENT_PRIVILEGE = "42501"
@@ -70,6 +73,12 @@ def is_login_refused(error: BaseException) -> bool:
 def is_refused_data(error: BaseException) -> bool:
     """True when the table does not take a row of this statement: another row may be taken."""
     return (sqlstate(error) or "").startswith(REFUSED_DATA_PREFIXES)
+
+
+def is_refused_by_row(error: BaseException) -> bool:
+    """True when a row, or a trigger on it, whatever it raises, does not take its change: another row may."""
+    state = sqlstate(error)
+    return state is not None and not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES
 
 
 @contextmanager

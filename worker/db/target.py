@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
@@ -28,11 +28,12 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
-from worker.db.errors import LOCK_NOT_AVAILABLE, is_refused_data, sqlstate
+from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_by_row, sqlstate
 from worker.db.tables import view_counts
 from worker.db.target_fit import fit
 from worker.errors import DatabaseUnavailable
 from worker.ids import MAX_ID_BYTES
+from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,18 +46,21 @@ if TYPE_CHECKING:
     from worker.db.target_fit import Key
     from worker.db.target_names import TargetNames
 
+log = get_logger(__name__)
+
 # Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
 UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 # Each row that refuses is found by a dozen tries: once found, it is not tried again for a while.
 REST_S = 600.0
 RESTING_IDS = 50_000
 TABLE_LOCKED = "Views stay in Redis until CREATE INDEX, ALTER TABLE or VACUUM FULL is done with it."
+_WAIT_BRIEFLY = text("SET LOCAL lock_timeout = '200ms'")
 _CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Rows that were looked at (`last_key` is the last of them); of `ids` of them, `views` were taken over."""
+    """Rows that were looked at (`last_key` is the last of them); of `ids` of them, `views` were imported."""
 
     last_key: Any
     rows: int
@@ -77,8 +81,8 @@ class TargetTable:
         self._key = await fit(tx, self.names)
         return self._key
 
-    async def locked(self, tx: AsyncConnection, ids: Sequence[str]) -> set[str]:
-        """Which of the ids have a row that somebody has locked; the rows of the others are locked for us, in order.
+    async def lock_rows(self, tx: AsyncConnection, ids: Sequence[str]) -> set[str]:
+        """Lock the rows of these ids, in order, without waiting. Returns the ids whose row somebody else has locked.
 
         Raises TargetUnusable when the table does not fit.
         """
@@ -90,13 +94,22 @@ class TargetTable:
         asked = {"ids": list(keys), "keys": list(keys.values())}
         statements = _Statements(self.names, key)
         try:
-            await tx.execute(statements.enter())
-            return set((await tx.execute(statements.locked(), asked)).scalars())
+            await self._enter(tx, statements)
+            return set((await tx.execute(statements.lock_rows(), asked)).scalars())
         except DBAPIError as error:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
             # Locked rows are not waited for, so this is the table; smaller batches would wait as long, each of them.
             raise DatabaseUnavailable(f"the table {self.names} is locked", TABLE_LOCKED) from None
+
+    async def _enter(self, tx: AsyncConnection, statements: _Statements) -> None:
+        """Wait for whoever has the whole table locked. A trigger on statements may refuse; then each row will."""
+        try:
+            async with tx.begin_nested():
+                await tx.execute(statements.enter())
+        except DBAPIError as error:
+            if not is_refused_by_row(error):
+                raise
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
         """Add each change to its row. Returns the views that were not added, by reason."""
@@ -112,40 +125,62 @@ class TargetTable:
             else:
                 batch.append((change.vod_id, value, change.views))
         if batch:
-            await self._add(tx, _Statements(self.names, key).add(), batch, skipped)
+            adding = _Adding(tx, _Statements(self.names, key).add(), skipped)
+            await adding.add(batch)
+            self._remember(adding.refusals)
         return skipped
 
-    async def take_over(self, tx: AsyncConnection, after: Any | None, rows: int) -> Page:
+    def _remember(self, refusals: dict[str, str]) -> None:
+        if refusals:
+            self._refused.update(dict.fromkeys(refusals))
+            table, cause = str(self.names), next(iter(refusals.values()))
+            log.warning("rows of the application's table refuse views", table=table, rows=len(refusals), cause=cause)
+
+    async def import_page(self, tx: AsyncConnection, after: Any | None, rows: int) -> Page:
         """Write the totals of the next `rows` rows, in the order of the key, into ours; each id's once.
 
         An id's total becomes what the application shows. Where ours is above that already, it stays.
         """
         key = self._key or await self.check(tx)
-        statement = _Statements(self.names, key).take_over(first=after is None)
+        statement = _Statements(self.names, key).import_page(first=after is None)
         return Page(*(await tx.execute(statement, {"after": after, "at_most": rows})).one())
 
-    async def _add(
-        self, tx: AsyncConnection, statement: Select[str], batch: list[tuple[str, Any, int]], skipped: Counter[str]
-    ) -> None:
-        """In a savepoint; a row that refuses is found by halving."""
+
+@dataclass(frozen=True, slots=True)
+class _Adding:
+    """Adds changes to rows, each batch in a savepoint. `skipped`: views that were not added, by reason.
+
+    `refusals`: ids whose row does not take it, with what Postgres says.
+    """
+
+    tx: AsyncConnection
+    statement: Select[str]
+    skipped: Counter[str]
+    refusals: dict[str, str] = field(default_factory=dict)
+
+    async def add(self, batch: list[tuple[str, Any, int]]) -> None:
+        """Id, key and views of each change. A row that refuses is found by halving."""
         ids, keys, views = (list(column) for column in zip(*batch, strict=True))
         try:
-            async with tx.begin_nested():
-                added = set((await tx.execute(statement, {"ids": ids, "keys": keys, "views": views})).scalars())
+            async with self.tx.begin_nested():
+                # The rows are ours; what a trigger waits for may be the application's, which must not wait for us.
+                await self.tx.execute(_WAIT_BRIEFLY)
+                found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
+                added = set(found.scalars())
                 # A constraint that is checked at the commit would refuse our own totals, too.
-                await tx.execute(_CHECK_NOW)
+                await self.tx.execute(_CHECK_NOW)
         except DBAPIError as error:
-            if not is_refused_data(error):
+            if not is_refused_by_row(error):
                 raise
             if len(batch) == 1:
-                skipped[REFUSED] += views[0]
-                self._refused[ids[0]] = None
+                self.skipped[REFUSED] += views[0]
+                self.refusals[ids[0]] = describe(error)
                 return
             half = len(batch) // 2
-            await self._add(tx, statement, batch[:half], skipped)
-            await self._add(tx, statement, batch[half:], skipped)
+            await self.add(batch[:half])
+            await self.add(batch[half:])
         else:
-            skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
+            self.skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
 
 
 class _Statements:
@@ -171,7 +206,7 @@ class _Statements:
         """Changes nothing, and waits for whoever has the table locked against changes."""
         return update(self._target).values({self._total: self._total}).where(false())
 
-    def locked(self) -> Select[str]:
+    def lock_rows(self) -> Select[str]:
         wanted = select(*self._named).cte("wanted")
         free = (
             select(self._key.label("key"))
@@ -205,7 +240,7 @@ class _Statements:
         )
         return select(wanted.c.vod_id).join_from(wanted, added, added.c.key == wanted.c.key)
 
-    def take_over(self, *, first: bool) -> Select[Any, int, int, int]:
+    def import_page(self, *, first: bool) -> Select[Any, int, int, int]:
         page = select(self._key.label("key"), cast(self._key, Text).label("vod_id"), self._total.label("views"))
         page = page if first else page.where(self._key > self._after)
         rows = page.order_by(self._key).limit(bindparam("at_most", type_=Integer)).cte("page")

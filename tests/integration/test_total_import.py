@@ -1,4 +1,4 @@
-"""Totals that the application has already, taken over into the worker's."""
+"""Totals that the application has already, imported into the worker's."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 
 from tests import vod_table
 from tests.world import InProcessWorker, World
-from worker.db.takeover import take_over
 from worker.db.target import Page, TargetTable
+from worker.db.total_import import import_totals
 
 
 async def imported(world: World, worker: InProcessWorker) -> tuple[int, int]:
     target = worker.counters.flusher.target
     assert target is not None
-    pages = [page async for page in take_over(worker.database, target)]
+    pages = [page async for page in import_totals(worker.database, target)]
     return sum(page.ids for page in pages), sum(page.views for page in pages)
 
 
-async def test_totals_of_the_application_are_taken_over_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.db.takeover.ROWS_AT_ONCE", 2)
+async def test_totals_of_the_application_are_imported_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.db.total_import.ROWS_AT_ONCE", 2)
     await vod_table.create(world, ids="a,b,c,d,e")
     await world.sql.execute("UPDATE \"Vod\" SET \"viewCount\" = 100 WHERE id IN ('a', 'b', 'd')")
     await world.sql.execute('UPDATE "Vod" SET "viewCount" = -5 WHERE id = \'e\'')
@@ -42,10 +42,10 @@ async def test_totals_of_the_application_are_taken_over_once(world: World, monke
 
 
 @pytest.mark.parametrize("key_type", ["bigint", "uuid", "varchar(40)"])
-async def test_totals_are_taken_over_for_every_kind_of_key(
+async def test_totals_are_imported_for_every_kind_of_key(
     world: World, monkeypatch: pytest.MonkeyPatch, key_type: str
 ) -> None:
-    monkeypatch.setattr("worker.db.takeover.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("worker.db.total_import.ROWS_AT_ONCE", 3)
     make = "gen_random_uuid()" if key_type == "uuid" else f"CAST(n AS {key_type})"
     await world.sql.execute(f'CREATE TABLE "Vod" (id {key_type} PRIMARY KEY, "viewCount" bigint)')
     await world.sql.execute(f'INSERT INTO "Vod" SELECT {make}, n FROM generate_series(1, 10) n')
@@ -54,7 +54,7 @@ async def test_totals_are_taken_over_for_every_kind_of_key(
     assert dict(await world.totals()) == expected
 
 
-async def test_taking_over_while_the_worker_flushes_misses_nothing(world: World) -> None:
+async def test_importing_while_the_worker_flushes_misses_nothing(world: World) -> None:
     await vod_table.create(world, ids=",".join(f"vod_{number:03}" for number in range(100)))
     await world.sql.execute('UPDATE "Vod" SET "viewCount" = 1000')
     worker = world.worker(BATCH_SIZE="10", **vod_table.SETTINGS)
@@ -67,7 +67,7 @@ async def test_taking_over_while_the_worker_flushes_misses_nothing(world: World)
 
     flushing = asyncio.create_task(flush())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.db.takeover.ROWS_AT_ONCE", 7)
+        patch.setattr("worker.db.total_import.ROWS_AT_ONCE", 7)
         await asyncio.sleep(0.1)
         assert await imported(world, world.worker(**vod_table.SETTINGS)) == (100, 100_000)
     done.set()
@@ -77,11 +77,11 @@ async def test_taking_over_while_the_worker_flushes_misses_nothing(world: World)
     assert dict(await world.totals()) == await vod_table.shown(world)
 
 
-async def test_a_worker_that_never_ran_before_does_not_flush_into_a_taking_over(world: World) -> None:
+async def test_a_worker_that_never_ran_before_does_not_flush_into_an_import(world: World) -> None:
     await vod_table.create(world, ids="a")
     await world.view("a", 3)
     reading, go_on = asyncio.Event(), asyncio.Event()
-    take_page = TargetTable.take_over
+    take_page = TargetTable.import_page
 
     async def take_page_later(*args: Any) -> Page:
         reading.set()
@@ -89,13 +89,13 @@ async def test_a_worker_that_never_ran_before_does_not_flush_into_a_taking_over(
         return await take_page(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TargetTable, "take_over", take_page_later)
-        taking_over = asyncio.create_task(imported(world, world.worker(**vod_table.SETTINGS)))
+        patch.setattr(TargetTable, "import_page", take_page_later)
+        importing = asyncio.create_task(imported(world, world.worker(**vod_table.SETTINGS)))
         await reading.wait()
         flush = asyncio.create_task(world.worker(**vod_table.SETTINGS).cycle())
         done, _ = await asyncio.wait({flush}, timeout=0.5)
         go_on.set()
-        await asyncio.gather(taking_over, flush)
+        await asyncio.gather(importing, flush)
     assert not done
     assert await vod_table.shown(world) == {"a": 3}
     await world.assert_exact()

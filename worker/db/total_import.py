@@ -1,4 +1,4 @@
-"""Taking over the totals that the application's own table already has."""
+"""Importing the totals that the application's own table already has."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 5000
 
 
-async def take_over(database: Database, target: TargetTable) -> AsyncIterator[Page]:
-    """Page by page. May be repeated and broken off: an id is taken over once. Raises Unavailable, TargetUnusable."""
+async def import_totals(database: Database, target: TargetTable) -> AsyncIterator[Page]:
+    """Page by page. May be repeated and broken off: an id is imported once. Raises Unavailable, TargetUnusable."""
     last_key: Any = None
     while True:
         async with database.transaction() as tx:
             # No flush may come between the reading of the table, which it adds to, and the writing of ours.
             await lock_all_sources(tx)
-            page = await target.take_over(tx, last_key, ROWS_AT_ONCE)
+            page = await target.import_page(tx, last_key, ROWS_AT_ONCE)
         yield page
         if page.rows < ROWS_AT_ONCE:
             return

@@ -111,9 +111,10 @@ async def world(redis_url: str, database_url: str) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-def valkey(servers_folder: Path) -> Iterator[ValkeyServer]:
-    """A Redis of the test's own, to be killed, emptied and restored."""
-    server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=("--appendfsync", "always"))
+def valkey(request: pytest.FixtureRequest, servers_folder: Path) -> Iterator[ValkeyServer]:
+    """A Redis of the test's own, to be killed, emptied and restored. A parameter is more of its options."""
+    options = ("--appendfsync", "always", *getattr(request, "param", ()))
+    server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=options)
     server.start()
     yield server
     server.kill()

@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "an AOF restart is taken for an empty start",
         "worker/redis/client.py",
-        'and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)',
-        "and True",
+        'return facts.get("aof_enabled") == 0 or (facts.get("aof_base_size") == 0 and await self._aof_has_a_base())',
+        "return True",
     ),
     Mutant(
         "the refusal is not remembered",

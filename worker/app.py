@@ -13,7 +13,6 @@ from worker import __version__
 from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
 from worker.clock import SystemClock
 from worker.counters.flush import Busy
-from worker.counters.keys import Keys
 from worker.counters.listener import CHECK as MESSAGES
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
@@ -28,7 +27,7 @@ from worker.redis.client import RedisClient
 from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
-from worker.wiring import connect_database, target_table, view_counters
+from worker.wiring import connect_database, keys_of, target_table, view_counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -180,7 +179,7 @@ async def check(settings: Settings) -> list[Finding]:
         resources.push_async_callback(database.close)
         redis = RedisClient(settings.redis)
         resources.push_async_callback(redis.close)
-        keys = Keys(settings.view_key_prefix.encode())
+        keys = keys_of(settings)
         findings = await _look("postgres", check_postgres(database, target_table(settings)))
         findings += await _look("redis", check_redis(redis, keys, settings.channels))
         if settings.may_hear_of_other_keys:

@@ -130,7 +130,7 @@ def _persistence(facts: dict[str, Any]) -> Finding:
 async def check_agreement(adoption: Adoption) -> list[Finding]:
     """Marker against ledger. Raises Unavailable."""
     situation = await adoption.look()
-    pending = f"{situation.pending_views} views of {situation.pending_keys} ids are pending"
+    pending = f"{situation.pending_views} views of {len(situation.pending)} ids are pending"
     if situation.hold is not None:
         return [Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)]
     if situation.marker is None:

@@ -69,7 +69,7 @@ def view_counters(
 ) -> ViewCounters:
     clock = SystemClock()
     me = new_worker_id()
-    keys = Keys(settings.view_key_prefix.encode())
+    keys = keys_of(settings)
     ledger = Ledger(settings.view_source_name, me, settings.view_count_source)
     source_row = SourceRow(settings.view_source_name)
     lease = Lease(database, source_row, me, status)
@@ -162,6 +162,10 @@ def view_counters(
         quarantine=quarantine,
         display=Display(database, redis, keys, settings.view_source_name, settings.view_count_source),
     )
+
+
+def keys_of(settings: Settings) -> Keys:
+    return Keys(settings.view_key_prefix.encode(), settings.redis.database)
 
 
 def target_table(settings: Settings) -> TargetTable | None:

@@ -47,8 +47,7 @@ async def test_counting_the_pending_views(on_hold: World) -> None:
     adoption = on_hold.worker().counters.adoption
     situation = await adoption.look()
     assert situation.hold is not None
-    assert (situation.pending_keys, situation.pending_views) == (2, 4)
-    assert situation.examples == {"a": 3, "b": 1}
+    assert situation.pending == situation.largest == {"a": 3, "b": 1}
     assert await adoption.adopt(situation, discard=False) == 0
     assert await on_hold.worker().cycle() == Flushed(flush_id=2, keys=2, views=4)
     assert await on_hold.totals() == Counter(a=8, b=1)
@@ -61,6 +60,16 @@ async def test_discarding_the_pending_views(on_hold: World) -> None:
     await on_hold.redis.incrby(on_hold.prefix + "a", 2)
     assert await on_hold.worker().cycle() == Flushed(flush_id=2, keys=1, views=2)
     assert await on_hold.totals() == Counter(a=7)
+
+
+async def test_only_what_was_shown_is_discarded(on_hold: World) -> None:
+    adoption = on_hold.worker().counters.adoption
+    situation = await adoption.look()
+    await on_hold.redis.incrby(on_hold.prefix + "a", 10)
+    await on_hold.redis.incrby(on_hold.prefix + "c", 1)
+    assert await adoption.adopt(situation, discard=True) == 4
+    await on_hold.worker().cycle()
+    assert await on_hold.totals() == Counter(a=15, c=1)
 
 
 async def test_what_changed_since_the_look_is_not_adopted(on_hold: World) -> None:

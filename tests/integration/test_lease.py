@@ -44,6 +44,15 @@ async def test_expired_lease_can_be_taken_over_and_the_late_holder_does_nothing_
     assert await successor.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=5)
 
 
+async def test_lease_from_a_clock_that_was_ahead_is_free(world: World) -> None:
+    gone, successor = world.worker(), world.worker()
+    await gone.counters.lease.take()
+    await world.sql.execute("UPDATE view_count_sources SET lease_until = now() + interval '1 day'")
+    assert await successor.counters.lease.take()
+    left = await world.sql.fetchval("SELECT lease_until - now() FROM view_count_sources")
+    assert left <= LEASE_TTL
+
+
 async def test_flush_renews_the_lease(world: World) -> None:
     worker = world.worker()
     await worker.cycle()

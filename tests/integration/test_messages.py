@@ -24,6 +24,7 @@ from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 from worker.redis.address import parse_redis_url
 from worker.redis.client import RedisClient
+from worker.redis.subscriber import Subscription
 
 
 def sums(worker: InProcessWorker) -> int:
@@ -265,6 +266,36 @@ async def test_link_that_falls_silent_is_noticed_and_made_anew(
             await world.announce("a")
             await worker.heard(lambda: sums(worker) == 1)
         assert worker.metric("view_count_subscription_gaps_total") == 1
+
+
+class Said:
+    """A connection on which this is said, and then nothing more."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self._chunks = iter(chunks)
+        self._reader = self
+
+    async def read(self, _: int) -> bytes:
+        return next(self._chunks, b"")
+
+    async def send_command(self, *_: object, **__: object) -> None:
+        pass
+
+
+async def test_message_that_comes_with_the_confirmation_is_heard() -> None:
+    confirmation, message = (
+        b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n",
+        b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\n%d\r\n",
+    )
+    said = Said(confirmation + message % 1 + message % 2, message % 3)
+    subscription = Subscription(said, b"c")  # type: ignore[arg-type]
+    await subscription._subscribe()
+    assert [*await subscription.read(), *await subscription.read()] == [b"1", b"2", b"3"]
+
+
+async def test_what_is_not_redis_s_protocol_is_a_lost_link() -> None:
+    with pytest.raises(RedisUnavailable, match="protocol"):
+        await Subscription(Said(b"HTTP/1.1 400 Bad Request\r\n\r\n"), b"c").read()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])

@@ -95,6 +95,7 @@ def put_in_place(valkey: ValkeyServer, copy: Path) -> None:
     copy.rename(valkey.folder)
 
 
+@pytest.mark.parametrize("valkey", [(), ("--aof-use-rdb-preamble", "no")], ids=["usual", "no preamble"], indirect=True)
 async def test_copy_from_before_the_worker_with_pending_views_is_a_hold(
     valkey: ValkeyServer, database_url: str
 ) -> None:
@@ -110,6 +111,20 @@ async def test_copy_from_before_the_worker_with_pending_views_is_a_hold(
         assert isinstance(outcome, Hold)
         assert outcome.cause.startswith("the marker is missing in Redis, and Postgres has 1 flushes")
         assert await world.totals() == Counter(a=5)
+
+
+async def test_another_numbered_database_of_the_same_redis_is_a_hold(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        valkey.kill()
+        await world.restart_redis(valkey)
+        await world.worker().cycle()
+        async with World(f"{valkey.url}/1", database_url, prefix=world.prefix) as other:
+            await other.redis.incrby(world.prefix + "a", 100)
+            assert isinstance(await other.worker().cycle(), Hold)
+        await world.view("a", 2)
+        await world.worker().cycle()
+        await world.assert_exact()
 
 
 async def test_copy_without_pending_views_is_healed(valkey: ValkeyServer, database_url: str) -> None:
@@ -383,9 +398,11 @@ async def test_server_that_was_demoted_synchronised_and_promoted_is_another_data
         other.kill()
 
 
-async def test_first_start_at_maxmemory_begins(valkey: ValkeyServer, database_url: str) -> None:
+@pytest.mark.parametrize("policy", ["noeviction", "volatile-lru", "volatile-ttl"])
+async def test_first_start_at_maxmemory_begins(valkey: ValkeyServer, database_url: str, policy: str) -> None:
     async with World(valkey.url, database_url) as world:
         await world.view_many([f"vod_{number}" for number in range(100)])
+        await world.redis.config_set("maxmemory-policy", policy)
         await world.redis.config_set("maxmemory", "1mb")
         await world.worker().cycle()
         await world.assert_exact()

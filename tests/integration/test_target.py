@@ -46,7 +46,7 @@ async def test_it_is_given_what_both_witnesses_say_once(world: World) -> None:
 async def test_crash_between_commit_and_settle_adds_once(world: World) -> None:
     await vod_table.create(world)
     worker = world.worker(**vod_table.SETTINGS)
-    await world.view_many(["a", "a", "b"])
+    await world.view_many(["a", "a", "b", "gone"])
     settle = worker.counters.settler.settle
 
     async def gone(*_: Any, **__: Any) -> bool:
@@ -56,6 +56,8 @@ async def test_crash_between_commit_and_settle_adds_once(world: World) -> None:
     with pytest.raises(DatabaseUnavailable):
         await worker.cycle()
     worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    assert vod_table.skipped(worker) == {"unknown": 1}
+    assert worker.metric("view_count_flushed_views_total") == 4
     await world.worker(**vod_table.SETTINGS).cycle()
     assert await vod_table.shown(world) == {"a": 2, "b": 1, "c": 0}
     await world.assert_exact()

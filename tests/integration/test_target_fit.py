@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -167,6 +168,15 @@ async def test_rows_that_row_level_security_may_hide_are_not_guessed_about(
     problem = await problem_of(world, role)
     assert (problem is None) == fits
     assert problem is None or "row-level security may hide rows of Vod" in str(problem)
+
+
+async def test_looking_whether_it_fits_waits_for_no_lock(world: World, role: str) -> None:
+    await world.sql.execute('ALTER TABLE "Vod" ENABLE ROW LEVEL SECURITY')
+    await world.sql.execute(f'CREATE POLICY p ON "Vod" TO {role} USING (true) WITH CHECK (true)')
+    async with world.sql.transaction():
+        await world.sql.execute('LOCK TABLE "Vod" IN ACCESS EXCLUSIVE MODE')
+        async with asyncio.timeout(10):
+            assert await problem_of(world, role) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.exits import EXIT_FAILURE
-from worker.cli.options import EnvFile, LogLevel, read_settings
+from worker.cli.options import EnvFile, LogLevel, printable, read_settings
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -47,11 +47,11 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
     async with app.counters_for_a_command(settings) as counters:
         situation = await counters.adoption.look()
         flushes = situation.source.last_flush_id
-        examples = ", ".join(f"{vod_id}: {count}" for vod_id, count in situation.examples.items())
+        examples = ", ".join(f"{printable(vod_id)}: {count}" for vod_id, count in situation.largest.items())
         typer.echo(f"hold      {situation.hold.cause if situation.hold else 'none: Redis and Postgres agree'}")
         typer.echo(f"marker    {describe_marker(situation.marker)}")
         typer.echo(f"Postgres  {flushes} flushes")
-        typer.echo(f"pending   {situation.pending_views} views of {situation.pending_keys} ids")
+        typer.echo(f"pending   {situation.pending_views} views of {len(situation.pending)} ids")
         if examples:
             typer.echo(f"          {examples}")
         if situation.hold is None:

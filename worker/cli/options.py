@@ -32,6 +32,11 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     return settings
 
 
+def printable(vod_id: str) -> str:
+    """An id may hold anything, control characters of a terminal too."""
+    return vod_id if vod_id.isprintable() else vod_id.encode("unicode_escape").decode()
+
+
 def duration(text: str) -> timedelta:
     """Read an argument such as 20s. Raises BadParameter."""
     from worker.durations import parse_duration

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, EXIT_UNAVAILABLE, fail
-from worker.cli.options import EnvFile, LogLevel, read_settings
+from worker.cli.options import EnvFile, LogLevel, printable, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,7 +92,7 @@ def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
         fail(f"not published: {error}", CHECK_REDIS, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
         fail(f"it may or may not have counted: {error}", "Publishing it again may count it twice.", EXIT_FAILURE)
-    typer.echo(f"published {count} views of {vod_id}")
+    typer.echo(f"published {count} views of {printable(vod_id)}")
 
 
 def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, fail
-from worker.cli.options import EnvFile, LogLevel, duration, read_settings
+from worker.cli.options import EnvFile, LogLevel, duration, printable, read_settings
 
 
 def top(
@@ -34,7 +34,7 @@ def top(
         return
     typer.echo(f"{'views':>12}  {'total':>12}  id")
     for entry in found.entries:
-        typer.echo(f"{entry.views:>12,}  {entry.total:>12,}  {_printable(entry.vod_id)}")
+        typer.echo(f"{entry.views:>12,}  {entry.total:>12,}  {printable(entry.vod_id)}")
 
 
 def import_(
@@ -86,7 +86,7 @@ def forget(
     async def run() -> None:
         async with app.counters_for_a_command(settings) as counters:
             (shown,) = await counters.display.views([checked])
-            typer.echo(f"{_printable(checked)}: {shown.stored:,} views in Postgres, {shown.pending:,} pending")
+            typer.echo(f"{printable(checked)}: {shown.stored:,} views in Postgres, {shown.pending:,} pending")
             if not yes and not (sys.stdin.isatty() and typer.confirm("Forget them?")):
                 typer.echo(
                     "Nothing was changed." + ("" if sys.stdin.isatty() else " Use --yes where nobody can answer.")
@@ -96,8 +96,3 @@ def forget(
             typer.echo(f"Forgotten: {gone.stored:,} views in Postgres, {gone.pending:,} pending.")
 
     app.run_async(run())
-
-
-def _printable(vod_id: str) -> str:
-    """An id may hold anything, control characters of a terminal too."""
-    return vod_id if vod_id.isprintable() else vod_id.encode("unicode_escape").decode()

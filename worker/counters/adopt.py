@@ -32,14 +32,22 @@ PATIENCE = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What both sides say, and what is pending. `hold` is None when there is nothing to decide."""
+    """What both sides say, and what is pending: views by id. `hold` is None when there is nothing to decide."""
 
     hold: Hold | None
     source: Source
     marker: bytes | None
-    pending_keys: int
-    pending_views: int
-    examples: dict[str, int]
+    pending: dict[str, int]
+
+    @property
+    def pending_views(self) -> int:
+        return sum(self.pending.values())
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """Those with the most views."""
+        largest = sorted(self.pending, key=lambda vod_id: self.pending[vod_id], reverse=True)
+        return {vod_id: self.pending[vod_id] for vod_id in largest[:EXAMPLES]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +67,14 @@ class Adoption:
             source = await self.source_row.read(tx) or NEW_SOURCE
         (marker,) = await self.redis.read([self.keys.marker])
         hold = await self._hold(marker, source)
-        counts: dict[str, int] = {}
+        pending: dict[str, int] = {}
         async for page in self._pending():
-            counts.update(page)
-        largest = sorted(counts, key=lambda vod_id: counts[vod_id], reverse=True)[:EXAMPLES]
-        examples = {vod_id: counts[vod_id] for vod_id in largest}
-        return Situation(hold, source, marker, len(counts), sum(counts.values()), examples)
+            pending.update(page)
+        return Situation(hold, source, marker, pending)
 
     async def adopt(self, situation: Situation, *, discard: bool) -> int:
-        """Go on from here under a new lineage: pending views count as new, or with `discard` are subtracted first.
+        """Go on from here under a new lineage: pending views count as new, or with `discard` those of the situation are
+        subtracted first. What came since is counted.
 
         Returns the number of views discarded. Raises NothingToAdopt when there is no hold or when anything changed
         since `situation` was looked at, Unavailable when a server fails on the way: then it is still on hold, and
@@ -87,12 +94,15 @@ class Adoption:
             adopted = Marker(uuid4(), source.last_flush_id, uuid4())
             await self.redis.overwrite(self.keys.marker, adopted.encode())
             if discard:
+                shown = dict(situation.pending)
                 async for page in self._pending():
+                    # SCAN may name a key twice.
+                    gone = {vod_id: min(now, shown.pop(vod_id)) for vod_id, now in page.items() if vod_id in shown}
                     following = Marker(adopted.lineage, adopted.flush_id, uuid4())
-                    if not await self.settler.settle(adopted, following, page):
+                    if not await self.settler.settle(adopted, following, gone):
                         raise NothingToAdopt("another adoption is at work")
                     adopted = following
-                    discarded += sum(page.values())
+                    discarded += sum(gone.values())
             identity = self.keys.identity(await self.redis.probe())
             await self.source_row.start_lineage(tx, adopted.lineage, adopted.nonce, source.last_flush_id, identity)
         return discarded

@@ -14,9 +14,13 @@ _GLOB = re.compile(rb"([*?\[\]\\^-])")
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """All keys of one prefix. The marker's name follows from it: two workers on one prefix cannot miss each other."""
+    """All keys of one prefix, in one of Redis's numbered databases.
+
+    The marker's name follows from the prefix: two workers on one prefix cannot miss each other.
+    """
 
     prefix: bytes
+    database: int = 0
 
     @property
     def marker(self) -> bytes:
@@ -33,7 +37,10 @@ class Keys:
 
     def identity(self, replid: str | None) -> str | None:
         """What a data set is recognised by: its history, and which of its keys are meant. None if Redis hides it."""
-        return None if replid is None else f"{replid} {self.prefix.decode(errors='backslashreplace')}"
+        if replid is None:
+            return None
+        history = f"{replid}/{self.database}" if self.database else replid
+        return f"{history} {self.prefix.decode(errors='backslashreplace')}"
 
     def counter(self, vod_id: str) -> bytes:
         return self.prefix + vod_id.encode()

@@ -28,8 +28,6 @@ log = get_logger(__name__)
 
 PROBE = LuaScript.load(Path(__file__).with_name("probe.lua"))
 BIRTH = LuaScript.load(Path(__file__).with_name("birth.lua"))
-# Longer than gathering the evidence can take: it may scan the whole keyspace.
-PROBE_LIFETIME_S = 3600
 REMEDY = "Nothing is lost: views keep accumulating in Redis. `viewer-worker adopt` shows both sides and the ways out."
 
 
@@ -151,7 +149,7 @@ class Recovery:
         """
         # The probe first: a copy that is put in place after this has none, and birth then fails.
         nonce = uuid4().hex.encode()
-        await self.redis.run(PROBE, (self.keys.probe,), (nonce, b"%d" % PROBE_LIFETIME_S))
+        await self.redis.run(PROBE, (self.keys.probe,), (nonce,))
         kind = await self.redis.type_of(self.keys.marker)
         if kind == "string":
             return None

@@ -128,7 +128,14 @@ _START_LINEAGE = (
 )
 
 _mine = _row.lease_holder == bindparam("me")
-_free = or_(_row.lease_holder.is_(None), _row.lease_until <= _now, _mine, _row.lease_holder == bindparam("dead"))
+_free = or_(
+    _row.lease_holder.is_(None),
+    _row.lease_until <= _now,
+    # The clock was set back since, or is another's: no lease is that long.
+    _row.lease_until > _now + literal(2 * LEASE_TTL, Interval),
+    _mine,
+    _row.lease_holder == bindparam("dead"),
+)
 _TAKE_LEASE = (
     update(view_count_sources)
     # A row that is locked is at work: whoever waited for it here would only stand in the way.

@@ -80,8 +80,12 @@ _LOOK = text(
                EXISTS (
                    SELECT FROM pg_policy p
                    WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd = '*'
-                     AND pg_get_expr(p.polqual, c.oid) = 'true'
-                     AND coalesce(pg_get_expr(p.polwithcheck, c.oid), 'true') = 'true'
+                     -- Only a constant may be shown without its table, and so without waiting for a lock on it.
+                     AND CASE WHEN p.polqual::text LIKE '{CONST %' THEN pg_get_expr(p.polqual, 0) = 'true' END
+                     AND CASE
+                             WHEN p.polwithcheck IS NULL THEN true
+                             WHEN p.polwithcheck::text LIKE '{CONST %' THEN pg_get_expr(p.polwithcheck, 0) = 'true'
+                         END
                      AND EXISTS (SELECT FROM unnest(p.polroles) role WHERE role = 0 OR pg_has_role(role, 'USAGE'))
                ) AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive)
            ) AS rows_may_hide

@@ -32,7 +32,7 @@ REPLID_LENGTH = 40
 class History:
     """`replid` stays the same while a Redis runs and changes with every restart and every promotion of a replica.
 
-    `started_empty` is true only when it provably started without data and never was a replica.
+    `started_empty` is true only where everything says that it started without data and never was a replica.
     """
 
     replid: str | None
@@ -66,16 +66,23 @@ class RedisClient:
                 facts |= await self._redis.info("persistence")
             except NoPermissionError:
                 return None
-        return History(
-            replid=_text(facts, "master_replid"),
-            started_empty=(
-                facts.get("role") == "master"
-                and set(_text(facts, "master_replid2") or "?") == {"0"}
-                and facts.get("rdb_last_load_keys_loaded") == 0
-                # After an AOF was loaded, no keys count as loaded either; but then its base has a size.
-                and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)
-            ),
-        )
+        return History(_text(facts, "master_replid"), await self._started_empty(facts))
+
+    async def _started_empty(self, facts: dict[str, Any]) -> bool:
+        never_a_replica = facts.get("role") == "master" and set(_text(facts, "master_replid2") or "?") == {"0"}
+        if not never_a_replica or facts.get("rdb_last_load_keys_loaded") != 0:
+            return False
+        # After an AOF was loaded, no keys count as loaded either; but then its base has a size.
+        return facts.get("aof_enabled") == 0 or (facts.get("aof_base_size") == 0 and await self._aof_has_a_base())
+
+    async def _aof_has_a_base(self) -> bool:
+        """Whether a rewritten AOF begins with a snapshot, as is usual. False where the server does not tell."""
+        with redis_errors():
+            try:
+                found: dict[Any, Any] = await self._redis.config_get("aof-use-rdb-preamble")
+            except ResponseError:
+                return False
+        return b"yes" in found.values() or "yes" in found.values()
 
     async def info(self) -> dict[str, Any]:
         """All of INFO, parsed."""

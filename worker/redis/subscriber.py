@@ -43,6 +43,7 @@ class Subscription:
         self._stream = connection._reader
         self._replies = hiredis.Reader(notEnoughData=_NOTHING)
         self._confirmed = False
+        self._early: list[bytes] = []
         self._pinged = False
         self._closed = False
         self.ended = False
@@ -52,17 +53,23 @@ class Subscription:
 
         Sets `ended` when the subscription was ended by `unsubscribe`: there are no more messages then.
         """
+        if self._early:
+            early, self._early = self._early, []
+            return early
         data = await self._receive()
         if data is None:
             return []
         self._replies.feed(data)
         messages: list[bytes] = []
         gets, append = self._replies.gets, messages.append
-        while (reply := gets()) is not _NOTHING:
-            if isinstance(reply, list) and reply[0] == b"message":
-                append(reply[2])
-            else:
-                self._note(reply)
+        try:
+            while (reply := gets()) is not _NOTHING:
+                if isinstance(reply, list) and reply[0] == b"message":
+                    append(reply[2])
+                else:
+                    self._note(reply)
+        except hiredis.ProtocolError as error:
+            raise RedisUnavailable(f"it does not speak Redis's protocol: {error}") from error
         return messages
 
     async def unsubscribe(self) -> None:
@@ -82,7 +89,7 @@ class Subscription:
         with redis_errors():
             async with asyncio.timeout(CONFIRM_S):
                 while not self._confirmed:
-                    await self.read()
+                    self._early = await self.read()
 
     async def _receive(self) -> bytes | None:
         with redis_errors():

@@ -206,5 +206,5 @@ class Failures:
         kind, now = (type(error), type(error.__cause__)), self._clock.monotonic()
         if now >= self._quiet_until.get(kind, now):
             self._quiet_until[kind] = now + QUIET_S
-            log.warning("a view is %s: %s (the like of it is not logged again for a minute)", outcome.value, error)
+            log.warning("a view is %s: %s (similar failures are not logged for a minute)", outcome.value, error)
         return outcome

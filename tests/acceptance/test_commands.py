@@ -82,7 +82,7 @@ def test_variable_that_is_almost_a_setting_is_told_and_its_value_is_not(tmp_path
     )
     assert done.returncode == 0
     told = [json.loads(line) for line in done.stderr.splitlines()]
-    assert {line["name"]: line["perhaps"] for line in told} == {
+    assert {line["name"]: line["did_you_mean"] for line in told} == {
         "BATCH_INTERVAL": "BATCH_INTERVAL_MS",
         "REDIS_URI": "REDIS_URL",
     }

@@ -28,7 +28,7 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level)
     for name, setting in misspelt({**os.environ, **dotenv_values(env_file or ".env")}).items():
-        get_logger(__name__).warning("this variable is no setting", name=name, perhaps=setting)
+        get_logger(__name__).warning("unknown variable", name=name, did_you_mean=setting)
     return settings
 
 

@@ -109,7 +109,7 @@ class Database:
 
     async def _keep_no_statements(self) -> None:
         """A transaction pooler hands out another server connection each time: what was prepared is not there."""
-        log.warning("a pooler is in the way: statements are prepared anew each time from now on")
+        log.warning("connection pooler detected: no prepared statements are kept from now on")
         self._kept_statements = 0
         await self.engine.dispose()
 

@@ -15,8 +15,9 @@ _QUOTED = r'"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
 # What may follow the last field (nginx's $http_x_forwarded_for, say) is passed over.
 _FIELDS = {
     "address": r"(\S+)",
-    "identity and user": r" \S+ .+?(?= \[)",
-    "time": r" \[([^\]]+)\]",
+    # Of bounded length: what would match in some way must not be looked for in every way.
+    "identity and user": r" \S{1,1024} .{1,1024}?(?= \[)",
+    "time": r" \[([^\[\]]{1,64})\]",
     "request": " " + _QUOTED,
     "status": r" (\d{3})",
     "size": r" (?:\d+|-)",

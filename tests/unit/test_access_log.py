@@ -117,3 +117,12 @@ def test_malformed_line_is_told_and_its_neighbours_are_read(line: bytes, reason:
     assert malformed.reason.startswith(reason)
     assert len(malformed.excerpt) <= 64
     assert malformed.excerpt.isprintable()
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("repeated", [b" [", b" [x", b'"'])
+def test_hostile_line_is_refused_without_trying_every_way(repeated: bytes) -> None:
+    """It took 18 seconds where it was tried in every way."""
+    line = b"1.1.1.1 - " + repeated * (MAX_LINE_BYTES // len(repeated) - 10)
+    (found,) = read_access_log(io.BytesIO(line))
+    assert isinstance(found, MalformedLine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -74,6 +75,7 @@ async def test_top_of_a_window(base: str) -> None:
         ("/v1/top?limit=0", "limit: expected"),
         ("/v1/top?limit=101", "limit: expected"),
         ("/v1/top?limit=1.5", "limit: expected"),
+        ("/v1/top?limit=" + "1" * 5000, "limit: expected"),
         ("/v1/top?limit=%D9%A3", "limit: expected"),
     ],
 )
@@ -104,3 +106,24 @@ async def test_mistake_of_our_own_is_not_the_asker_s(
         assert response.status == 500
         assert "a bug" not in await response.text()
     assert "a bug" in caplog.text
+
+
+async def test_path_may_be_encoded_in_any_way(base: str) -> None:
+    assert await get(f"{base}/%761/views/a") == await get(f"{base}/v1/views/a")
+
+
+async def test_idle_connections_keep_nobody_out(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.web.server.MAX_CONNECTIONS", 5)
+    idle = [await asyncio.open_connection(URL(base).host, URL(base).port) for _ in range(12)]
+    assert (await get(f"{base}/livez"))[0] == 200
+    assert await idle[0][0].read() == b""
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_what_is_no_http_is_not_logged_as_a_mistake(base: str, caplog: pytest.LogCaptureFixture) -> None:
+    reader, writer = await asyncio.open_connection(URL(base).host, URL(base).port)
+    writer.write(b"\x16\x03\x01 what a port scanner says\r\n\r\n")
+    assert b" 400 " in await reader.read()
+    writer.close()
+    assert not caplog.records

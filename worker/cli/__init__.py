@@ -54,5 +54,7 @@ def main() -> None:
         fail(str(error), error.remedy, EXIT_UNAVAILABLE)
     except ViewerWorkerError as error:
         fail(str(error), error.remedy, EXIT_FAILURE)
+    except OSError as error:  # what was printed could not be written
+        fail(str(error), "", EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)

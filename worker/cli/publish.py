@@ -8,7 +8,7 @@ import stat
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
@@ -62,6 +62,8 @@ def publish(
 
 def _open(path: Path) -> AbstractContextManager[BinaryIO]:
     if path == STDIN:
+        if sys.stdin is None:
+            raise typer.BadParameter("standard input is closed")
         return nullcontext(sys.stdin.buffer)
     try:
         return path.open("rb")
@@ -101,37 +103,46 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
     from worker.publish import Tally, publish_log
 
     tally, unbroken = Tally(from_line), Unbroken()
+    ending: tuple[str, str, int] | None = None
     try:
-        with _summary(tally), _progress(log) as watched:
+        with _progress(log) as watched:
             publish_log(read_access_log(watched, from_line), producer, tally, unbroken)
+        if tally.lines and not tally.views:
+            ending = (
+                "no line of it is a request",
+                "Is it an access log in the combined format, not compressed?",
+                EXIT_FAILURE,
+            )
+        elif not tally.lines and from_line > 1:
+            ending = (f"the log has no line {from_line}", "", EXIT_FAILURE)
     except ViewNotRecorded as error:
-        _stopped(tally, str(error), CHECK_REDIS, EXIT_UNAVAILABLE)
+        ending = _stopped(tally, str(error), CHECK_REDIS, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
         first, last = tally.next_line, tally.last_tried
         remedy = f"Go on after them with --from-line {last + 1}; --from-line {first} repeats them."
-        fail(f"lines {first} to {last} may or may not have counted: {error}", remedy, EXIT_FAILURE)
+        ending = (f"lines {first} to {last} may or may not have counted: {error}", remedy, EXIT_FAILURE)
     except OSError as error:
-        _stopped(tally, str(error), "", EXIT_FAILURE)
+        ending = _stopped(tally, str(error), "", EXIT_FAILURE)
     except KeyboardInterrupt:
-        _stopped(tally, "interrupted", "", unbroken.exit_code)
-
-
-def _stopped(tally: Tally, cause: str, remedy: str, code: int) -> NoReturn:
-    line = tally.next_line
-    fail(f"stopped before line {line}: {cause}", f"{remedy} Go on with --from-line {line}.".strip(), code)
-
-
-@contextmanager
-def _summary(tally: Tally) -> Iterator[None]:
-    """Printed at the end, whatever the end is."""
+        ending = _stopped(tally, "interrupted", "", unbroken.exit_code)
     try:
-        yield
+        _print_summary(tally)
     finally:
-        numbers = {"lines": tally.lines, "views": tally.views, "ids": len(tally.ids), "malformed": tally.malformed}
-        for name, number in numbers.items():
-            typer.echo(f"{name:<10}{number:>12,}")
-        for line in tally.examples:
-            typer.echo(f"  {line}")
+        if ending is not None:  # to be said even if nothing can be written to standard output
+            fail(*ending)
+
+
+def _stopped(tally: Tally, cause: str, remedy: str, code: int) -> tuple[str, str, int]:
+    line = tally.next_line
+    return f"stopped before line {line}: {cause}", f"{remedy} Go on with --from-line {line}.".strip(), code
+
+
+def _print_summary(tally: Tally) -> None:
+    numbers = {"lines": tally.lines, "views": tally.views, "ids": len(tally.ids), "malformed": tally.malformed}
+    for name, number in numbers.items():
+        typer.echo(f"{name:<10}{number:>12,}")
+    for line in tally.examples:
+        typer.echo(f"  {line}")
 
 
 @contextmanager

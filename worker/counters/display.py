@@ -10,7 +10,7 @@ from worker.counters.keys import parse_count
 from worker.counters.marker import Marker
 from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
 from worker.db.witnesses import VIEWS
-from worker.errors import TooManyReaders
+from worker.errors import DatabaseUnavailable, TooManyReaders
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 READERS_AT_ONCE = 2
 PRESENT_READERS = 50
 PATIENCE_S = 2.0
+# Longer than Postgres may take by its own clock: this is for one that is out of reach.
+ANSWER_S = 4.0
 
 
 class Display:
@@ -80,7 +82,10 @@ class Display:
         try:
             await self._wait_for_turn()
             try:
-                yield
+                async with asyncio.timeout(ANSWER_S):
+                    yield
+            except TimeoutError:
+                raise DatabaseUnavailable("no answer in time") from None
             finally:
                 self._turn.release()
         finally:

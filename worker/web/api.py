@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_IDS = 100
 MAX_LIMIT = 100
+_LIMIT = re.compile("[0-9]{1,3}")
 # Bytes of a URL that are not UTF-8 are kept, so that such an id is refused; read as something else it would be another.
 UNCHANGED = "surrogateescape"
 
@@ -49,8 +51,8 @@ class Api:
         ]
 
     async def _one(self, request: web.Request) -> dict[str, Any]:
-        path = request.rel_url.raw_path.split("/v1/views/", 1)[1]
-        (shown,) = await self._numbers.views([_id(unquote(path, errors=UNCHANGED))])
+        _, _, _, quoted = request.rel_url.raw_path.split("/", 3)
+        (shown,) = await self._numbers.views([_id(unquote(quoted, errors=UNCHANGED))])
         return _views(shown)
 
     async def _several(self, request: web.Request) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class Api:
         except ValueError as error:
             raise BadRequest(f"window: expected {error}") from None
         limit = request.query.get("limit", "10")
-        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= MAX_LIMIT):
+        if _LIMIT.fullmatch(limit) is None or not 1 <= int(limit) <= MAX_LIMIT:
             raise BadRequest(f"limit: expected a number from 1 to {MAX_LIMIT}")
         top = await self._numbers.top(window, int(limit))
         entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from worker.web.health import Health
 
 MAX_REQUEST_BYTES = 1024
+# Beyond so many, the oldest is closed: whoever keeps connections open without asking must not keep out a probe.
+MAX_CONNECTIONS = 200
 
 
 class WebServer:
@@ -41,19 +46,33 @@ class WebServer:
         self._runner = web.AppRunner(
             app, access_log=None, handle_signals=False, keepalive_timeout=15.0, shutdown_timeout=1.0
         )
+        self._listener: asyncio.Server | None = None
 
     @property
     def url(self) -> str:
-        host, port = self._runner.addresses[0][:2]
+        assert self._listener is not None  # it was started  # noqa: S101
+        host, port = self._listener.sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def start(self) -> None:
         """Raises OSError when the address is taken or not ours."""
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._host, self._port, reuse_address=True).start()
+        self._listener = await asyncio.get_running_loop().create_server(
+            self._accept, self._host, self._port, reuse_address=True, backlog=128
+        )
 
     async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
+
+    def _accept(self) -> asyncio.Protocol:
+        server = self._runner.server
+        assert server is not None  # set up before it listens  # noqa: S101
+        connections = server.connections
+        for oldest in connections[: max(0, len(connections) - MAX_CONNECTIONS + 1)]:
+            oldest.force_close()
+        return server()
 
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
@@ -65,3 +84,11 @@ def _answers(answer: Callable[[], Answer]) -> Handler:
         return answer().response()
 
     return handle
+
+
+def _is_our_mistake(record: logging.LogRecord) -> bool:
+    """Not what cannot be read as HTTP: whoever knocks could fill the log with it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+logging.getLogger("aiohttp.server").addFilter(_is_our_mistake)

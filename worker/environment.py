@@ -13,11 +13,12 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from worker.errors import InvalidSettings, SettingProblem
-from worker.settings import SECRETS, Settings, WrongTogether
-from worker.urls import MASK, mask_url
+from worker.settings import DATABASE_GROUP, SECRETS, Settings, WrongTogether
+from worker.urls import MASK
 
 # BATCH_INTERVAL is as much like BATCH_INTERVAL_MS; DB_USERNAME, which an application may use itself, is not DB_USER.
 ALIKE = 0.87
+_SHORT_NUMBER = re.compile("[0-9]{1,9}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -30,15 +31,29 @@ def load_settings(
     """
     if env_file is not None and not env_file.is_file():
         raise InvalidSettings([SettingProblem("--env-file", str(env_file), "a file that exists")])
-    dotenv = {name: value for name, value in dotenv_values(env_file or ".env").items() if value is not None}
+    dotenv = read_dotenv(env_file)
     given = {name: value for name, value in overrides.items() if value is not None}
-    raw = _collect(dotenv) | _collect(os.environ if environ is None else environ) | given
+    nearer = _collect(os.environ if environ is None else environ)
+    further = _collect(dotenv)
+    if any(field in nearer for field in DATABASE_GROUP):
+        further.pop("database_url", None)  # which would win over the group, as it does at the same place
+    raw = further | nearer | given
     _follow(raw, "batch_size", "batch_size_max", more=True)
     _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise InvalidSettings([_problem(dict(details), raw) for details in error.errors()]) from None
+
+
+def read_dotenv(env_file: Path | None) -> dict[str, str]:
+    """The variables of a file, by default of `.env`, if it is there. Raises InvalidSettings."""
+    path = env_file or Path(".env")
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except (OSError, UnicodeDecodeError) as error:
+        problem = SettingProblem("--env-file" if env_file else ".env", str(path), f"a readable text file ({error})")
+        raise InvalidSettings([problem]) from None
 
 
 def misspelt(names: Collection[str]) -> dict[str, str]:
@@ -53,7 +68,7 @@ def misspelt(names: Collection[str]) -> dict[str, str]:
 def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
     """A default that a given value leaves behind moves along with it."""
     value, default = raw.get(given, ""), Settings.model_fields[other].default
-    if value.isdecimal() and (int(value) > default) is more and int(value) != default:
+    if _SHORT_NUMBER.fullmatch(value) and (int(value) > default) is more and int(value) != default:
         raw.setdefault(other, value)
 
 
@@ -67,6 +82,8 @@ def _collect(given: Mapping[str, str]) -> dict[str, str]:
             if value:
                 raise InvalidSettings([SettingProblem(f"{name}_FILE", path, f"only one of {name} and {name}_FILE")])
             value = _read_file(f"{name}_FILE", path)
+            if value == "":
+                raise InvalidSettings([SettingProblem(f"{name}_FILE", path, "a file that is not empty")])
         if value is not None and (value != "" or info.default is not None):
             raw[field] = value
     return raw
@@ -92,7 +109,7 @@ def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
 
 def _show_wrong(field: str, value: str) -> str:
     """Of a secret that is no URL nobody can tell where the password stands; and one may stand in the wrong setting."""
-    scheme = _SCHEME.match(value)
-    if field in SECRETS:
+    if field in SECRETS or "@" in value or "://" in value:
+        scheme = _SCHEME.match(value)
         return f"{scheme[0]}{MASK}" if scheme else MASK
-    return (mask_url(value) if scheme else value)[:64]
+    return value[:64]

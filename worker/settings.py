@@ -53,9 +53,14 @@ def _host(value: str) -> str:
     return value
 
 
+def _is_utf8(value: str) -> bool:
+    """Bytes of the environment that are not come as surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _key_prefix(value: str) -> str:
-    if not value or "\x00" in value:
-        raise ValueError("a key prefix that is not empty, such as vod:views:")
+    if not value or "\x00" in value or not _is_utf8(value):
+        raise ValueError("a key prefix in UTF-8 that is not empty, such as vod:views:")
     if OWN_KEYS.startswith(value) or value.startswith(OWN_KEYS):
         raise ValueError(f"a prefix under which the worker's own keys ({OWN_KEYS}…) do not fall")
     return value
@@ -158,7 +163,7 @@ class Settings(BaseModel):
     @property
     def database(self) -> DatabaseAddress:
         """`DATABASE_URL`; else the `DB_*` group if any of it is set; else the documented default."""
-        group = (self.db_host, self.db_port, self.db_user, self.db_password, self.db_name, self.db_ssl_mode)
+        group = [getattr(self, field) for field in DATABASE_GROUP]
         if self.database_url is not None:
             return parse_database_url(self.database_url.get_secret_value())
         if any(value is not None for value in group):
@@ -206,6 +211,8 @@ class Settings(BaseModel):
 
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
+# Say together where the database is, where DATABASE_URL does not.
+DATABASE_GROUP = ("db_host", "db_port", "db_user", "db_password", "db_name", "db_ssl_mode")
 SECRETS = {"database_url", "redis_url", "db_password"}
 
 

@@ -47,5 +47,8 @@ def mask_url(url: str) -> str:
     except ValueError:
         return MASK
     secret_query = re.sub(r"(?i)((?:^|[?&])[^=&]*pass[^=&]*=)[^&]*", rf"\g<1>{MASK}", parts.rest)
-    credentials = (parts.user or "") + (f":{MASK}" if parts.password else "")
+    # A password without its colon is a usual slip in a Redis URL, where a user alone is good for nothing.
+    lone_secret = parts.user and not parts.password and parts.scheme.startswith("redis")
+    user = MASK if lone_secret else parts.user or ""
+    credentials = user + (f":{MASK}" if parts.password else "")
     return f"{parts.scheme}://{credentials}{'@' if credentials else ''}{secret_query}"

@@ -26,6 +26,7 @@ ACCEPTED = [
     {"DB_PASSWORD": "any://CANARY", "DB_HOST": "db"},
     {"REDIS_URL": "rediss://me:CANARY@redis:6380/2?ssl_ca_certs=/etc/ca.pem"},
     {"REDIS_URL": "redis+sentinel://:CANARY@one:26379,two:26379/master"},
+    {"REDIS_URL": "redis://CANARY@redis"},
 ]
 REFUSED = [
     {"DATABASE_URL": "CANARY"},
@@ -37,7 +38,11 @@ REFUSED = [
     {"REDIS_URL": "redis://:CANARY@redis/CANARY"},
     {"REDIS_URL": "redis://redis?password=CANARY"},
     {"DB_HOST": "postgresql://me:CANARY@db/app"},
+    {"DB_HOST": "me:CANARY@db"},
+    {"DB_HOST": "POSTGRES://me:CANARY@db"},
     {"DB_PORT": "postgresql://me:CANARY@db/app"},
+    {"HEALTH_CHECK_HOST": " redis://:CANARY@redis"},
+    {"LOG_LEVEL": "PostgreSQL://me:CANARY@db/app"},
     {"HEALTH_CHECK_PORT": "redis://:CANARY@redis"},
     {"DB_PASSWORD": "CANARY", "DB_PASSWORD_FILE": "/nowhere"},
 ]

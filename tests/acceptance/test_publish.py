@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import pty
 import re
@@ -92,6 +93,37 @@ async def test_terminal_gets_a_progress_bar(world: World) -> None:
     assert done.returncode == 0
     assert b"100%" in os.read(terminal, 65536)
     os.close(terminal)
+
+
+async def test_uncertain_lines_are_told_when_nothing_else_can_be_written(
+    proxied: tuple[World, Proxy, dict[str, str]], tmp_path: Path
+) -> None:
+    _, proxy, environment = proxied
+    log = tmp_path / "access.log"
+    log.write_text("".join(LINE.format(f"/{number}") for number in range(500)))
+    proxy.hang_up_at(b"*1000\r\n")
+    done = await asyncio.to_thread(
+        subprocess.run,
+        ["sh", "-c", 'exec "$@" > /dev/full', "sh", sys.executable, "-m", "worker", "publish", "--from-log", str(log)],
+        env=clean_environment() | environment,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert b"lines 1 to 500 may or may not have counted" in done.stderr
+    assert b"stopped before" not in done.stderr
+
+
+async def test_log_without_a_request_is_a_failure(world: World, tmp_path: Path) -> None:
+    log = tmp_path / "access.log.gz"
+    log.write_bytes(gzip.compress(SAMPLE.read_bytes()))
+    done = await publish("--from-log", str(log), **world.environment)
+    assert done.returncode == 1
+    assert "not compressed" in done.stderr
+    done = await publish("--from-log", str(SAMPLE), "--from-line", "1000", **world.environment)
+    assert done.returncode == 1
+    assert "the log has no line 1000" in done.stderr
 
 
 async def test_uncertain_batch_stops_it_and_it_goes_on_after_it(

@@ -231,3 +231,33 @@ def test_env_example_lists_every_variable_with_its_default() -> None:
 def test_reference_lists_every_variable() -> None:
     text = (ROOT / "docs" / "reference" / "settings.md").read_text()
     assert re.findall(r"^\| `([A-Z_]+)`", text, re.MULTILINE) == [name.upper() for name in Settings.model_fields]
+
+
+def test_database_group_of_the_environment_wins_over_a_url_in_the_file(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("DATABASE_URL=postgresql://me@in-the-file/app\nBATCH_SIZE=7\n")
+    assert load_settings(env_file, {}).database.host == "in-the-file"
+    settings = load_settings(env_file, {"DB_HOST": "in-the-environment"})
+    assert (settings.database.host, settings.batch_size) == ("in-the-environment", 7)
+    both = {"DB_HOST": "group", "DATABASE_URL": "postgresql://me@url/app"}
+    assert load_settings(env_file, both).database.host == "url"
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"BATCH_SIZE": "1" * 5000}, "BATCH_SIZE"),
+        ({"VIEW_KEY_PREFIX": "v\udcff:"}, "VIEW_KEY_PREFIX"),
+        ({"DB_PASSWORD_FILE": "/dev/null"}, "DB_PASSWORD_FILE"),
+    ],
+)
+def test_odd_value_is_a_wrong_setting_and_no_crash(environ: dict[str, str], told: str) -> None:
+    with pytest.raises(InvalidSettings, match=f"^{told}="):
+        load_settings(environ=environ)
+
+
+def test_env_file_that_is_no_text_is_a_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_bytes(b"BATCH_SIZE=\xff")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidSettings, match=r"^\.env="):
+        load_settings(environ={})

@@ -20,14 +20,12 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     """Read the settings and set up the log. Raises InvalidSettings."""
     import os
 
-    from dotenv import dotenv_values
-
-    from worker.environment import load_settings, misspelt
+    from worker.environment import load_settings, misspelt, read_dotenv
     from worker.observability.logs import configure_logs, get_logger
 
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level)
-    for name, setting in misspelt({**os.environ, **dotenv_values(env_file or ".env")}).items():
+    for name, setting in misspelt({**os.environ, **read_dotenv(env_file)}).items():
         get_logger(__name__).warning("unknown variable", name=name, did_you_mean=setting)
     return settings
 

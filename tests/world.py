@@ -28,7 +28,7 @@ from worker.counters.lease import NEEDS
 from worker.counters.marker import Marker
 from worker.db.session import Database
 from worker.dev.servers import Server
-from worker.environment import load_settings
+from worker.environment import load_settings, without_settings
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
@@ -283,5 +283,4 @@ class CliWorker:
 
 def clean_environment() -> dict[str, str]:
     """The environment of this process without any setting of the worker."""
-    own = {name.upper() for name in Settings.model_fields}
-    return {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in own}
+    return without_settings(os.environ)

@@ -13,6 +13,7 @@ from worker import __version__
 from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
 from worker.clock import SystemClock
 from worker.counters.flush import Busy
+from worker.counters.lease import NEEDS
 from worker.counters.listener import CHECK as MESSAGES
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
@@ -23,11 +24,10 @@ from worker.monitor import Monitor, postgres_probe, redis_probe
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
-from worker.redis.client import RedisClient
 from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
-from worker.wiring import connect_database, keys_of, target_table, view_counters
+from worker.wiring import connections, database_of, keys_of, target_table, view_counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -65,19 +65,13 @@ async def run(settings: Settings) -> bool:
     """
     clock = SystemClock()
     metrics = Metrics()
-    # Counted by their keys alone, views are found by sweeping; the channel would say nothing new.
-    listens = settings.view_count_source != "counters"
-    status = Status(clock, ("redis", "postgres", "schema", CHECK, *((MESSAGES,) if listens else ())))
-    # Closed in reverse, after all loops have ended: the HTTP server answers while they drain.
-    async with AsyncExitStack() as resources:
-        database = connect_database(settings)
-        resources.push_async_callback(database.close)
-        redis = RedisClient(settings.redis)
-        resources.push_async_callback(redis.close)
+    status = Status(clock, (*NEEDS, CHECK, *((MESSAGES,) if settings.listens else ())))
+    async with connections(settings) as (database, redis), AsyncExitStack() as resources:
         counters = view_counters(settings, database, redis, status, metrics)
         health = Health(status, clock, __version__, settings.health_grace, counters.quarantine.listed)
         api = Api(counters.display)
         web = WebServer(health, api, metrics.registry, settings.health_check_host, settings.health_check_port)
+        # Closed after all loops have ended: it answers while they drain.
         resources.push_async_callback(web.close)
         await web.start()
         log.info(
@@ -90,7 +84,7 @@ async def run(settings: Settings) -> bool:
             postgres=settings.shown()["DATABASE_URL"],
         )
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
-        postgres = postgres_probe(database, status, target_table(settings), migrate=settings.migrate_on_start)
+        postgres = postgres_probe(database, status, counters.flusher.target, migrate=settings.migrate_on_start)
         loops: dict[str, Loop] = {
             "redis": Monitor("redis", redis_probe(redis), status, metrics.redis_up, counters.loop.sweep_soon),
             "postgres": Monitor("postgres", postgres, status, metrics.postgres_up),
@@ -98,7 +92,7 @@ async def run(settings: Settings) -> bool:
             CHECK: counters.loop,
             "retention": counters.retention,
         }
-        if listens:
+        if settings.listens:
             loops[MESSAGES] = counters.listener
         clean = await supervisor.run(loops)
     log.info("stopped", clean=clean)
@@ -111,11 +105,7 @@ async def counters_for_a_command(settings: Settings, *, migrate: bool = False) -
 
     Raises Unavailable when a server cannot be used, SchemaNotCurrent when the tables are not those of this version.
     """
-    async with AsyncExitStack() as resources:
-        database = connect_database(settings)
-        resources.push_async_callback(database.close)
-        redis = RedisClient(settings.redis)
-        resources.push_async_callback(redis.close)
+    async with connections(settings) as (database, redis):
         if migrate:
             await upgrade(database)
         async with database.transaction() as tx:
@@ -130,20 +120,22 @@ async def run_once(settings: Settings) -> Flushed | Busy | Hold:
     """
     async with counters_for_a_command(settings, migrate=settings.migrate_on_start) as counters:
         outcome: Flushed | Busy | Hold = Busy()
-        for _ in range(ONCE_TRIES):
-            if await counters.lease.take():
-                outcome = await counters.loop.cycle()
-            if not isinstance(outcome, Busy):
-                break
-            await asyncio.sleep(random.uniform(0.5, 1.0))
-        await counters.lease.release()
+        try:
+            for _ in range(ONCE_TRIES):
+                if await counters.lease.take():
+                    outcome = await counters.loop.cycle()
+                if not isinstance(outcome, Busy):
+                    break
+                await asyncio.sleep(random.uniform(0.5, 1.0))
+        finally:
+            with contextlib.suppress(Unavailable):  # it expires, too
+                await counters.lease.release()
     return outcome
 
 
 async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState, SchemaState]:
     """Bring the schema up to date unless `only_status`. Returns its state before and after. Raises Unavailable."""
-    database = connect_database(settings)
-    try:
+    async with database_of(settings) as database:
         async with database.transaction() as tx:
             before = await read_schema(tx)
         if only_status:
@@ -153,8 +145,6 @@ async def migrate(settings: Settings, *, only_status: bool) -> tuple[SchemaState
         await upgrade(database)
         async with database.transaction() as tx:
             return before, await read_schema(tx)
-    finally:
-        await database.close()
 
 
 async def import_totals(settings: Settings) -> AsyncIterator[Page]:
@@ -162,26 +152,18 @@ async def import_totals(settings: Settings) -> AsyncIterator[Page]:
     target = target_table(settings)
     if target is None:
         return
-    database = connect_database(settings)
-    try:
+    async with database_of(settings) as database:
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
         async for page in import_pages(database, target):
             yield page
-    finally:
-        await database.close()
 
 
 async def check(settings: Settings) -> list[Finding]:
     """Everything the worker relies on. A server that cannot be used is a finding too, and the rest goes on."""
-    async with AsyncExitStack() as resources:
-        database = connect_database(settings)
-        resources.push_async_callback(database.close)
-        redis = RedisClient(settings.redis)
-        resources.push_async_callback(redis.close)
-        keys = keys_of(settings)
+    async with connections(settings) as (database, redis):
         findings = await _look("postgres", check_postgres(database, target_table(settings)))
-        findings += await _look("redis", check_redis(redis, keys, settings.channels))
+        findings += await _look("redis", check_redis(redis, keys_of(settings), settings.channels))
         if settings.may_hear_of_other_keys:
             findings.append(shared_channel(settings.view_channel))
         if not any(finding.level is Level.FAILURE and finding.name in AGREEMENT_NEEDS for finding in findings):

@@ -66,10 +66,10 @@ async def _target(database: Database, target: TargetTable) -> Finding:
     return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 
-async def check_redis(redis: RedisClient, keys: Keys, channels: tuple[str, str | None]) -> list[Finding]:
-    """`channels` are where new totals are published, and where messages are heard. Raises RedisUnavailable."""
+async def check_redis(redis: RedisClient, keys: Keys, channels: list[str]) -> list[Finding]:
+    """`channels` are those that the worker uses. Raises RedisUnavailable."""
     facts = await redis.info()
-    rights = await _rights(redis, keys, [channel.encode() for channel in channels if channel is not None])
+    rights = await _rights(redis, keys, [channel.encode() for channel in channels])
     return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
 
 

@@ -56,6 +56,12 @@ def read_dotenv(env_file: Path | None) -> dict[str, str]:
         raise InvalidSettings([problem]) from None
 
 
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """For a worker that is to read a file, over which the settings of the surrounding shell would win."""
+    own = {field.upper() for field in Settings.model_fields}
+    return {name: value for name, value in environ.items() if name.removesuffix("_FILE") not in own}
+
+
 def misspelt(names: Collection[str]) -> dict[str, str]:
     """Variables that are no settings, each with the one that it resembles and that is not given."""
     settings = {field.upper() for field in Settings.model_fields}

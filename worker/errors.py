@@ -1,4 +1,4 @@
-"""All errors of the package, in one tree.
+"""The errors that a caller may meet, in one tree.
 
 ViewerWorkerError
 ├── InvalidSettings          settings have wrong values; the start is refused (exit code 78)
@@ -29,6 +29,11 @@ class ViewerWorkerError(Exception):
     """Root of the tree. `remedy` is one sentence that tells an operator what to do, or empty."""
 
     remedy: str = ""
+
+    def __init__(self, message: str = "", remedy: str | None = None) -> None:
+        super().__init__(message)
+        if remedy is not None:
+            self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +69,9 @@ class Unavailable(ViewerWorkerError):
 class RedisUnavailable(Unavailable):
     remedy = "Check that Redis runs and that REDIS_URL reaches it."
 
-    def __init__(self, cause: str, remedy: str | None = None) -> None:
-        super().__init__(cause)
-        if remedy is not None:
-            self.remedy = remedy
-
 
 class DatabaseUnavailable(Unavailable):
     remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
-
-    def __init__(self, cause: str, remedy: str | None = None) -> None:
-        super().__init__(cause)
-        if remedy is not None:
-            self.remedy = remedy
 
 
 class DatabaseRefused(ViewerWorkerError):
@@ -98,25 +93,16 @@ class TooManyReaders(Unavailable):
 class SchemaNotCurrent(ViewerWorkerError):
     """The tables are missing, older or newer than this version of the worker needs, or not granted to its role."""
 
-    def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(message)
-        self.remedy = remedy
-
 
 class TargetUnusable(ViewerWorkerError):
     """The table that VIEW_TARGET_TABLE names cannot be kept up to date."""
-
-    def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(message)
-        self.remedy = remedy
 
 
 class OnHold(ViewerWorkerError):
     """Redis and Postgres contradict each other; nothing is changed until that is decided."""
 
     def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(f"on hold: {cause}")
-        self.remedy = remedy
+        super().__init__(f"on hold: {cause}", remedy)
 
 
 class NothingToAdopt(ViewerWorkerError):

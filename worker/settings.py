@@ -182,15 +182,20 @@ class Settings(BaseModel):
         return parse_redis_url(self.redis_url.get_secret_value())
 
     @property
-    def channels(self) -> tuple[str, str | None]:
-        """Where new totals are published, and where messages are heard: None when views are counted by keys alone."""
-        return self.view_totals_channel, None if self.view_count_source == "counters" else self.view_channel
+    def listens(self) -> bool:
+        """Counted by their keys alone, views are found by sweeping; the channel would say nothing new."""
+        return self.view_count_source != "counters"
+
+    @property
+    def channels(self) -> list[str]:
+        """Those that are used: where new totals are published, and where messages are heard."""
+        return [self.view_totals_channel, *([self.view_channel] if self.listens else [])]
 
     @property
     def may_hear_of_other_keys(self) -> bool:
         """A channel is of the whole Redis server: the usual one may have messages about another database or prefix."""
         usual = type(self).model_fields
-        if self.channels[1] != usual["view_channel"].default:
+        if not self.listens or self.view_channel != usual["view_channel"].default:
             return False
         return self.redis.database != 0 or self.view_key_prefix != usual["view_key_prefix"].default
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,11 +31,13 @@ from worker.db.ledger import Ledger
 from worker.db.session import Database
 from worker.db.sources import SourceRow
 from worker.db.target import TargetTable
+from worker.redis.client import RedisClient
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
-    from worker.redis.client import RedisClient
     from worker.settings import Settings
 
 
@@ -55,13 +58,29 @@ class ViewCounters:
     display: Display
 
 
-def connect_database(settings: Settings) -> Database:
-    return Database(
+@asynccontextmanager
+async def database_of(settings: Settings) -> AsyncIterator[Database]:
+    database = Database(
         settings.database,
         pool_size=settings.db_max_idle_conns,
         overflow=settings.db_max_connections - settings.db_max_idle_conns,
         recycle=settings.db_conn_max_lifetime.total_seconds(),
     )
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def connections(settings: Settings) -> AsyncIterator[tuple[Database, RedisClient]]:
+    """To both servers; opened when they are needed, closed at the end."""
+    async with database_of(settings) as database:
+        redis = RedisClient(settings.redis)
+        try:
+            yield database, redis
+        finally:
+            await redis.close()
 
 
 def view_counters(
@@ -106,7 +125,7 @@ def view_counters(
         clock=clock,
     )
     intake_ended = asyncio.Event()
-    if settings.channels[1] is None:
+    if not settings.listens:
         intake_ended.set()
     loop = FlushLoop(
         lease=lease,

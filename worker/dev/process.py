@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from worker.dev.servers import die_with_parent, free_port
-from worker.settings import Settings
+from worker.environment import without_settings
 
 INTERVAL_MS = 1000
 
@@ -44,16 +44,13 @@ class WorkerProcess:
         return self._running().poll()
 
     def start(self) -> None:
-        # Settings of the surrounding shell would win over the file.
-        own = {name.upper() for name in Settings.model_fields}
-        environment = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in own}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker", "run", "--env-file", str(self.env_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=without_settings(os.environ),
                 start_new_session=True,
                 preexec_fn=die_with_parent(signal.SIGTERM),
             )

@@ -46,6 +46,7 @@ class RedisClient:
     """
 
     def __init__(self, address: RedisAddress) -> None:
+        self._knows_flags = True
         self._redis, self._sentinels = connect(address, COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S)
 
     async def probe(self) -> str | None:
@@ -141,13 +142,14 @@ class RedisClient:
         Before Redis 7 a script may not begin with `#!lua flags=…`; such a server gets it without that line.
         """
         with redis_errors():
-            for variant in (script.flagged, script.plain):
+            if self._knows_flags:
                 try:
-                    return await self._evaluate(variant.digest, variant.source, keys, args)
+                    return await self._evaluate(script.flagged.digest, script.flagged.source, keys, args)
                 except ResponseError as error:
-                    if variant is script.plain or "compiling script" not in str(error):
+                    if "compiling script" not in str(error):
                         raise
-        raise AssertionError("unreachable")
+                    self._knows_flags = False
+            return await self._evaluate(script.plain.digest, script.plain.source, keys, args)
 
     async def _evaluate(self, digest: str, source: str, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
         try:

@@ -21,7 +21,7 @@ def migrate(connection: Connection) -> None:
 
 
 async def connect_and_migrate() -> None:
-    database = Database(load_settings().database).patient()
+    database = Database(load_settings().database).without_time_limit()
     try:
         async with database.engine.connect() as connection:
             await connection.run_sync(migrate)

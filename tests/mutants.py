@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "an AOF restart is taken for an empty start",
         "worker/redis/client.py",
-        'return facts.get("aof_enabled") == 0 or (facts.get("aof_base_size") == 0 and await self._aof_has_a_base())',
-        "return True",
+        'and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)',
+        "and True",
     ),
     Mutant(
         "the refusal is not remembered",
@@ -174,8 +174,8 @@ MUTANTS = (
     Mutant(
         "an ambiguous commit is taken for one that failed",
         "worker/counters/flush.py",
-        "self.announced.settle(source.announced_nonce)",
-        "self.announced.settle(None)",
+        "self.announced.confirm(source.announced_nonce)",
+        "self.announced.confirm(None)",
     ),
     Mutant(
         "an ambiguous commit is taken for one that took place",
@@ -188,7 +188,7 @@ MUTANTS = (
         "worker/counters/flush.py",
         "            source = await self.source_row.lock(tx)\n",
         "            unlocked = await self.source_row.read(tx)\n"
-        "            self.announced.settle(unlocked.announced_nonce if unlocked else None)\n"
+        "            self.announced.confirm(unlocked.announced_nonce if unlocked else None)\n"
         "            source = await self.source_row.lock(tx)\n",
     ),
     Mutant(

@@ -80,8 +80,8 @@ async def run(settings: Settings) -> bool:
             url=web.url,
             pid=os.getpid(),
             pipelines=list(settings.pipelines),
-            redis=settings.shown()["REDIS_URL"],
-            postgres=settings.shown()["DATABASE_URL"],
+            redis=settings.redacted()["REDIS_URL"],
+            postgres=settings.redacted()["DATABASE_URL"],
         )
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         postgres = postgres_probe(database, status, counters.flusher.target, migrate=settings.migrate_on_start)

@@ -13,7 +13,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from worker.errors import InvalidSettings, SettingProblem
-from worker.settings import DATABASE_GROUP, SECRETS, Settings, WrongTogether
+from worker.settings import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings
 from worker.urls import MASK
 
 # BATCH_INTERVAL is as much like BATCH_INTERVAL_MS; DB_USERNAME, which an application may use itself, is not DB_USER.
@@ -104,7 +104,7 @@ def _read_file(name: str, path: str) -> str:
 
 def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
     cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, WrongTogether):
+    if isinstance(cause, ConflictingSettings):
         field, expected = cause.field, cause.expected
     else:
         message = str(details["msg"]).removeprefix("Value error, ")

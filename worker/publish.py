@@ -45,14 +45,14 @@ def publish_log(
     lines: Iterable[Request | MalformedLine],
     producer: SyncViewProducer,
     tally: Tally,
-    unbroken: AbstractContextManager[None],
+    deferred: AbstractContextManager[None],
 ) -> None:
-    """A view for every request, as of now. `producer` raises errors; each batch happens inside of `unbroken`.
+    """A view for every request, as of now. `producer` raises errors; each batch happens inside of `deferred`.
 
     Raises ViewNotRecorded or ViewIndeterminate for the lines from `next_line` to `last_tried`.
     """
     for batch in _batches(iter(lines)):
-        with unbroken:
+        with deferred:
             tally.last_tried = tally.next_line + len(batch) - 1
             views = Counter(fitting_id(line.path) for line in batch if isinstance(line, Request))
             producer.record_many(views)

@@ -89,7 +89,7 @@ OWN_KEYS = "viewer-worker:"
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
-class WrongTogether(ValueError):
+class ConflictingSettings(ValueError):
     """A rule between settings is broken: `field` is the one to change, `expected` says to what."""
 
     def __init__(self, field: str, expected: str) -> None:
@@ -143,21 +143,21 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.batch_size > self.batch_size_max:
-            raise WrongTogether("batch_size_max", "a number that is not below BATCH_SIZE")
+            raise ConflictingSettings("batch_size_max", "a number that is not below BATCH_SIZE")
         if self.db_max_idle_conns > self.db_max_connections:
-            raise WrongTogether("db_max_idle_conns", "a number that is not above DB_MAX_CONNECTIONS")
+            raise ConflictingSettings("db_max_idle_conns", "a number that is not above DB_MAX_CONNECTIONS")
         if self.view_channel == self.view_totals_channel:
-            raise WrongTogether("view_totals_channel", "another channel than VIEW_CHANNEL")
+            raise ConflictingSettings("view_totals_channel", "another channel than VIEW_CHANNEL")
         target = ("view_target_table", "view_target_key", "view_target_column")
         missing = [name for name in target if getattr(self, name) is None]
         if 0 < len(missing) < len(target):
-            raise WrongTogether(missing[0], "a value: VIEW_TARGET_TABLE, _KEY and _COLUMN go together")
+            raise ConflictingSettings(missing[0], "a value: VIEW_TARGET_TABLE, _KEY and _COLUMN go together")
         if self.view_target_column is not None and self.view_target_column == self.view_target_key:
-            raise WrongTogether("view_target_column", "another column than VIEW_TARGET_KEY")
+            raise ConflictingSettings("view_target_column", "another column than VIEW_TARGET_KEY")
         try:
             _ = self.view_target
         except ValueError as error:
-            raise WrongTogether("view_target_table", str(error)) from None
+            raise ConflictingSettings("view_target_table", str(error)) from None
         return self
 
     @property
@@ -206,12 +206,12 @@ class Settings(BaseModel):
             return None
         return parse_target(self.view_target_table, str(self.view_target_key), str(self.view_target_column))
 
-    def shown(self) -> dict[str, str]:
+    def redacted(self) -> dict[str, str]:
         """Variable → effective value as it may be printed. Secrets are masked."""
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
         values["DB_PASSWORD"] = MASK if self.db_password else ""
         if self.database_url is None:
-            values["DATABASE_URL"] = self.database.shown()
+            values["DATABASE_URL"] = self.database.redacted()
         return values
 
 

@@ -29,7 +29,7 @@ def problem(**environ: str) -> str:
 
 
 def test_defaults_are_those_of_the_contract() -> None:
-    shown = load().shown()
+    shown = load().redacted()
     assert shown["DATABASE_URL"].endswith("@localhost:5432/streamix")
     assert shown["REDIS_URL"] == "redis://localhost:6379"
     expected = {
@@ -208,7 +208,7 @@ def test_secrets_never_show(name: str, form: str) -> None:
         assert "c4n4ry" not in str(error)
         assert error.__cause__ is None
         return
-    assert "c4n4ry" not in "".join(settings.shown().values()) + repr(settings) + repr(settings.redis)
+    assert "c4n4ry" not in "".join(settings.redacted().values()) + repr(settings) + repr(settings.redis)
 
 
 @given(st.integers(1, 10**9))

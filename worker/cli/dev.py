@@ -33,14 +33,14 @@ def dev(
     seconds = duration(for_).total_seconds() if for_ else None
     from worker.app import run_async
     from worker.dev.demo import Demo
-    from worker.dev.lending import lend
+    from worker.dev.servers_only import run_servers
     from worker.dev.viewers import Audience, Popular, Recorded
     from worker.observability.logs import configure_logs
 
     configure_logs("warning")
     try:
         if servers_only:
-            return run_async(lend(folder.resolve(), typer.echo))
+            return run_async(run_servers(folder.resolve(), typer.echo))
         audience: Audience = Recorded(traffic) if traffic is not None else Popular(random.Random())
         exact = run_async(Demo(folder, audience, rate, seconds).run())
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from worker.cli.options import EnvFile, LogLevel, read_settings
 def config(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
     """Print the effective settings, secrets masked."""
     settings = read_settings(env_file, log_level)
-    for name, value in settings.shown().items():
+    for name, value in settings.redacted().items():
         typer.echo(f"{name}={value}")
 
 

@@ -102,11 +102,11 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
     from worker.errors import ViewIndeterminate, ViewNotRecorded
     from worker.publish import Tally, publish_log
 
-    tally, unbroken = Tally(from_line), Unbroken()
+    tally, deferred = Tally(from_line), DeferredSignals()
     ending: tuple[str, str, int] | None = None
     try:
         with _progress(log) as watched:
-            publish_log(read_access_log(watched, from_line), producer, tally, unbroken)
+            publish_log(read_access_log(watched, from_line), producer, tally, deferred)
         if tally.lines and not tally.views:
             ending = (
                 "no line of it is a request",
@@ -124,7 +124,7 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
     except OSError as error:
         ending = _stopped(tally, str(error), "", EXIT_FAILURE)
     except KeyboardInterrupt:
-        ending = _stopped(tally, "interrupted", "", unbroken.exit_code)
+        ending = _stopped(tally, "interrupted", "", deferred.exit_code)
     try:
         _print_summary(tally)
     finally:
@@ -160,7 +160,7 @@ def _progress(log: BinaryIO) -> Iterator[BinaryIO]:
         yield progress.wrap_file(log, total=status.st_size, description="publishing")
 
 
-class Unbroken:
+class DeferredSignals:
     """As `with`, a block that Ctrl-C and SIGTERM do not cut: it ends, and then they are a KeyboardInterrupt.
 
     Outside of the block they are that at once.

@@ -43,7 +43,7 @@ class Announced:
     def drop(self) -> None:
         """What was not written by now will not be; each view of it is lost unless it was also INCRed."""
         if self._sent is not None:
-            self.settle(None)
+            self.confirm(None)
         self._metrics.announced_dropped.inc(sum(self._sums.values()))
         self._sums = {}
 
@@ -67,7 +67,7 @@ class Announced:
         """These are about to be committed, by the flush with this nonce."""
         self._sent = nonce, sums
 
-    def settle(self, written: UUID | None) -> None:
+    def confirm(self, written: UUID | None) -> None:
         """The source row says that the flush with the nonce `written` was the last to write sums: ours, or not."""
         if self._sent is None:
             return

@@ -162,7 +162,7 @@ class Flusher:
             if not self.lease.covers(source):
                 self.lease.lost()
                 return Busy()
-            self.announced.settle(source.announced_nonce)
+            self.announced.confirm(source.announced_nonce)
             # Before Redis is read: the INCR of a view comes before its message, so it is in what is read then.
             announced = self.announced.copy(ids, source.lease_epoch)
             reading = await self.reader.read(ids)
@@ -172,7 +172,7 @@ class Flusher:
             elif isinstance(verdict, Hold) and verdict.refused not in (None, source.refused):
                 await self.source_row.refuse(tx, str(verdict.refused))
         if committed is not None:
-            self.announced.settle(committed.flush.nonce)
+            self.announced.confirm(committed.flush.nonce)
             self._measure(committed)
         await self.reader.report(reading, announced)
         if isinstance(verdict, Agreed):

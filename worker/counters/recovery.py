@@ -188,13 +188,16 @@ class Recovery:
             return "nothing was ever flushed"
         if identity is not None and identity == judged.identity:
             return "Redis is the same as at the last flush: the marker was deleted in place (FLUSHALL, DEL, eviction)"
-        if history is not None and history.started_empty:
+        if history is not None and await self._started_empty(history):
             return "Redis started without any data"
         if not await self._any_counter():
             return "Redis has no pending counter at all"
         if self.trust_lost_marker:
             return "VIEW_ON_LOST_MARKER=fresh"
         return None
+
+    async def _started_empty(self, history: History) -> bool:
+        return history.started_empty and (not history.by_its_aof or await self.redis.writes_a_base())
 
     async def _any_counter(self) -> bool:
         async with aclosing(self.redis.scan(self.keys.pattern)) as pages:

@@ -36,7 +36,7 @@ class DatabaseAddress:
         host = self.host or dict(parse_qsl(self.options)).get("host", "localhost")
         return f"{host}:{self.port or 5432}"
 
-    def shown(self) -> str:
+    def redacted(self) -> str:
         """As a URL that may be printed: without the password."""
         place = f"{quote(self.user or '')}:{MASK}@{self.host}:{self.port}/{quote(self.name or '')}"
         return f"postgresql://{place}" + (f"?{self.options}" if self.options else "")

@@ -132,14 +132,14 @@ async def _run(database: Database, migrate: Any) -> None:
         config.attributes["connection"] = connection
         migrate(config)
 
-    patient = database.patient()
+    unlimited = database.without_time_limit()
     try:
         with database_errors():
-            async with patient.engine.connect() as connection:
+            async with unlimited.engine.connect() as connection:
                 await connection.run_sync(on_connection)
                 await connection.commit()
     finally:
-        await patient.close()
+        await unlimited.close()
 
 
 def lock_migrations(connection: Connection) -> None:

@@ -74,7 +74,7 @@ class Database:
     def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
         options["prepared_statement_cache_size"] = self._kept_statements
 
-    def patient(self) -> Database:
+    def without_time_limit(self) -> Database:
         """The same database for commands that may take as long as they need, such as migrations. Close it."""
         return Database(self._address, command_timeout=None)
 

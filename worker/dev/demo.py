@@ -24,9 +24,9 @@ from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tables import view_counts
-from worker.dev.lending import locked
 from worker.dev.process import WorkerProcess
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
+from worker.dev.servers_only import locked
 from worker.dev.viewers import Audience, Told, Viewers
 from worker.engine.waiting import wait_first
 from worker.errors import ViewerWorkerError

@@ -32,11 +32,13 @@ REPLID_LENGTH = 40
 class History:
     """`replid` stays the same while a Redis runs and changes with every restart and every promotion of a replica.
 
-    `started_empty` is true only where everything says that it started without data and never was a replica.
+    `started_empty` is true only where everything says that it started without data and never was a replica; when that
+    is said by its AOF (`by_its_aof`), only if it `writes_a_base`.
     """
 
     replid: str | None
     started_empty: bool
+    by_its_aof: bool = False
 
 
 class RedisClient:
@@ -67,23 +69,26 @@ class RedisClient:
                 facts |= await self._redis.info("persistence")
             except NoPermissionError:
                 return None
-        return History(_text(facts, "master_replid"), await self._started_empty(facts))
+        return History(
+            replid=_text(facts, "master_replid"),
+            started_empty=(
+                facts.get("role") == "master"
+                and set(_text(facts, "master_replid2") or "?") == {"0"}
+                and facts.get("rdb_last_load_keys_loaded") == 0
+                # After an AOF was loaded, no keys count as loaded either; but then its base has a size.
+                and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)
+            ),
+            by_its_aof=facts.get("aof_enabled") != 0,
+        )
 
-    async def _started_empty(self, facts: dict[str, Any]) -> bool:
-        never_a_replica = facts.get("role") == "master" and set(_text(facts, "master_replid2") or "?") == {"0"}
-        if not never_a_replica or facts.get("rdb_last_load_keys_loaded") != 0:
-            return False
-        # After an AOF was loaded, no keys count as loaded either; but then its base has a size.
-        return facts.get("aof_enabled") == 0 or (facts.get("aof_base_size") == 0 and await self._aof_has_a_base())
-
-    async def _aof_has_a_base(self) -> bool:
-        """Whether a rewritten AOF begins with a snapshot, as is usual. False where the server does not tell."""
+    async def writes_a_base(self) -> bool:
+        """Whether its AOF begins with a snapshot, as is usual. False where Redis does not tell."""
         with redis_errors():
             try:
                 found: dict[Any, Any] = await self._redis.config_get("aof-use-rdb-preamble")
             except ResponseError:
                 return False
-        return b"yes" in found.values() or "yes" in found.values()
+        return not {"yes", b"yes"}.isdisjoint(found.values())
 
     async def info(self) -> dict[str, Any]:
         """All of INFO, parsed."""

@@ -28,7 +28,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-async def lend(folder: Path, say: Callable[[str], None]) -> None:
+async def run_servers(folder: Path, say: Callable[[str], None]) -> None:
     """Start both in `folder`, and say how to use them. Raises ViewerWorkerError."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -138,13 +138,13 @@ def test_what_was_written_is_subtracted_and_what_was_not_is_kept() -> None:
     sums.add({"a": 2, "b": 1})
     sums.sending(nonce, {"a": 2, "b": 1})
     sums.add({"a": 5})
-    sums.settle(uuid4())
+    sums.confirm(uuid4())
     assert sums.copy(["a", "b"], 1) == {"a": 7, "b": 1}
-    sums.settle(nonce)  # too late: it was found not to be written
+    sums.confirm(nonce)  # too late: it was found not to be written
     assert sums.copy(["a", "b"], 1) == {"a": 7, "b": 1}
     sums.sending(nonce, {"a": 7, "b": 1})
     sums.add({"a": 1})
-    sums.settle(nonce)
+    sums.confirm(nonce)
     assert sums.copy(["a", "b"], 1) == {"a": 1}
     assert sums.ids() == ["a"]
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import redis.asyncio as aioredis
 
-from worker.app import run_async
 from worker.clock import SystemClock
 from worker.counters.updates import Updates
 from worker.dev.servers import ValkeyServer
+from worker.engine.event_loop import run_async
 from worker.observability.metrics import Metrics
 from worker.redis.address import parse_redis_url
 from worker.redis.client import RedisClient

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import aiohttp
 import asyncpg
 
-from tests.guarded import in_both_worlds
+from tests.guarded import in_both_worlds, in_the_guarded_world
 from tests.world import CliWorker, World
 
 Start = Callable[..., CliWorker]
@@ -64,7 +64,7 @@ class Application:
         await sql.close()
 
 
-@in_both_worlds
+@in_the_guarded_world
 async def test_column_is_exact_and_the_page_never_dips_while_the_worker_is_killed(world: World, start: Start) -> None:
     application, rng = Application(world), random.Random(1)
     await application.create_table()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guarded import in_both_worlds
+from tests.guarded import in_both_worlds, in_the_guarded_world
 from tests.world import CliWorker, World, clean_environment
 from worker.dev.servers import ValkeyServer, free_port
 
@@ -268,7 +268,7 @@ def test_check_goes_on_when_a_server_is_out_of_reach() -> None:
     assert "hunter2" not in done.stdout + done.stderr
 
 
-@in_both_worlds
+@in_the_guarded_world
 async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
     await world.view("a", 5)
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0

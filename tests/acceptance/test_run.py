@@ -19,7 +19,7 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
-from tests.guarded import in_both_worlds
+from tests.guarded import in_both_worlds, in_the_guarded_world
 from tests.world import CliWorker, World
 from worker.dev.servers import PostgresServer, ValkeyServer, free_port
 
@@ -74,7 +74,7 @@ async def test_killed_at_a_point_of_the_flush_counts_each_view_once(world: World
     await world.assert_exact()
 
 
-@in_both_worlds
+@in_the_guarded_world
 async def test_kill_9_five_times_under_load_is_exact(world: World, start: Start) -> None:
     rng = random.Random(5)
     loaded = asyncio.Event()
@@ -126,7 +126,7 @@ async def test_sigterm_flushes_what_is_pending(world: World, start: Start) -> No
     await world.assert_exact()
 
 
-@in_both_worlds
+@in_the_guarded_world
 async def test_sigterm_in_mid_flush_with_a_slow_database_ends_within_the_deadline(world: World, start: Start) -> None:
     worker = start(world.environment | {"SHUTDOWN_TIMEOUT": "1s"}, "run")
     await worker.wait_for_log('"view_counts ok"')
@@ -252,7 +252,7 @@ async def test_missing_schema_is_waited_for_and_told(redis_url: str, empty_datab
         assert (await get(f"{url}/readyz"))[0] == 200
 
 
-@in_both_worlds
+@in_the_guarded_world
 async def test_hold_is_degraded_not_ready_and_explained(world: World, start: Start) -> None:
     assert await start(world.environment, "run", "--once").wait() == 0
     await world.redis.set(world.keys.marker, "garbage")
@@ -280,7 +280,7 @@ async def test_port_that_is_taken_stops_the_start(world: World, start: Start) ->
     assert "Traceback" not in second.log
 
 
-@in_both_worlds
+@in_the_guarded_world
 async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(world: World, start: Start) -> None:
     first = start(world.environment, "run")
     await first.wait_for_log('"lease taken"')

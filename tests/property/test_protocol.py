@@ -529,7 +529,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 # pytest collects the machine through this; its length is a matter of time, not of truth.
 ProtocolTest = ProtocolMachine.TestCase
 ProtocolTest.settings = settings(
-    max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "45")),
     stateful_step_count=40,
     deadline=None,
     phases=[Phase.explicit, Phase.generate] + ([] if os.environ.get("PROPERTY_SHRINK") == "no" else [Phase.shrink]),

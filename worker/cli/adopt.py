@@ -35,16 +35,16 @@ def adopt(
     if count_pending and discard_pending:
         raise typer.BadParameter("choose one of --count-pending and --discard-pending")
     settings = read_settings(env_file, log_level)
-    from worker import app
+    from worker.engine.event_loop import run_async
 
-    app.run_async(_adopt(settings, decided=count_pending or discard_pending, discard=discard_pending, yes=yes))
+    run_async(_adopt(settings, decided=count_pending or discard_pending, discard=discard_pending, yes=yes))
 
 
 async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool) -> None:
-    from worker import app
+    from worker import commands
     from worker.counters.adopt import describe_marker
 
-    async with app.counters_for_a_command(settings) as counters:
+    async with commands.counters_for_a_command(settings) as counters:
         situation = await counters.adoption.look()
         flushes = situation.source.last_flush_id
         examples = ", ".join(f"{printable(vod_id)}: {count}" for vod_id, count in situation.largest.items())

@@ -31,10 +31,10 @@ def dev(
     what is in Postgres, id by id; exit code 1 when an id that was INCRed differs, or any id has too many.
     """
     seconds = duration(for_).total_seconds() if for_ else None
-    from worker.app import run_async
     from worker.dev.demo import Demo
     from worker.dev.servers_only import run_servers
     from worker.dev.viewers import Audience, Popular, Recorded
+    from worker.engine.event_loop import run_async
     from worker.observability.logs import configure_logs
 
     configure_logs("warning")

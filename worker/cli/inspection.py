@@ -30,10 +30,11 @@ def check(
     import json
     from dataclasses import asdict
 
-    from worker import app
+    from worker import commands
     from worker.checkup import Level
+    from worker.engine.event_loop import run_async
 
-    findings = app.run_async(app.check(settings))
+    findings = run_async(commands.check(settings))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

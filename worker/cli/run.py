@@ -27,13 +27,17 @@ def run(
         # Until the worker listens to signals itself there is nothing to drain.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = read_settings(env_file, log_level)
-    from worker import app
+    from worker.engine.event_loop import run_async
 
     if once:
-        _report_once(app.run_async(app.run_once(settings)))
+        from worker import commands
+
+        _report_once(run_async(commands.run_once(settings)))
         return
+    from worker import app
+
     try:
-        clean = app.run_async(app.run(settings))
+        clean = run_async(app.run(settings))
     except OSError as error:
         where = f"{settings.health_check_host}:{settings.health_check_port}"
         name = "HEALTH_CHECK_PORT to a free port" if error.errno == errno.EADDRINUSE else "HEALTH_CHECK_HOST"
@@ -61,9 +65,10 @@ def migrate(
 ) -> None:
     """Create the tables, or bring them up to date. With --status: exit code 0 when they are, 1 when not."""
     settings = read_settings(env_file, log_level)
-    from worker import app
+    from worker import commands
+    from worker.engine.event_loop import run_async
 
-    before, after = app.run_async(app.migrate(settings, only_status=status))
+    before, after = run_async(commands.migrate(settings, only_status=status))
     typer.echo(f"database: {before.current or 'no tables'}, needed: {before.head}")
     if status:
         before.require_current()

@@ -20,14 +20,15 @@ def top(
     """Show the ids that were viewed most in the window, counted in whole hours, and their totals by now."""
     since = duration(window)
     settings = read_settings(env_file, log_level)
-    from worker import app
+    from worker import commands
     from worker.db.reads import Top
+    from worker.engine.event_loop import run_async
 
     async def look() -> Top:
-        async with app.counters_for_a_command(settings) as counters:
+        async with commands.counters_for_a_command(settings) as counters:
             return await counters.display.top(since, limit)
 
-    found = app.run_async(look())
+    found = run_async(look())
     typer.echo(f"since {found.since:%Y-%m-%d %H:%M} UTC\n")
     if not found.entries:
         typer.echo("no views")
@@ -48,14 +49,15 @@ def import_(
     if not from_target:
         raise typer.BadParameter("say where from: --from-target")
     settings = read_settings(env_file, log_level)
-    from worker import app
+    from worker import commands
+    from worker.engine.event_loop import run_async
 
     if settings.view_target is None:
         fail("VIEW_TARGET_TABLE is not set", "Set VIEW_TARGET_TABLE, _KEY and _COLUMN.", EXIT_CONFIG)
 
     async def import_all() -> None:
         rows = ids = views = 0
-        async for page in app.import_totals(settings):
+        async for page in commands.import_totals(settings):
             rows, ids, views = rows + page.rows, ids + page.ids, views + page.views
             if sys.stderr.isatty():
                 typer.echo(f"\r{rows:,} rows", err=True, nl=False)
@@ -64,7 +66,7 @@ def import_(
         taken = f"{ids:,} totals taken over, {views:,} views more than ours had"
         typer.echo(f"{rows:,} rows of {settings.view_target}: {taken}")
 
-    app.run_async(import_all())
+    run_async(import_all())
 
 
 def forget(
@@ -78,13 +80,14 @@ def forget(
     The application's own table is left as it is. The ledger keeps what was flushed until VIEW_LEDGER_RETENTION.
     """
     settings = read_settings(env_file, log_level)
-    from worker import app
+    from worker import commands
+    from worker.engine.event_loop import run_async
     from worker.ids import decode_id
 
     checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
 
     async def run() -> None:
-        async with app.counters_for_a_command(settings) as counters:
+        async with commands.counters_for_a_command(settings) as counters:
             (shown,) = await counters.display.views([checked])
             typer.echo(f"{printable(checked)}: {shown.stored:,} views in Postgres, {shown.pending:,} pending")
             if not yes and not (sys.stdin.isatty() and typer.confirm("Forget them?")):
@@ -95,4 +98,4 @@ def forget(
             gone = await counters.forgetting.forget(checked)
             typer.echo(f"Forgotten: {gone.stored:,} views in Postgres, {gone.pending:,} pending.")
 
-    app.run_async(run())
+    run_async(run())

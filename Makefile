@@ -38,7 +38,7 @@ dev: install ## The demo without an end (Ctrl-C stops it and prints the verdict)
 	@$(BIN)/viewer-worker dev
 
 test: $(VENV)/.tools ## All tests, on real embedded servers, two at a time
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.tools ## A minute each of replicas killed and frozen, and of 50,000 messages/s; the property test, many examples
 	@FAULT_SECONDS=60 MESSAGE_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200

@@ -86,7 +86,7 @@ class Adoption:
         async with self.database.transaction() as tx:
             await self.source_row.ensure(tx)
             source = await self.source_row.lock(tx, wait=True)
-            await self.source_row.hold(tx, PATIENCE)
+            await self.source_row.allow_idling(tx, PATIENCE)
             (marker,) = await self.redis.read([self.keys.marker])
             if source is None or marker != situation.marker or _facts(source) != _facts(situation.source):
                 raise NothingToAdopt("something changed since it was looked at: look again")

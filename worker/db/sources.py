@@ -181,7 +181,7 @@ class SourceRow:
         row = (await tx.execute(_LOCK_PATIENTLY if wait else _LOCK, {"name": self.name})).one_or_none()
         return None if row is None else Source(*row[: len(_COLUMNS)])
 
-    async def hold(self, tx: AsyncConnection, duration: timedelta) -> None:
+    async def allow_idling(self, tx: AsyncConnection, duration: timedelta) -> None:
         """Keep the lock although nothing is asked of the database for so long."""
         idle = f"{int(duration.total_seconds())}s"
         await tx.execute(select(func.set_config("idle_in_transaction_session_timeout", idle, True)))

@@ -47,6 +47,7 @@ class WebServer:
             app, access_log=None, handle_signals=False, keepalive_timeout=15.0, shutdown_timeout=1.0
         )
         self._listener: asyncio.Server | None = None
+        logging.getLogger("aiohttp.server").addFilter(_is_our_mistake)
 
     @property
     def url(self) -> str:
@@ -89,6 +90,3 @@ def _answers(answer: Callable[[], Answer]) -> Handler:
 def _is_our_mistake(record: logging.LogRecord) -> bool:
     """Not what cannot be read as HTTP: whoever knocks could fill the log with it."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-
-
-logging.getLogger("aiohttp.server").addFilter(_is_our_mistake)

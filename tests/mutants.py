@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant(
         "a trigger that fails in an unusual way fails the flush",
         "worker/db/errors.py",
-        "    return state is not None and not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES\n",
-        "    return state is not None and state.startswith(REFUSED_DATA_PREFIXES)\n",
+        "not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES\n",
+        "state.startswith(REFUSED_DATA_PREFIXES)\n",
     ),
     Mutant(
         "an import locks the rows that are there",

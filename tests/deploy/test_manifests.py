@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.tools import tool
 from worker.settings import Settings, parse_duration
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -50,13 +50,12 @@ def test_kubernetes_manifest_follows_its_schema(manifest: Path) -> None:
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    if shutil.which("systemd-analyze") is None and not os.environ.get("CI"):
-        pytest.skip("systemd-analyze is not installed")
+    analyze = tool("systemd-analyze", "systemd")
     unit = tmp_path / "viewer-worker.service"
     text = (DEPLOY / "systemd" / unit.name).read_text()
     # It looks for the program, too, which is not installed here.
     unit.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
-    succeeds("systemd-analyze", "verify", "--man=no", unit)
+    succeeds(analyze, "verify", "--man=no", unit)
 
 
 def test_secrets_of_the_compose_file_are_those_that_are_made(tmp_path: Path) -> None:

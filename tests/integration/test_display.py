@@ -10,8 +10,10 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.dialects import postgresql
 
+from tests.proxy import Mode, Proxy
 from tests.world import World
 from worker.db.reads import TOP, TOTALS, Shown, TopEntry
+from worker.db.session import COMMAND_TIMEOUT_S
 from worker.errors import DatabaseRefused, DatabaseUnavailable, TooManyReaders
 
 
@@ -146,6 +148,16 @@ async def test_readers_do_not_keep_the_worker_from_its_connections(world: World)
         outcomes = await asyncio.gather(*readers, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {TooManyReaders, DatabaseUnavailable}
     assert sum(isinstance(outcome, TooManyReaders) for outcome in outcomes) >= 10
+
+
+async def test_database_that_falls_silent_is_given_up_long_before_a_flush_would(world: World) -> None:
+    async with Proxy(world.database_url) as proxy:
+        worker = world.worker(DATABASE_URL=proxy.url)
+        await worker.counters.display.views(["a"])
+        proxy.mode = Mode.VANISH
+        async with asyncio.timeout(COMMAND_TIMEOUT_S / 2):
+            with pytest.raises(DatabaseUnavailable, match="no answer in time"):
+                await worker.counters.display.views(["a"])
 
 
 async def test_tables_that_are_missing_are_told(redis_url: str, empty_database_url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import subprocess
@@ -384,3 +385,14 @@ async def test_example_of_the_reference_runs(valkey: ValkeyServer) -> None:
     assert done.stdout == b""
     async with aioredis.from_url(valkey.url) as client:
         assert await client.mget("vod:views:vod_123", "vod:views:vod_7") == [b"3", b"1"]
+
+
+def test_forked_process_records_on_connections_of_its_own(redis_url: str, prefix: str) -> None:
+    with SyncViewProducer(redis_url, prefix=prefix, timeout=5) as producer, redis.Redis.from_url(redis_url) as seen:
+        assert producer.record("vod_1") is Outcome.RECORDED
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if producer.record("vod_1") is Outcome.RECORDED else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert producer.record("vod_1") is Outcome.RECORDED
+        assert seen.getdel(f"{prefix}vod_1") == b"3"

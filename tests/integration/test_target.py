@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
 from tests import vod_table
 from tests.fakes import FakeClock
@@ -208,8 +209,10 @@ async def test_foreign_key_to_the_row_is_no_hindrance(world: World) -> None:
         assert await worker.sweep_and_flush() == Flushed(flush_id=1, keys=1, views=1)
 
 
-async def test_deadlock_with_the_application_is_tried_again(world: World) -> None:
+async def test_deadlock_with_the_application_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trigger wants a row that a transaction of the application has, and that one wants the worker's row."""
+    # Else the wait ends before Postgres looks for deadlocks, as it does where deadlock_timeout is the usual second.
+    monkeypatch.setattr("worker.db.target._WAIT_BRIEFLY", text("SET LOCAL lock_timeout = '20s'"))
     await vod_table.create(world)
     await world.sql.execute(
         """
@@ -232,7 +235,7 @@ async def test_deadlock_with_the_application_is_tried_again(world: World) -> Non
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         )
         async with asyncio.timeout(10):
-            while not await world.sql.fetch(waiting):
+            while not await world.sql.fetchval(waiting):
                 await asyncio.sleep(0.01)
         await application.execute("UPDATE \"Vod\" SET title = 'new' WHERE id = 'a'")
     await application.close()

@@ -17,6 +17,8 @@ from worker.counters.flush import Flushed
 from worker.db.target import REST_S
 from worker.errors import DatabaseUnavailable
 
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
 
 async def test_each_change_is_added_and_ids_without_a_row_are_skipped(world: World) -> None:
     await vod_table.create(world)
@@ -149,6 +151,34 @@ async def test_rows_whose_trigger_waits_for_a_lock_stay_pending_and_hinder_no_ot
     await world.assert_exact()
 
 
+async def test_application_does_not_wait_for_rows_of_a_flush_that_waits_for_a_lock(world: World) -> None:
+    await vod_table.create(world)
+    await world.sql.execute(
+        """
+        CREATE TABLE channel (n int); INSERT INTO channel VALUES (0);
+        CREATE FUNCTION add() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN UPDATE channel SET n = n + 1; RETURN new; END$$;
+        CREATE TRIGGER t AFTER UPDATE OF "viewCount" ON "Vod" FOR EACH ROW EXECUTE FUNCTION add()
+        """
+    )
+    worker = world.worker(**vod_table.SETTINGS)
+    await worker.cycle()
+    await world.view_many(["a", "b"])
+    application = await asyncpg.connect(world.database_url)
+    async with world.sql.transaction():
+        await world.sql.execute("UPDATE channel SET n = n + 1")
+        flush = asyncio.create_task(worker.sweep_and_flush())
+        while not flush.done() and not await application.fetchval(WAITING):
+            await asyncio.sleep(0.01)
+        await application.execute("SET lock_timeout = '2s'")
+        await application.execute("UPDATE \"Vod\" SET title = 'new' WHERE id = 'a'")
+        await flush
+    await application.close()
+    await worker.sweep_and_flush()
+    assert await vod_table.shown(world) == {"a": 1, "b": 1, "c": 0}
+    await world.assert_exact()
+
+
 async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await vod_table.create(world)
     # What a sequence counted stays counted when the transaction does not.
@@ -231,11 +261,8 @@ async def test_deadlock_with_the_application_is_tried_again(world: World, monkey
         await application.execute("SET LOCAL deadlock_timeout = '20s'")
         await application.execute("UPDATE audit SET n = n + 1")
         flush = asyncio.create_task(worker.sweep_and_flush())
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
         async with asyncio.timeout(10):
-            while not await world.sql.fetchval(waiting):
+            while not await world.sql.fetchval(WAITING):
                 await asyncio.sleep(0.01)
         await application.execute("UPDATE \"Vod\" SET title = 'new' WHERE id = 'a'")
     await application.close()

@@ -218,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "another numbered database is the same data set",
-        "worker/counters/keys.py",
+        "worker/contract/keys.py",
         'history = f"{replid}/{self.database}" if self.database else replid',
         "history = replid",
     ),

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from sqlalchemy import text
 
 from worker.clock import SystemClock
-from worker.counters.keys import Keys
+from worker.contract.keys import Keys
 from worker.counters.lease import NEEDS
 from worker.counters.marker import Marker
 from worker.db.session import Database

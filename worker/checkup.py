@@ -12,8 +12,8 @@ from worker.errors import SchemaNotCurrent, TargetUnusable
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
+    from worker.contract.keys import Keys
     from worker.counters.adopt import Adoption
-    from worker.counters.keys import Keys
     from worker.db.session import Database
     from worker.db.target import TargetTable
     from worker.redis.client import RedisClient

@@ -13,9 +13,9 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from worker.clock import Clock, SystemClock
-from worker.counters.keys import Keys
+from worker.contract.ids import InvalidId, check_id
+from worker.contract.keys import Keys
 from worker.errors import InvalidView, ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
-from worker.ids import InvalidId, check_id
 from worker.redis.address import parse_redis_url
 from worker.redis.connection import connect, connect_blocking
 from worker.redis.transaction import BlockingTransactions, Command, Transactions

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from worker.access_log import MalformedLine, Request
-from worker.ids import fitting_id
+from worker.contract.ids import fitting_id
 from worker.producer import SyncViewProducer
 
 BATCH_LINES = 500

@@ -16,12 +16,12 @@ from pydantic import (
     model_validator,
 )
 
+from worker.contract.durations import format_duration, parse_duration
+from worker.contract.urls import MASK, mask_url
 from worker.db.address import DatabaseAddress, parse_database_url
 from worker.db.target_names import TargetNames, parse_target
 from worker.db.witnesses import CountSource
-from worker.durations import format_duration, parse_duration
 from worker.redis.address import RedisAddress, parse_redis_url
-from worker.urls import MASK, mask_url
 
 PIPELINES = ("view_counts", "view_events", "chunk_requests", "bars_1m", "metrics", "session_events")
 AVAILABLE_PIPELINES = ("view_counts",)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from worker.clock import SystemClock
+from worker.contract.keys import Keys
 from worker.counters.adopt import Adoption
 from worker.counters.announced import Announced
 from worker.counters.batch_size import BatchSize
 from worker.counters.display import Display
 from worker.counters.flush import Flusher
 from worker.counters.forget import Forgetting
-from worker.counters.keys import Keys
 from worker.counters.lease import Lease
 from worker.counters.listener import Listener
 from worker.counters.loop import FlushLoop

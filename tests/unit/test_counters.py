@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import FakeClock
+from worker.contract.ids import MAX_ID_BYTES, InvalidId, check_id, fitting_id
+from worker.contract.keys import MAX_COUNT, Keys, parse_count
 from worker.counters.batch_size import BatchSize
-from worker.counters.keys import MAX_COUNT, Keys, parse_count
 from worker.counters.marker import Marker
 from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
 from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, REST_S, Quarantine, printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.db.sources import Source
-from worker.ids import MAX_ID_BYTES, InvalidId, check_id, fitting_id
 from worker.redis.address import RedisAddress
 from worker.redis.client import RedisClient
 

@@ -27,8 +27,8 @@ from redis.exceptions import (
 
 import worker
 from tests.fakes import FakeClock
+from worker.contract.ids import check_id
 from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
-from worker.ids import check_id
 from worker.producer import Failures, Outcome, SyncViewProducer, ViewProducer
 from worker.redis.transaction import BlockingTransactions, Permits, raise_unless_applied
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.durations import format_duration, parse_duration
+from worker.contract.durations import format_duration, parse_duration
 from worker.environment import load_settings
 from worker.errors import InvalidSettings
 from worker.settings import Settings

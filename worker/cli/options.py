@@ -37,7 +37,7 @@ def printable(vod_id: str) -> str:
 
 def duration(text: str) -> timedelta:
     """Read an argument such as 20s. Raises BadParameter."""
-    from worker.durations import parse_duration
+    from worker.contract.durations import parse_duration
 
     try:
         return parse_duration(text)

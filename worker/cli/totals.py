@@ -81,8 +81,8 @@ def forget(
     """
     settings = read_settings(env_file, log_level)
     from worker import commands
+    from worker.contract.ids import decode_id
     from worker.engine.event_loop import run_async
-    from worker.ids import decode_id
 
     checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
 

@@ -7,18 +7,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from worker.counters.keys import parse_count
+from worker.contract.ids import InvalidId
+from worker.contract.keys import parse_count
 from worker.counters.marker import Marker
 from worker.counters.quarantine import printable
 from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.db.sources import NEW_SOURCE
 from worker.errors import NothingToAdopt
-from worker.ids import InvalidId
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.counters.recovery import Recovery
     from worker.counters.settle import Settler
     from worker.db.session import Database

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from worker.counters.keys import parse_count
+from worker.contract.keys import parse_count
 from worker.counters.marker import Marker
 from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
 from worker.db.witnesses import VIEWS
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from datetime import timedelta
 
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.db.reads import Stored
     from worker.db.session import Database
     from worker.db.witnesses import CountSource

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from worker.clock import Clock
+    from worker.contract.keys import Keys
     from worker.counters.announced import Announced
-    from worker.counters.keys import Keys
     from worker.counters.lease import Lease
     from worker.counters.quarantine import Quarantine
     from worker.counters.reading import CounterReader, Reading

@@ -12,7 +12,7 @@ from worker.db.ledger import Flush
 from worker.errors import OnHold
 
 if TYPE_CHECKING:
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.counters.reading import CounterReader
     from worker.counters.recovery import Recovery
     from worker.counters.settle import Settler

@@ -6,22 +6,22 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
+from worker.contract.ids import InvalidId
 from worker.counters.flush import Busy, Flushed
 from worker.counters.lease import NEEDS
 from worker.counters.recovery import Hold
 from worker.engine.retry import Backoff
 from worker.engine.waiting import wait_first
 from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError, cause_of
-from worker.ids import InvalidId
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
 
 if TYPE_CHECKING:
     from worker.clock import Clock
+    from worker.contract.keys import Keys
     from worker.counters.announced import Announced
     from worker.counters.batch_size import BatchSize
     from worker.counters.flush import Flusher
-    from worker.counters.keys import Keys
     from worker.counters.lease import Lease
     from worker.counters.pending import Pending, Sweep
     from worker.counters.quarantine import Quarantine

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
     from worker.clock import Clock
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.redis.client import RedisClient
 
 SWEEP_SHARE = 0.05

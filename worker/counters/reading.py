@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.counters.keys import parse_count
+from worker.contract.keys import parse_count
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.counters.quarantine import Quarantine
     from worker.redis.client import RedisClient
 

@@ -15,7 +15,7 @@ from worker.observability.status import STEP_LIMIT_S
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.counters.settle import Settler
     from worker.db.ledger import Ledger
     from worker.db.session import Database, Transaction

@@ -12,7 +12,7 @@ from worker.redis.scripts import LuaScript
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from worker.counters.keys import Keys
+    from worker.contract.keys import Keys
     from worker.counters.marker import Marker
     from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from worker.urls import MASK, split_url
+from worker.contract.urls import MASK, split_url
 
 SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg")
 PRISMA_OPTIONS = ("connection_limit", "connect_timeout", "pool_timeout", "socket_timeout", "pgbouncer", "sslaccept")

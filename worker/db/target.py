@@ -28,11 +28,11 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
+from worker.contract.ids import MAX_ID_BYTES
 from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_by_row, sqlstate
 from worker.db.tables import view_counts
 from worker.db.target_fit import fit
 from worker.errors import DatabaseUnavailable
-from worker.ids import MAX_ID_BYTES
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:

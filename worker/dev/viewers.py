@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from redis.exceptions import RedisError
 
 from worker.access_log import MalformedLine, read_access_log
+from worker.contract.ids import fitting_id
 from worker.errors import ViewerWorkerError
-from worker.ids import fitting_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

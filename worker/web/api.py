@@ -8,9 +8,9 @@ from urllib.parse import parse_qsl, unquote
 
 from aiohttp import web
 
-from worker.durations import parse_duration
+from worker.contract.durations import parse_duration
+from worker.contract.ids import InvalidId, decode_id
 from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError
-from worker.ids import InvalidId, decode_id
 from worker.web.answer import Answer
 
 if TYPE_CHECKING:

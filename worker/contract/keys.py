@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from worker.ids import decode_id
+from worker.contract.ids import decode_id
 
 MAX_COUNT = 2**63 - 1
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")

@@ -10,7 +10,7 @@ from alembic import context
 from worker.db.schema import VERSION_TABLE, lock_migrations
 from worker.db.session import Database
 from worker.db.tables import metadata
-from worker.environment import load_settings
+from worker.settings.environment import load_settings
 
 
 def migrate(connection: Connection) -> None:

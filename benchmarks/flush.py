@@ -22,11 +22,11 @@ from worker.clock import SystemClock
 from worker.db import schema
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, ValkeyServer
-from worker.environment import load_settings
 from worker.observability.logs import configure_logs
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
+from worker.settings.environment import load_settings
 from worker.wiring import view_counters
 
 KEYS = 20_000

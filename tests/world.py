@@ -28,11 +28,11 @@ from worker.counters.lease import NEEDS
 from worker.counters.marker import Marker
 from worker.db.session import Database
 from worker.dev.servers import Server
-from worker.environment import load_settings, without_settings
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
-from worker.settings import Settings
+from worker.settings.environment import load_settings, without_settings
+from worker.settings.model import Settings
 from worker.wiring import ViewCounters, view_counters
 
 USUAL_PREFIX = "vod:views:"

@@ -22,7 +22,7 @@ from worker.web.server import WebServer
 from worker.wiring import connections, view_counters
 
 if TYPE_CHECKING:
-    from worker.settings import Settings
+    from worker.settings.model import Settings
 
 log = get_logger(__name__)
 

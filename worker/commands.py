@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.counters.recovery import Hold
     from worker.db.schema import SchemaState
     from worker.db.target import Page
-    from worker.settings import Settings
+    from worker.settings.model import Settings
     from worker.wiring import ViewCounters
 
 AGREEMENT_NEEDS = ("postgres", "redis", "schema")

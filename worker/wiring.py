@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
-    from worker.settings import Settings
+    from worker.settings.model import Settings
 
 
 @dataclass(frozen=True, slots=True)

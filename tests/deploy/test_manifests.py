@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.tools import tool
-from worker.settings import Settings, parse_duration
+from worker.settings.model import Settings, parse_duration
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BIN = Path(sys.executable).parent

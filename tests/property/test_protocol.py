@@ -30,9 +30,9 @@ from tests.world import InProcessWorker, World, database_url_for
 from worker.counters.flush import Busy, Flushed
 from worker.counters.marker import Marker
 from worker.counters.recovery import Hold
-from worker.environment import load_settings
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 from worker.redis.client import History
+from worker.settings.environment import load_settings
 
 IDS = ["a", "b", "c"]
 WORKERS = 3

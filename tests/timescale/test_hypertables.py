@@ -12,7 +12,7 @@ from tests.world import InProcessWorker, World
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
-from worker.environment import load_settings
+from worker.settings.environment import load_settings
 
 ROLE = Path(__file__).parents[2] / "deploy" / "postgres" / "role.sql"
 

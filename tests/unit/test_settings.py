@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.contract.durations import format_duration, parse_duration
-from worker.environment import load_settings
 from worker.errors import InvalidSettings
-from worker.settings import Settings
+from worker.settings.environment import load_settings
+from worker.settings.model import Settings
 
 ROOT = Path(__file__).parents[2]
 

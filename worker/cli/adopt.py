@@ -11,7 +11,7 @@ from worker.cli.exits import EXIT_FAILURE
 from worker.cli.options import EnvFile, LogLevel, printable, read_settings
 
 if TYPE_CHECKING:
-    from worker.settings import Settings
+    from worker.settings.model import Settings
 
 WAYS_OUT = """
 Flushing is on hold, and views keep accumulating in Redis. Look first whether both sides can be made to fit again

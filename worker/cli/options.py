@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from worker.settings import Settings
+    from worker.settings.model import Settings
 
 EnvFile = Annotated[Path | None, typer.Option("--env-file", help="Read settings from this file instead of .env.")]
 LogLevel = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
@@ -20,8 +20,8 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     """Read the settings and set up the log. Raises InvalidSettings."""
     import os
 
-    from worker.environment import load_settings, misspelt, read_dotenv
     from worker.observability.logs import configure_logs, get_logger
+    from worker.settings.environment import load_settings, misspelt, read_dotenv
 
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from worker.producer import SyncViewProducer
     from worker.publish import Tally
-    from worker.settings import Settings
+    from worker.settings.model import Settings
 
 STDIN = Path("-")
 TIMEOUT_S = 5.0

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from worker.dev.servers import die_with_parent, free_port
-from worker.environment import without_settings
+from worker.settings.environment import without_settings
 
 INTERVAL_MS = 1000
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from worker.contract.urls import MASK
 from worker.errors import InvalidSettings, SettingProblem
-from worker.settings import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings
+from worker.settings.model import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings
 
 # BATCH_INTERVAL is as much like BATCH_INTERVAL_MS; DB_USERNAME, which an application may use itself, is not DB_USER.
 ALIKE = 0.87

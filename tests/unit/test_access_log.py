@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.access_log import MAX_LINE_BYTES, MalformedLine, Request, read_access_log
+from worker.producer.access_log import MAX_LINE_BYTES, MalformedLine, Request, read_access_log
 
 LOG = Path(__file__).parents[1] / "data" / "access.log"
 GOOD = b'203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET /a HTTP/1.1" 200 1 "-" "-"\n'

@@ -29,8 +29,8 @@ import worker
 from tests.fakes import FakeClock
 from worker.contract.ids import check_id
 from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
-from worker.producer import Failures, Outcome, SyncViewProducer, ViewProducer
-from worker.redis.transaction import BlockingTransactions, Permits, raise_unless_applied
+from worker.producer.client import Failures, Outcome, SyncViewProducer, ViewProducer
+from worker.producer.transaction import BlockingTransactions, Permits, raise_unless_applied
 
 QUEUED = b"QUEUED"
 LOST = redis.ConnectionError("Connection closed by server.")
@@ -230,7 +230,7 @@ def test_importing_it_loads_redis_and_little_else() -> None:
 
 def test_package_offers_the_library_and_nothing_else_by_accident() -> None:
     assert {name: getattr(worker, name).__module__ for name in worker.__all__} == dict.fromkeys(
-        ("Outcome", "SyncViewProducer", "ViewProducer"), "worker.producer"
+        ("Outcome", "SyncViewProducer", "ViewProducer"), "worker.producer.client"
     )
     with pytest.raises(AttributeError, match="Producer"):
         _ = worker.Producer

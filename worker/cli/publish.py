@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
-    from worker.producer import SyncViewProducer
-    from worker.publish import Tally
+    from worker.producer.client import SyncViewProducer
+    from worker.producer.publish import Tally
     from worker.settings.model import Settings
 
 STDIN = Path("-")
@@ -72,7 +72,7 @@ def _open(path: Path) -> AbstractContextManager[BinaryIO]:
 
 
 def _producer(settings: Settings) -> SyncViewProducer:
-    from worker.producer import SyncViewProducer
+    from worker.producer.client import SyncViewProducer
 
     return SyncViewProducer(
         settings.redis_url.get_secret_value(),
@@ -98,9 +98,9 @@ def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
 
 
 def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> None:
-    from worker.access_log import read_access_log
     from worker.errors import ViewIndeterminate, ViewNotRecorded
-    from worker.publish import Tally, publish_log
+    from worker.producer.access_log import read_access_log
+    from worker.producer.publish import Tally, publish_log
 
     tally, deferred = Tally(from_line), DeferredSignals()
     ending: tuple[str, str, int] | None = None

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from redis.exceptions import RedisError
 
-from worker.access_log import MalformedLine, read_access_log
 from worker.contract.ids import fitting_id
 from worker.errors import ViewerWorkerError
+from worker.producer.access_log import MalformedLine, read_access_log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

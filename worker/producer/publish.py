@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from worker.access_log import MalformedLine, Request
 from worker.contract.ids import fitting_id
-from worker.producer import SyncViewProducer
+from worker.producer.access_log import MalformedLine, Request
+from worker.producer.client import SyncViewProducer
 
 BATCH_LINES = 500
 SHOWN_MALFORMED = 5

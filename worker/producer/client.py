@@ -16,9 +16,9 @@ from worker.clock import Clock, SystemClock
 from worker.contract.ids import InvalidId, check_id
 from worker.contract.keys import Keys
 from worker.errors import InvalidView, ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
+from worker.producer.transaction import BlockingTransactions, Command, Transactions
 from worker.redis.address import parse_redis_url
 from worker.redis.connection import connect, connect_blocking
-from worker.redis.transaction import BlockingTransactions, Command, Transactions
 
 PREFIX = "vod:views:"
 CHANNEL = "view_count_updates"

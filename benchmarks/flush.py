@@ -18,6 +18,7 @@ from pathlib import Path
 import asyncpg
 import redis.asyncio as aioredis
 
+from worker.app.wiring import view_counters
 from worker.clock import SystemClock
 from worker.db import schema
 from worker.db.session import Database
@@ -27,7 +28,6 @@ from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
 from worker.settings.environment import load_settings
-from worker.wiring import view_counters
 
 KEYS = 20_000
 ROUNDS = 5

@@ -22,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from sqlalchemy import text
 
+from worker.app.wiring import ViewCounters, view_counters
 from worker.clock import SystemClock
 from worker.contract.keys import Keys
 from worker.counters.lease import NEEDS
@@ -33,7 +34,6 @@ from worker.observability.status import Status
 from worker.redis.client import RedisClient
 from worker.settings.environment import load_settings, without_settings
 from worker.settings.model import Settings
-from worker.wiring import ViewCounters, view_counters
 
 USUAL_PREFIX = "vod:views:"
 

@@ -505,7 +505,7 @@ async def test_stop_waits_for_no_messages_where_none_are_listened_to(
 
 async def test_locks_that_last_keep_nobody_else_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, tried = FakeClock(), []
-    monkeypatch.setattr("worker.wiring.SystemClock", lambda: clock)
+    monkeypatch.setattr("worker.app.wiring.SystemClock", lambda: clock)
 
     async def flush(_: object, ids: list[str]) -> Flushed:
         tried.append(ids)

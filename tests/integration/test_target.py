@@ -191,7 +191,7 @@ async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, mon
         """
     )
     clock = FakeClock()
-    monkeypatch.setattr("worker.wiring.SystemClock", lambda: clock)
+    monkeypatch.setattr("worker.app.wiring.SystemClock", lambda: clock)
     worker = world.worker(**vod_table.SETTINGS)
 
     async def tries_of_a_flush() -> int:

@@ -41,7 +41,7 @@ def adopt(
 
 
 async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool) -> None:
-    from worker import commands
+    from worker.app import commands
     from worker.counters.adopt import describe_marker
 
     async with commands.counters_for_a_command(settings) as counters:

@@ -30,8 +30,8 @@ def check(
     import json
     from dataclasses import asdict
 
-    from worker import commands
-    from worker.checkup import Level
+    from worker.app import commands
+    from worker.app.checkup import Level
     from worker.engine.event_loop import run_async
 
     findings = run_async(commands.check(settings))

@@ -30,11 +30,11 @@ def run(
     from worker.engine.event_loop import run_async
 
     if once:
-        from worker import commands
+        from worker.app import commands
 
         _report_once(run_async(commands.run_once(settings)))
         return
-    from worker import app
+    from worker.app import serve as app
 
     try:
         clean = run_async(app.run(settings))
@@ -65,7 +65,7 @@ def migrate(
 ) -> None:
     """Create the tables, or bring them up to date. With --status: exit code 0 when they are, 1 when not."""
     settings = read_settings(env_file, log_level)
-    from worker import commands
+    from worker.app import commands
     from worker.engine.event_loop import run_async
 
     before, after = run_async(commands.migrate(settings, only_status=status))

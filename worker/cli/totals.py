@@ -20,7 +20,7 @@ def top(
     """Show the ids that were viewed most in the window, counted in whole hours, and their totals by now."""
     since = duration(window)
     settings = read_settings(env_file, log_level)
-    from worker import commands
+    from worker.app import commands
     from worker.db.reads import Top
     from worker.engine.event_loop import run_async
 
@@ -49,7 +49,7 @@ def import_(
     if not from_target:
         raise typer.BadParameter("say where from: --from-target")
     settings = read_settings(env_file, log_level)
-    from worker import commands
+    from worker.app import commands
     from worker.engine.event_loop import run_async
 
     if settings.view_target is None:
@@ -80,7 +80,7 @@ def forget(
     The application's own table is left as it is. The ledger keeps what was flushed until VIEW_LEDGER_RETENTION.
     """
     settings = read_settings(env_file, log_level)
-    from worker import commands
+    from worker.app import commands
     from worker.contract.ids import decode_id
     from worker.engine.event_loop import run_async
 

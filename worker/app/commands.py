@@ -8,7 +8,8 @@ import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from worker.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
+from worker.app.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
+from worker.app.wiring import connections, database_of, keys_of, target_table, view_counters
 from worker.clock import SystemClock
 from worker.counters.flush import Busy
 from worker.counters.loop import CHECK
@@ -17,17 +18,16 @@ from worker.db.total_import import import_totals as import_pages
 from worker.errors import Unavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
-from worker.wiring import connections, database_of, keys_of, target_table, view_counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
+    from worker.app.wiring import ViewCounters
     from worker.counters.flush import Flushed
     from worker.counters.recovery import Hold
     from worker.db.schema import SchemaState
     from worker.db.target import Page
     from worker.settings.model import Settings
-    from worker.wiring import ViewCounters
 
 AGREEMENT_NEEDS = ("postgres", "redis", "schema")
 # Longer than the lease of a worker that crashed.

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from worker import __version__
+from worker.app.wiring import connections, view_counters
 from worker.clock import SystemClock
 from worker.counters.lease import NEEDS
 from worker.counters.listener import CHECK as MESSAGES
@@ -19,7 +20,6 @@ from worker.observability.status import Status
 from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
-from worker.wiring import connections, view_counters
 
 if TYPE_CHECKING:
     from worker.settings.model import Settings

@@ -19,7 +19,6 @@ import asyncpg
 import redis.asyncio as aioredis
 
 from worker.app.wiring import view_counters
-from worker.clock import SystemClock
 from worker.db import schema
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, ValkeyServer
@@ -27,6 +26,7 @@ from worker.observability.logs import configure_logs
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
+from worker.runtime.clock import SystemClock
 from worker.settings.environment import load_settings
 
 KEYS = 20_000

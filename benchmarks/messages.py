@@ -20,13 +20,13 @@ from pathlib import Path
 
 import redis.asyncio as aioredis
 
-from worker.clock import SystemClock
 from worker.counters.updates import Updates
 from worker.dev.servers import ValkeyServer
-from worker.engine.event_loop import run_async
 from worker.observability.metrics import Metrics
 from worker.redis.address import parse_redis_url
 from worker.redis.client import RedisClient
+from worker.runtime.clock import SystemClock
+from worker.runtime.event_loop import run_async
 
 MESSAGES = 100_000
 ROUNDS = 5

@@ -23,7 +23,6 @@ from redis.backoff import NoBackoff
 from sqlalchemy import text
 
 from worker.app.wiring import ViewCounters, view_counters
-from worker.clock import SystemClock
 from worker.contract.keys import Keys
 from worker.counters.lease import NEEDS
 from worker.counters.marker import Marker
@@ -32,6 +31,7 @@ from worker.dev.servers import Server
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.redis.client import RedisClient
+from worker.runtime.clock import SystemClock
 from worker.settings.environment import load_settings, without_settings
 from worker.settings.model import Settings
 

@@ -12,8 +12,8 @@ import pytest
 from tests.world import World
 from worker.counters.flush import Busy, Flushed
 from worker.counters.lease import NEEDS
-from worker.counters.worker_id import has_died_here, new_worker_id
 from worker.db.sources import LEASE_TTL
+from worker.runtime.worker_id import has_died_here, new_worker_id
 
 
 async def test_only_one_of_two_gets_the_lease(world: World) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from tests import vod_table
 from tests.world import World
-from worker.clock import SystemClock
 from worker.db.target import TargetTable
 from worker.db.target_names import parse_target
 from worker.errors import TargetUnusable
+from worker.runtime.clock import SystemClock
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import signal
 
 import pytest
 
-from worker.engine.retry import Backoff
-from worker.engine.supervisor import Supervisor
-from worker.engine.waiting import wait_first
+from worker.runtime.backoff import Backoff
+from worker.runtime.supervisor import Supervisor
+from worker.runtime.waiting import wait_first
 
 
 def test_backoff_grows_is_capped_and_jittered() -> None:

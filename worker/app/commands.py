@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from worker.app.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
 from worker.app.wiring import connections, database_of, keys_of, target_table, view_counters
-from worker.clock import SystemClock
 from worker.counters.flush import Busy
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
@@ -18,6 +17,7 @@ from worker.db.total_import import import_totals as import_pages
 from worker.errors import Unavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
+from worker.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable

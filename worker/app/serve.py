@@ -7,16 +7,16 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from worker import __version__
+from worker.app.monitor import Monitor, postgres_probe, redis_probe
 from worker.app.wiring import connections, view_counters
-from worker.clock import SystemClock
 from worker.counters.lease import NEEDS
 from worker.counters.listener import CHECK as MESSAGES
 from worker.counters.loop import CHECK
-from worker.engine.supervisor import Loop, Supervisor
-from worker.monitor import Monitor, postgres_probe, redis_probe
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
+from worker.runtime.clock import SystemClock
+from worker.runtime.supervisor import Loop, Supervisor
 from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from worker.clock import SystemClock
 from worker.contract.keys import Keys
 from worker.counters.adopt import Adoption
 from worker.counters.announced import Announced
@@ -26,12 +25,13 @@ from worker.counters.retention import Retention
 from worker.counters.settle import Settler
 from worker.counters.totals import TotalsChannel
 from worker.counters.updates import Updates
-from worker.counters.worker_id import new_worker_id
 from worker.db.ledger import Ledger
 from worker.db.session import Database
 from worker.db.sources import SourceRow
 from worker.db.target import TargetTable
 from worker.redis.client import RedisClient
+from worker.runtime.clock import SystemClock
+from worker.runtime.worker_id import new_worker_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

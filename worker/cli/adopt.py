@@ -35,7 +35,7 @@ def adopt(
     if count_pending and discard_pending:
         raise typer.BadParameter("choose one of --count-pending and --discard-pending")
     settings = read_settings(env_file, log_level)
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     run_async(_adopt(settings, decided=count_pending or discard_pending, discard=discard_pending, yes=yes))
 

@@ -34,8 +34,8 @@ def dev(
     from worker.dev.demo import Demo
     from worker.dev.servers_only import run_servers
     from worker.dev.viewers import Audience, Popular, Recorded
-    from worker.engine.event_loop import run_async
     from worker.observability.logs import configure_logs
+    from worker.runtime.event_loop import run_async
 
     configure_logs("warning")
     try:

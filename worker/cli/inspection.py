@@ -32,7 +32,7 @@ def check(
 
     from worker.app import commands
     from worker.app.checkup import Level
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     findings = run_async(commands.check(settings))
     if as_json:

@@ -27,7 +27,7 @@ def run(
         # Until the worker listens to signals itself there is nothing to drain.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = read_settings(env_file, log_level)
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     if once:
         from worker.app import commands
@@ -66,7 +66,7 @@ def migrate(
     """Create the tables, or bring them up to date. With --status: exit code 0 when they are, 1 when not."""
     settings = read_settings(env_file, log_level)
     from worker.app import commands
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     before, after = run_async(commands.migrate(settings, only_status=status))
     typer.echo(f"database: {before.current or 'no tables'}, needed: {before.head}")

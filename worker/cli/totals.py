@@ -22,7 +22,7 @@ def top(
     settings = read_settings(env_file, log_level)
     from worker.app import commands
     from worker.db.reads import Top
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     async def look() -> Top:
         async with commands.counters_for_a_command(settings) as counters:
@@ -50,7 +50,7 @@ def import_(
         raise typer.BadParameter("say where from: --from-target")
     settings = read_settings(env_file, log_level)
     from worker.app import commands
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     if settings.view_target is None:
         fail("VIEW_TARGET_TABLE is not set", "Set VIEW_TARGET_TABLE, _KEY and _COLUMN.", EXIT_CONFIG)
@@ -82,7 +82,7 @@ def forget(
     settings = read_settings(env_file, log_level)
     from worker.app import commands
     from worker.contract.ids import decode_id
-    from worker.engine.event_loop import run_async
+    from worker.runtime.event_loop import run_async
 
     checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
 

@@ -17,7 +17,6 @@ from worker.observability.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from worker.clock import Clock
     from worker.contract.keys import Keys
     from worker.counters.announced import Announced
     from worker.counters.lease import Lease
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from worker.db.target import TargetTable
     from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 

@@ -10,10 +10,10 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
-from worker.counters.worker_id import has_died_here
-from worker.engine.waiting import wait_first
 from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
+from worker.runtime.waiting import wait_first
+from worker.runtime.worker_id import has_died_here
 
 if TYPE_CHECKING:
     from worker.db.session import Database

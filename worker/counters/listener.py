@@ -7,11 +7,11 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from worker.counters.lease import NEEDS
-from worker.engine.retry import Backoff
-from worker.engine.waiting import wait_first
 from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
 from worker.redis.subscriber import SILENCE_S
+from worker.runtime.backoff import Backoff
+from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,14 +10,13 @@ from worker.contract.ids import InvalidId
 from worker.counters.flush import Busy, Flushed
 from worker.counters.lease import NEEDS
 from worker.counters.recovery import Hold
-from worker.engine.retry import Backoff
-from worker.engine.waiting import wait_first
 from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError, cause_of
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
+from worker.runtime.backoff import Backoff
+from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
-    from worker.clock import Clock
     from worker.contract.keys import Keys
     from worker.counters.announced import Announced
     from worker.counters.batch_size import BatchSize
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from worker.counters.quarantine import Quarantine
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-    from worker.clock import Clock
     from worker.contract.keys import Keys
     from worker.redis.client import RedisClient
+    from worker.runtime.clock import Clock
 
 SWEEP_SHARE = 0.05
 

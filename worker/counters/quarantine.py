@@ -9,7 +9,7 @@ from cachetools import TTLCache
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
-    from worker.clock import Clock
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from worker.engine.waiting import wait_first
 from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
+from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
     from datetime import timedelta

@@ -15,8 +15,8 @@ from worker.observability.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.clock import Clock
     from worker.observability.metrics import Metrics
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 

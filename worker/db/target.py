@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Select, Update
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from worker.clock import Clock
     from worker.db.ledger import Change
     from worker.db.target_fit import Key
     from worker.db.target_names import TargetNames
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 

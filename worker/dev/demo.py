@@ -28,8 +28,8 @@ from worker.dev.process import WorkerProcess
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.servers_only import locked
 from worker.dev.viewers import Audience, Told, Viewers
-from worker.engine.waiting import wait_first
 from worker.errors import ViewerWorkerError
+from worker.runtime.waiting import wait_first
 
 PREFIX = "vod:views:"
 CHANNEL = "view_count_updates"

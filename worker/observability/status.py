@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
-    from worker.clock import Clock
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Self
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
-from worker.clock import Clock, SystemClock
 from worker.contract.ids import InvalidId, check_id
 from worker.contract.keys import Keys
 from worker.errors import InvalidView, ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
 from worker.producer.transaction import BlockingTransactions, Command, Transactions
 from worker.redis.address import parse_redis_url
 from worker.redis.connection import connect, connect_blocking
+from worker.runtime.clock import Clock, SystemClock
 
 PREFIX = "vod:views:"
 CHANNEL = "view_count_updates"

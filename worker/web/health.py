@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import timedelta
 
-    from worker.clock import Clock
+    from worker.runtime.clock import Clock
 
 SERVICE = "viewer-worker"
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from worker.db.errors import database_errors
 from worker.db.schema import read_schema, upgrade
-from worker.engine.retry import Backoff
-from worker.engine.waiting import wait_first
 from worker.errors import SchemaNotCurrent, TargetUnusable, Unavailable, cause_of
 from worker.observability.logs import get_logger
+from worker.runtime.backoff import Backoff
+from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import redis.asyncio as aioredis
 
-from worker.counters.updates import Updates
+from worker.counters.intake.messages import Updates
 from worker.dev.servers import ValkeyServer
 from worker.observability.metrics import Metrics
 from worker.redis.address import parse_redis_url

@@ -44,7 +44,7 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "settle before commit",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "        return Committed(before, flush, changes, skipped)\n",
         "        committed = Committed(before, flush, changes, skipped)\n"
         "        await self.settler.settle(before, committed.marker, flush.counted)\n"
@@ -52,25 +52,25 @@ MUTANTS = (
     ),
     Mutant(
         "no marker test in settle",
-        "worker/counters/settle.lua",
+        "worker/counters/flush/settle.lua",
         "if marker ~= ARGV[1] then return {'moved', marker} end\n",
         "",
     ),
     Mutant(
         "no clamp in settle",
-        "worker/counters/settle.lua",
+        "worker/counters/flush/settle.lua",
         "      if value ~= '0' then table.insert(take, {KEYS[i], value}) end\n      table.insert(zero, KEYS[i])\n",
         "      table.insert(take, {KEYS[i], taken})\n      if value == taken then table.insert(zero, KEYS[i]) end\n",
     ),
     Mutant(
         "no nonce",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "flush = Flush(source.last_flush_id + 1, uuid4(),",
         "flush = Flush(source.last_flush_id + 1, source.last_nonce,",
     ),
     Mutant(
         "birth at last_flush_id",
-        "worker/counters/recovery.py",
+        "worker/counters/flush/recovery.py",
         "        return Marker(lineage, source.settled_id, nonce)",
         "        return Marker(lineage, source.last_flush_id, source.last_nonce or nonce)",
     ),
@@ -82,13 +82,13 @@ MUTANTS = (
     ),
     Mutant(
         "writes before looks in settle",
-        "worker/counters/settle.lua",
+        "worker/counters/flush/settle.lua",
         "      table.insert(take, {KEYS[i], taken})\n    else",
         "      redis.call('DECRBY', KEYS[i], taken)\n    else",
     ),
     Mutant(
         "no probe before birth",
-        "worker/counters/birth.lua",
+        "worker/counters/flush/birth.lua",
         "if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 'moved' end\n",
         "",
     ),
@@ -106,37 +106,37 @@ MUTANTS = (
     ),
     Mutant(
         "the refusal is not remembered",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "await self.source_row.refuse(tx, str(verdict.refused))",
         "pass",
     ),
     Mutant(
         "two data sets share a lineage",
-        "worker/counters/recovery.py",
+        "worker/counters/flush/recovery.py",
         "lineage, nonce, last_nonce = uuid4(), uuid4(), source",
         "lineage, nonce, last_nonce = source.lineage or uuid4(), source.last_nonce or uuid4(), source",
     ),
     Mutant(
         "identity asked for after the evidence",
-        "worker/counters/recovery.py",
+        "worker/counters/flush/recovery.py",
         "self._start_lineage(judged, evidence.identity)",
         "self._start_lineage(judged, self.keys.identity(await self.redis.probe()))",
     ),
     Mutant(
         "settle is refused at maxmemory",
-        "worker/counters/settle.lua",
+        "worker/counters/flush/settle.lua",
         "#!lua flags=allow-oom\n",
         "#!lua\n",
     ),
     Mutant(
         "no sign of life before the lock",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "identity = self.keys.identity(await self.redis.probe())",
         "identity = None",
     ),
     Mutant(
         "sorted first, then the first hundred",
-        "worker/counters/pending.py",
+        "worker/counters/intake/pending.py",
         "return sorted(itertools.islice(self._found, count))",
         "return sorted(self._found)[:count]",
     ),
@@ -148,13 +148,13 @@ MUTANTS = (
     ),
     Mutant(
         "no epoch under the lock",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "if not self.lease.covers(source):",
         "if False:",
     ),
     Mutant(
         "sums of messages copied after Redis is read",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "            announced = self.announced.copy(ids, source.lease_epoch)\n"
         "            reading = await self.reader.read(ids)\n",
         "            reading = await self.reader.read(ids)\n"
@@ -162,31 +162,31 @@ MUTANTS = (
     ),
     Mutant(
         "sums of another epoch are written",
-        "worker/counters/announced.py",
+        "worker/counters/intake/announced.py",
         "        if epoch != self._epoch:\n            return {}\n",
         "",
     ),
     Mutant(
         "takeover keeps the sums",
-        "worker/counters/announced.py",
+        "worker/counters/intake/announced.py",
         "            self.drop()\n            self._epoch = epoch\n",
         "            self._epoch = epoch\n",
     ),
     Mutant(
         "an ambiguous commit is taken for one that failed",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "self.announced.confirm(source.announced_nonce)",
         "self.announced.confirm(None)",
     ),
     Mutant(
         "an ambiguous commit is taken for one that took place",
-        "worker/counters/announced.py",
+        "worker/counters/intake/announced.py",
         "        if nonce != written:\n            return\n",
         "",
     ),
     Mutant(
         "an ambiguous commit is looked up before the lock",
-        "worker/counters/flush.py",
+        "worker/counters/flush/flusher.py",
         "            source = await self.source_row.lock(tx)\n",
         "            unlocked = await self.source_row.read(tx)\n"
         "            self.announced.confirm(unlocked.announced_nonce if unlocked else None)\n"
@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "an AOF that is written without a base is taken for an empty start",
-        "worker/counters/recovery.py",
+        "worker/counters/flush/recovery.py",
         "return history.started_empty and (not history.by_its_aof or await self.redis.writes_a_base())",
         "return history.started_empty",
     ),
@@ -224,7 +224,7 @@ MUTANTS = (
     ),
     Mutant(
         "the probe has a lifetime",
-        "worker/counters/probe.lua",
+        "worker/counters/flush/probe.lua",
         "redis.call('SET', KEYS[1], ARGV[1])",
         "redis.call('SET', KEYS[1], ARGV[1], 'EX', 3600)",
     ),
@@ -242,7 +242,7 @@ MUTANTS = (
     ),
     Mutant(
         "a reconnect is no gap",
-        "worker/counters/listener.py",
+        "worker/counters/intake/listener.py",
         "        gap = self._heard_before or epoch > 1\n",
         "        gap = False\n",
     ),

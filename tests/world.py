@@ -24,8 +24,8 @@ from sqlalchemy import text
 
 from worker.app.wiring import ViewCounters, view_counters
 from worker.contract.keys import Keys
+from worker.counters.flush.marker import Marker
 from worker.counters.lease import NEEDS
-from worker.counters.marker import Marker
 from worker.db.session import Database
 from worker.dev.servers import Server
 from worker.observability.metrics import Metrics
@@ -70,7 +70,7 @@ class InProcessWorker:
 
     async def cycle_until_done(self) -> Any:
         """As the loop does it: try again while another worker is at it."""
-        from worker.counters.flush import Busy
+        from worker.counters.flush.flusher import Busy
 
         while isinstance(outcome := await self.cycle(), Busy):
             await asyncio.sleep(0.01)

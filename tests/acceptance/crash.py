@@ -13,7 +13,7 @@ def die(*_: Any, **__: Any) -> Any:
 
 
 def crash_at(point: str) -> None:
-    from worker.counters.settle import Settler
+    from worker.counters.flush.settle import Settler
     from worker.db.ledger import Ledger
 
     match point:

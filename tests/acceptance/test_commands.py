@@ -200,7 +200,7 @@ def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     probe = (
         "import worker, worker.db.schema as s; print(worker.__file__); print(s._scripts().get_current_head());"
-        "import worker.counters.settle"
+        "import worker.counters.flush.settle"
     )
     done = subprocess.run(
         [sys.executable, "-c", probe],

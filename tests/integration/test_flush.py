@@ -13,11 +13,11 @@ import pytest
 
 from tests.fakes import FakeClock
 from tests.world import InProcessWorker, World
-from worker.counters.flush import Busy, Committed, Flushed, Flusher
+from worker.counters.flush.flusher import Busy, Committed, Flushed, Flusher
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.recovery import Hold
+from worker.counters.flush.settle import SETTLE
 from worker.counters.lease import NEEDS
-from worker.counters.marker import Marker
-from worker.counters.recovery import Hold
-from worker.counters.settle import SETTLE
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 

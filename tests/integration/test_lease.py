@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from tests.world import World
-from worker.counters.flush import Busy, Flushed
+from worker.counters.flush.flusher import Busy, Flushed
 from worker.counters.lease import NEEDS
 from worker.db.sources import LEASE_TTL
 from worker.runtime.worker_id import has_died_here, new_worker_id

@@ -18,8 +18,8 @@ import pytest
 from tests.proxy import Mode, Proxy
 from tests.tls import Certificates, TlsFront
 from tests.world import InProcessWorker, World
-from worker.counters.flush import Busy, Flushed
-from worker.counters.reading import Reading
+from worker.counters.flush.flusher import Busy, Flushed
+from worker.counters.flush.reading import Reading
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 from worker.redis.address import parse_redis_url
@@ -28,7 +28,7 @@ from worker.redis.subscriber import Subscription
 
 
 def sums(worker: InProcessWorker) -> int:
-    announced = worker.counters.announced
+    announced = worker.counters.intake.announced
     return sum(announced._sums.values())
 
 
@@ -102,7 +102,7 @@ async def commit_without_an_answer(worker: InProcessWorker, *, committed: bool) 
     async def breaking() -> AsyncIterator[Any]:
         async with transaction() as tx:
             yield tx
-            at_commit = worker.counters.announced._sent is not None
+            at_commit = worker.counters.intake.announced._sent is not None
             if at_commit and not committed:
                 raise DatabaseUnavailable("gone before COMMIT")
         if at_commit:
@@ -145,7 +145,7 @@ async def test_commit_that_lands_late_is_not_written_again(world: World) -> None
         async def left_open() -> AsyncIterator[Any]:
             server_side = transaction()
             yield await server_side.__aenter__()
-            if worker.counters.announced._sent is not None:
+            if worker.counters.intake.announced._sent is not None:
                 late.append(server_side)
                 raise DatabaseUnavailable("no answer to COMMIT")
             await server_side.__aexit__(None, None, None)
@@ -347,7 +347,7 @@ async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeySe
             worker.status.ok(check)
         await worker.counters.lease.take()
         stop = asyncio.Event()
-        task = asyncio.create_task(worker.counters.listener.run(stop))
+        task = asyncio.create_task(worker.counters.intake.listener.run(stop))
         await worker.heard(lambda: "users.acl" in worker.status.checks["messages"].remedy)
         await world.view("a", 3)
         await worker.cycle()

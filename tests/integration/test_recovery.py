@@ -10,8 +10,8 @@ import pytest
 
 from tests.integration.test_flush import committed_but_not_settled
 from tests.world import World
-from worker.counters.flush import Flushed
-from worker.counters.recovery import BIRTH, Hold, Recovery
+from worker.counters.flush.flusher import Flushed
+from worker.counters.flush.recovery import BIRTH, Hold, Recovery
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable
 

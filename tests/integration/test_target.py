@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tests import vod_table
 from tests.fakes import FakeClock
 from tests.world import World
-from worker.counters.flush import Flushed
+from worker.counters.flush.flusher import Flushed
 from worker.db.target import REST_S
 from worker.errors import DatabaseUnavailable
 
@@ -41,7 +41,7 @@ async def test_it_is_given_what_both_witnesses_say_once(world: World) -> None:
         await worker.sweep_and_flush()  # counted, and announced only later
         await world.announce("a", 3)
         await world.announce("b", 2)
-        await worker.heard(lambda: len(worker.counters.announced) == 2)
+        await worker.heard(lambda: len(worker.counters.intake.announced) == 2)
         await worker.sweep_and_flush()
     assert await vod_table.shown(world) == {"a": 3, "b": 2, "c": 0}
 

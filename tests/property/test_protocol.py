@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.world import InProcessWorker, World, database_url_for
-from worker.counters.flush import Busy, Flushed
-from worker.counters.marker import Marker
-from worker.counters.recovery import Hold
+from worker.counters.flush.flusher import Busy, Flushed
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.recovery import Hold
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 from worker.redis.client import History
 from worker.settings.environment import load_settings

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tests.fakes import FakeClock
 from worker.contract.ids import MAX_ID_BYTES, InvalidId, check_id, fitting_id
 from worker.contract.keys import MAX_COUNT, Keys, parse_count
-from worker.counters.batch_size import BatchSize
-from worker.counters.marker import Marker
-from worker.counters.pending import SWEEP_SHARE, Pending, Sweep
-from worker.counters.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, REST_S, Quarantine, printable
-from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.counters.flush.batch_size import BatchSize
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.counters.intake.pending import SWEEP_SHARE, Pending, Sweep
+from worker.counters.intake.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, REST_S, Quarantine, printable
 from worker.db.sources import Source
 from worker.redis.address import RedisAddress
 from worker.redis.client import RedisClient
@@ -227,7 +227,7 @@ def test_quarantine_lists_a_hundred_keys_and_forgets_those_that_were_mended() ->
 
 
 def test_quarantine_logs_a_key_once_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.counters import quarantine as module
+    from worker.counters.intake import quarantine as module
 
     logged: list[str] = []
     monkeypatch.setattr(module.log, "warning", lambda event, **_: logged.append(event), raising=False)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from tests.fakes import FakeClock
-from worker.counters.announced import Announced
-from worker.counters.updates import InvalidUpdate, Updates, parse_update
+from worker.counters.intake.announced import Announced
+from worker.counters.intake.messages import InvalidUpdate, Updates, parse_update
 from worker.observability.metrics import Metrics
 
 
@@ -150,7 +150,7 @@ def test_what_was_written_is_subtracted_and_what_was_not_is_kept() -> None:
 
 
 def test_memory_is_bounded_and_what_is_dropped_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.counters.announced.ID_LIMIT", 2)
+    monkeypatch.setattr("worker.counters.intake.announced.ID_LIMIT", 2)
     metrics = Metrics()
     sums = announced(metrics)
     sums.add({"a": 1, "b": 1, "c": 5})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from worker.app.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
 from worker.app.wiring import connections, database_of, keys_of, target_table, view_counters
-from worker.counters.flush import Busy
+from worker.counters.flush.flusher import Busy
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
 from worker.db.total_import import import_totals as import_pages
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
     from worker.app.wiring import ViewCounters
-    from worker.counters.flush import Flushed
-    from worker.counters.recovery import Hold
+    from worker.counters.flush.flusher import Flushed
+    from worker.counters.flush.recovery import Hold
     from worker.db.schema import SchemaState
     from worker.db.target import Page
     from worker.settings.model import Settings

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 from worker.contract.keys import Keys
 from worker.counters.adopt import Adoption
-from worker.counters.announced import Announced
-from worker.counters.batch_size import BatchSize
 from worker.counters.display import Display
-from worker.counters.flush import Flusher
+from worker.counters.flush.batch_size import BatchSize
+from worker.counters.flush.flusher import Flusher
+from worker.counters.flush.reading import CounterReader
+from worker.counters.flush.recovery import Recovery
+from worker.counters.flush.settle import Settler
+from worker.counters.flush.totals import TotalsChannel
 from worker.counters.forget import Forgetting
+from worker.counters.intake.announced import Announced
+from worker.counters.intake.listener import Listener
+from worker.counters.intake.messages import Updates
+from worker.counters.intake.pending import Pending, Sweep
+from worker.counters.intake.quarantine import Quarantine
 from worker.counters.lease import Lease
-from worker.counters.listener import Listener
 from worker.counters.loop import FlushLoop
-from worker.counters.pending import Pending, Sweep
-from worker.counters.quarantine import Quarantine
-from worker.counters.reading import CounterReader
-from worker.counters.recovery import Recovery
 from worker.counters.retention import Retention
-from worker.counters.settle import Settler
-from worker.counters.totals import TotalsChannel
-from worker.counters.updates import Updates
 from worker.db.ledger import Ledger
 from worker.db.session import Database
 from worker.db.sources import SourceRow

@@ -13,8 +13,8 @@ from worker.cli.exits import EXIT_FAILURE, fail
 from worker.cli.options import EnvFile, LogLevel, read_settings
 
 if TYPE_CHECKING:
-    from worker.counters.flush import Busy, Flushed
-    from worker.counters.recovery import Hold
+    from worker.counters.flush.flusher import Busy, Flushed
+    from worker.counters.flush.recovery import Hold
 
 
 def run(
@@ -46,8 +46,8 @@ def run(
 
 
 def _report_once(outcome: Flushed | Busy | Hold) -> None:
-    from worker.counters.flush import Flushed
-    from worker.counters.recovery import Hold
+    from worker.counters.flush.flusher import Flushed
+    from worker.counters.flush.recovery import Hold
 
     match outcome:
         case Flushed(_, keys, views):

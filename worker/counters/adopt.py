@@ -9,9 +9,9 @@ from uuid import uuid4
 
 from worker.contract.ids import InvalidId
 from worker.contract.keys import parse_count
-from worker.counters.marker import Marker
-from worker.counters.quarantine import printable
-from worker.counters.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.recovery import Agreed, Behind, Hold, Missing, judge
+from worker.counters.intake.quarantine import printable
 from worker.db.sources import NEW_SOURCE
 from worker.errors import NothingToAdopt
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from worker.contract.keys import Keys
-    from worker.counters.recovery import Recovery
-    from worker.counters.settle import Settler
+    from worker.counters.flush.recovery import Recovery
+    from worker.counters.flush.settle import Settler
     from worker.db.session import Database
     from worker.db.sources import Source, SourceRow
     from worker.redis.client import RedisClient

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from worker.contract.keys import parse_count
-from worker.counters.marker import Marker
+from worker.counters.flush.marker import Marker
 from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
 from worker.db.witnesses import VIEWS
 from worker.errors import DatabaseUnavailable, TooManyReaders

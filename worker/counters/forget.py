@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from worker.counters.marker import Marker
-from worker.counters.recovery import Agreed, judge
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.recovery import Agreed, judge
 from worker.db.ledger import Flush
 from worker.errors import OnHold
 
 if TYPE_CHECKING:
     from worker.contract.keys import Keys
-    from worker.counters.reading import CounterReader
-    from worker.counters.recovery import Recovery
-    from worker.counters.settle import Settler
+    from worker.counters.flush.reading import CounterReader
+    from worker.counters.flush.recovery import Recovery
+    from worker.counters.flush.settle import Settler
     from worker.db.ledger import Ledger
     from worker.db.session import Database
     from worker.db.sources import SourceRow

@@ -7,9 +7,9 @@ import random
 from typing import TYPE_CHECKING
 
 from worker.contract.ids import InvalidId
-from worker.counters.flush import Busy, Flushed
+from worker.counters.flush.flusher import Busy, Flushed
+from worker.counters.flush.recovery import Hold
 from worker.counters.lease import NEEDS
-from worker.counters.recovery import Hold
 from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError, cause_of
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
@@ -18,12 +18,12 @@ from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
     from worker.contract.keys import Keys
-    from worker.counters.announced import Announced
-    from worker.counters.batch_size import BatchSize
-    from worker.counters.flush import Flusher
+    from worker.counters.flush.batch_size import BatchSize
+    from worker.counters.flush.flusher import Flusher
+    from worker.counters.intake.announced import Announced
+    from worker.counters.intake.pending import Pending, Sweep
+    from worker.counters.intake.quarantine import Quarantine
     from worker.counters.lease import Lease
-    from worker.counters.pending import Pending, Sweep
-    from worker.counters.quarantine import Quarantine
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
     from worker.runtime.clock import Clock

@@ -16,9 +16,9 @@ from worker.runtime.waiting import wait_first
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.counters.announced import Announced
+    from worker.counters.intake.announced import Announced
+    from worker.counters.intake.messages import Updates
     from worker.counters.lease import Lease
-    from worker.counters.updates import Updates
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
     from worker.redis.client import RedisClient

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from worker.counters.marker import Marker
-from worker.counters.quarantine import printable
+from worker.counters.flush.marker import Marker
+from worker.counters.intake.quarantine import printable
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
     from worker.contract.keys import Keys
-    from worker.counters.settle import Settler
+    from worker.counters.flush.settle import Settler
     from worker.db.ledger import Ledger
     from worker.db.session import Database, Transaction
     from worker.db.sources import Source, SourceRow

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from worker.counters.marker import Marker
-from worker.counters.quarantine import printable
-from worker.counters.recovery import Agreed, Hold, judge
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.recovery import Agreed, Hold, judge
+from worker.counters.intake.quarantine import printable
 from worker.db.errors import LOCK_NOT_AVAILABLE, is_refused_data, sqlstate
 from worker.db.ledger import Flush
 from worker.errors import DatabaseRefused, DatabaseUnavailable
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from worker.contract.keys import Keys
-    from worker.counters.announced import Announced
+    from worker.counters.flush.reading import CounterReader, Reading
+    from worker.counters.flush.recovery import Recovery
+    from worker.counters.flush.settle import Settler
+    from worker.counters.flush.totals import TotalsChannel
+    from worker.counters.intake.announced import Announced
+    from worker.counters.intake.quarantine import Quarantine
     from worker.counters.lease import Lease
-    from worker.counters.quarantine import Quarantine
-    from worker.counters.reading import CounterReader, Reading
-    from worker.counters.recovery import Recovery
-    from worker.counters.settle import Settler
-    from worker.counters.totals import TotalsChannel
     from worker.db.ledger import Change, Ledger
     from worker.db.session import Database, Transaction
     from worker.db.sources import Source, SourceRow

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from worker.contract.ids import InvalidId, check_id
-from worker.counters.quarantine import printable
+from worker.counters.intake.quarantine import printable
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.counters.quarantine import printable
+from worker.counters.intake.quarantine import printable
 from worker.observability.logs import get_logger
 from worker.redis.scripts import LuaScript
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from worker.contract.keys import Keys
-    from worker.counters.marker import Marker
+    from worker.counters.flush.marker import Marker
     from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from worker.contract.keys import Keys
-    from worker.counters.quarantine import Quarantine
+    from worker.counters.intake.quarantine import Quarantine
     from worker.redis.client import RedisClient
 
 LONG_VALUE = 100

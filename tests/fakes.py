@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from worker.db.reads import Shown, Top, TopEntry
+from worker.db.counters.reads import Shown, Top, TopEntry
 
 
 class FakeNumbers:

@@ -76,7 +76,7 @@ MUTANTS = (
     ),
     Mutant(
         "no row lock",
-        "worker/db/sources.py",
+        "worker/db/counters/source_row.py",
         ".where(_this).with_for_update(skip_locked=True)\n_LOCK_PATIENTLY",
         ".where(_this)\n_LOCK_PATIENTLY",
     ),
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "deltas are not counted against the header",
-        "worker/db/ledger.py",
+        "worker/db/counters/ledger.py",
         "        if len(rows) != keys:\n            return None\n",
         "",
     ),
@@ -142,7 +142,7 @@ MUTANTS = (
     ),
     Mutant(
         "retention goes by age alone",
-        "worker/db/ledger.py",
+        "worker/db/counters/ledger.py",
         ', _flush.flush_id < bindparam("settled"))',
         ', bindparam("settled") >= 0)',
     ),
@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "a row that refuses fails the flush",
-        "worker/db/target.py",
+        "worker/db/target/table.py",
         "            if not is_refused_by_row(error):\n                raise\n            if len(batch) == 1:\n",
         "            raise\n            if len(batch) == 1:\n",
     ),
@@ -206,7 +206,7 @@ MUTANTS = (
     ),
     Mutant(
         "an import locks the rows that are there",
-        "worker/db/sources.py",
+        "worker/db/counters/source_row.py",
         "    await tx.execute(_LOCK_ALL)\n",
         "    await tx.execute(select(_row.source).with_for_update())\n",
     ),
@@ -230,7 +230,7 @@ MUTANTS = (
     ),
     Mutant(
         "a lease from a clock that was ahead is waited for",
-        "worker/db/sources.py",
+        "worker/db/counters/source_row.py",
         "    _row.lease_until > _now + literal(2 * LEASE_TTL, Interval),\n",
         "",
     ),

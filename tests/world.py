@@ -25,7 +25,7 @@ from sqlalchemy import text
 from worker.app.wiring import ViewCounters, view_counters
 from worker.contract.keys import Keys
 from worker.counters.flush.marker import Marker
-from worker.counters.lease import NEEDS
+from worker.db.lease import NEEDS
 from worker.db.session import Database
 from worker.dev.servers import Server
 from worker.observability.metrics import Metrics

@@ -14,7 +14,7 @@ def die(*_: Any, **__: Any) -> Any:
 
 def crash_at(point: str) -> None:
     from worker.counters.flush.settle import Settler
-    from worker.db.ledger import Ledger
+    from worker.db.counters.ledger import Ledger
 
     match point:
         case "before COMMIT":

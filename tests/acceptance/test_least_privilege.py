@@ -20,7 +20,7 @@ from tests.guarded import DEPLOY, GuardedServers
 from tests.tls import Certificates, TlsFront
 from tests.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
-from worker.db.ledger import Ledger
+from worker.db.counters.ledger import Ledger
 from worker.db.rights import RIGHTS
 from worker.db.schema import VERSION_TABLE
 from worker.db.tables import metadata
@@ -38,7 +38,7 @@ async def world(guarded: GuardedServers) -> AsyncIterator[World]:
 
 async def live(worker: InProcessWorker, world: World) -> None:
     """All that the worker does with its tables: lease, birth, flush, replay, retention."""
-    assert await worker.counters.lease.take()
+    assert await worker.db.lease.take()
     for vod_id in ("a", "b"):
         await world.view(vod_id)
         await worker.counters.loop.cycle()
@@ -53,7 +53,7 @@ async def live(worker: InProcessWorker, world: World) -> None:
     await worker.counters.loop.cycle()
     async with worker.database.transaction() as tx:
         await Ledger("default", "me").prune(tx, settled_id=3, age=timedelta(0), at_most=100)
-    await worker.counters.lease.release()
+    await worker.db.lease.release()
 
 
 async def test_role_has_the_rights_that_the_worker_looks_for_and_no_others(world: World) -> None:

@@ -81,7 +81,7 @@ async def test_what_changed_since_the_look_is_not_adopted(on_hold: World) -> Non
 
 
 async def test_crash_on_the_way_leaves_the_hold(on_hold: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.db.sources import SourceRow
+    from worker.db.counters.source_row import SourceRow
 
     async def crash(*_: object) -> None:
         raise RuntimeError("killed")

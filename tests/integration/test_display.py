@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql
 
 from tests.proxy import Mode, Proxy
 from tests.world import World
-from worker.db.reads import TOP, TOTALS, Shown, TopEntry
+from worker.db.counters.reads import TOP, TOTALS, Shown, TopEntry
 from worker.db.session import COMMAND_TIMEOUT_S
 from worker.errors import DatabaseRefused, DatabaseUnavailable, TooManyReaders
 

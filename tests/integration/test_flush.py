@@ -17,7 +17,7 @@ from worker.counters.flush.flusher import Busy, Committed, Flushed, Flusher
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Hold
 from worker.counters.flush.settle import SETTLE
-from worker.counters.lease import NEEDS
+from worker.db.lease import NEEDS
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 
@@ -89,7 +89,7 @@ async def test_error_before_commit_changes_nothing(world: World, monkeypatch: py
         await original(self, *args)
         raise DatabaseUnavailable("gone before COMMIT")
 
-    from worker.db.ledger import Ledger
+    from worker.db.counters.ledger import Ledger
 
     original = Ledger.record
     monkeypatch.setattr(Ledger, "record", record_then_die)
@@ -495,7 +495,7 @@ async def test_stop_waits_for_no_messages_where_none_are_listened_to(
     worker, stop = world.worker(VIEW_COUNT_SOURCE="counters"), asyncio.Event()
     for check in NEEDS:
         worker.status.ok(check)
-    await worker.counters.lease.take()
+    await worker.db.lease.take()
     await world.view("a", 3)
     stop.set()
     async with asyncio.timeout(30):

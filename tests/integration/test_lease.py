@@ -11,8 +11,8 @@ import pytest
 
 from tests.world import World
 from worker.counters.flush.flusher import Busy, Flushed
-from worker.counters.lease import NEEDS
-from worker.db.sources import LEASE_TTL
+from worker.db.counters.source_row import LEASE_TTL
+from worker.db.lease import NEEDS
 from worker.runtime.worker_id import has_died_here, new_worker_id
 
 
@@ -79,13 +79,13 @@ async def test_worker_that_cannot_work_does_not_take_the_lease(world: World, dow
     for check in {"redis", "postgres", "schema"} - {down}:
         worker.status.ok(check)
     stop = asyncio.Event()
-    task = asyncio.create_task(worker.counters.lease.run(stop))
+    task = asyncio.create_task(worker.db.lease.run(stop))
     await asyncio.sleep(0.3)
-    assert worker.counters.lease.epoch is None
+    assert worker.db.lease.epoch is None
     worker.status.ok(down)
     async with asyncio.timeout(5):
-        await worker.counters.lease.changed.wait()
-    assert worker.counters.lease.epoch == 1
+        await worker.db.lease.changed.wait()
+    assert worker.db.lease.epoch == 1
     stop.set()
     await task
 
@@ -94,9 +94,9 @@ async def test_worker_that_freezes_while_it_takes_the_lease_loses_the_row_lock(
     world: World,
 ) -> None:
     worker = world.worker()
-    await worker.counters.lease.take()
+    await worker.db.lease.take()
     async with worker.database.transaction() as tx:
-        await worker.counters.lease._source_row.take_lease(tx, "frozen")
+        await worker.db.lease._source_row.take_lease(tx, "frozen")
         limit = (await tx.exec_driver_sql("SHOW idle_in_transaction_session_timeout")).scalar_one()
     assert limit == "8s"
 
@@ -138,7 +138,7 @@ def test_worker_of_this_process_is_alive() -> None:
 
 async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.worker().counters.lease.take()
-    monkeypatch.setattr("worker.counters.lease.has_died_here", lambda _: True)
+    monkeypatch.setattr("worker.db.lease.has_died_here", lambda _: True)
     waits: list[float] = []
 
     async def wait(seconds: float, *_: asyncio.Event) -> None:
@@ -147,17 +147,17 @@ async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkey
         if len(waits) == 5:
             stop.set()
 
-    monkeypatch.setattr("worker.counters.lease.wait_first", wait)
+    monkeypatch.setattr("worker.db.lease.wait_first", wait)
     worker, stop = world.worker(), asyncio.Event()
     for check in NEEDS:
         worker.status.ok(check)
-    await worker.counters.lease.run(stop)
-    assert worker.counters.lease.epoch == 2
+    await worker.db.lease.run(stop)
+    assert worker.db.lease.epoch == 2
     assert min(waits) > 0
 
 
 async def test_table_that_is_away_for_a_moment_ends_no_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.counters.lease.RENEW_S", 0.05)
+    monkeypatch.setattr("worker.db.lease.RENEW_S", 0.05)
     monkeypatch.setattr("worker.counters.retention.PERIOD_S", 0.05)
     worker, stop = world.worker(VIEW_LEDGER_RETENTION="1ms"), asyncio.Event()
     for check in NEEDS:
@@ -165,7 +165,7 @@ async def test_table_that_is_away_for_a_moment_ends_no_loop(world: World, monkey
     for _ in range(5):
         await world.view("a")
         await worker.cycle()
-    loops = [asyncio.create_task(loop.run(stop)) for loop in (worker.counters.lease, worker.counters.retention)]
+    loops = [asyncio.create_task(loop.run(stop)) for loop in (worker.db.lease, worker.counters.retention)]
     for table in ("view_count_sources", "view_count_flushes"):
         await world.sql.execute(f"ALTER TABLE {table} RENAME TO away")
         done, _ = await asyncio.wait(loops, timeout=0.3)

@@ -345,7 +345,7 @@ async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeySe
         worker = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://limited:x@"))
         for check in ("redis", "postgres", "schema"):
             worker.status.ok(check)
-        await worker.counters.lease.take()
+        await worker.db.lease.take()
         stop = asyncio.Event()
         task = asyncio.create_task(worker.counters.intake.listener.run(stop))
         await worker.heard(lambda: "users.acl" in worker.status.checks["messages"].remedy)
@@ -394,7 +394,7 @@ async def test_forgotten_id_does_not_come_back_by_what_was_announced_before(worl
         await worker.heard(lambda: sums(worker) == 5)
         await world.worker().counters.forgetting.forget("a")
         assert await worker.sweep_and_flush() == Busy()
-        await worker.counters.lease.take()
+        await worker.db.lease.take()
         await worker.sweep_and_flush()
     assert await rows(world) == {}
     await world.assert_consistent()

@@ -411,7 +411,7 @@ async def test_first_start_at_maxmemory_begins(valkey: ValkeyServer, database_ur
 async def test_worker_that_is_cut_off_from_redis_does_not_take_the_row_lock(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.db.sources import SourceRow
+    from worker.db.counters.source_row import SourceRow
     from worker.errors import RedisUnavailable
 
     worker = world.worker()

@@ -14,7 +14,7 @@ from tests import vod_table
 from tests.fakes import FakeClock
 from tests.world import World
 from worker.counters.flush.flusher import Flushed
-from worker.db.target import REST_S
+from worker.db.target.table import REST_S
 from worker.errors import DatabaseUnavailable
 
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"

@@ -12,8 +12,8 @@ import pytest
 
 from tests import vod_table
 from tests.world import World
-from worker.db.target import TargetTable
-from worker.db.target_names import parse_target
+from worker.db.target.names import parse_target
+from worker.db.target.table import TargetTable
 from worker.errors import TargetUnusable
 from worker.runtime.clock import SystemClock
 

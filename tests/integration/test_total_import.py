@@ -10,8 +10,8 @@ import pytest
 
 from tests import vod_table
 from tests.world import InProcessWorker, World
-from worker.db.target import Page, TargetTable
-from worker.db.total_import import import_totals
+from worker.db.target.table import Page, TargetTable
+from worker.db.target.total_import import import_totals
 
 
 async def imported(world: World, worker: InProcessWorker) -> tuple[int, int]:
@@ -22,7 +22,7 @@ async def imported(world: World, worker: InProcessWorker) -> tuple[int, int]:
 
 
 async def test_totals_of_the_application_are_imported_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.db.total_import.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("worker.db.target.total_import.ROWS_AT_ONCE", 2)
     await vod_table.create(world, ids="a,b,c,d,e")
     await world.sql.execute("UPDATE \"Vod\" SET \"viewCount\" = 100 WHERE id IN ('a', 'b', 'd')")
     await world.sql.execute('UPDATE "Vod" SET "viewCount" = -5 WHERE id = \'e\'')
@@ -45,7 +45,7 @@ async def test_totals_of_the_application_are_imported_once(world: World, monkeyp
 async def test_totals_are_imported_for_every_kind_of_key(
     world: World, monkeypatch: pytest.MonkeyPatch, key_type: str
 ) -> None:
-    monkeypatch.setattr("worker.db.total_import.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("worker.db.target.total_import.ROWS_AT_ONCE", 3)
     make = "gen_random_uuid()" if key_type == "uuid" else f"CAST(n AS {key_type})"
     await world.sql.execute(f'CREATE TABLE "Vod" (id {key_type} PRIMARY KEY, "viewCount" bigint)')
     await world.sql.execute(f'INSERT INTO "Vod" SELECT {make}, n FROM generate_series(1, 10) n')
@@ -67,7 +67,7 @@ async def test_importing_while_the_worker_flushes_misses_nothing(world: World) -
 
     flushing = asyncio.create_task(flush())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.db.total_import.ROWS_AT_ONCE", 7)
+        patch.setattr("worker.db.target.total_import.ROWS_AT_ONCE", 7)
         await asyncio.sleep(0.1)
         assert await imported(world, world.worker(**vod_table.SETTINGS)) == (100, 100_000)
     done.set()

@@ -19,7 +19,7 @@ from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.counters.intake.pending import SWEEP_SHARE, Pending, Sweep
 from worker.counters.intake.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, REST_S, Quarantine, printable
-from worker.db.sources import Source
+from worker.db.counters.source_row import Source
 from worker.redis.address import RedisAddress
 from worker.redis.client import RedisClient
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from worker.contract.keys import Keys
     from worker.counters.adopt import Adoption
     from worker.db.session import Database
-    from worker.db.target import TargetTable
+    from worker.db.target.table import TargetTable
     from worker.redis.client import RedisClient
 
 RIGHTS = LuaScript.load(Path(__file__).with_name("rights.lua"))

@@ -13,7 +13,7 @@ from worker.app.wiring import connections, database_of, keys_of, target_table, v
 from worker.counters.flush.flusher import Busy
 from worker.counters.loop import CHECK
 from worker.db.schema import read_schema, upgrade
-from worker.db.total_import import import_totals as import_pages
+from worker.db.target.total_import import import_totals as import_pages
 from worker.errors import Unavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.counters.flush.flusher import Flushed
     from worker.counters.flush.recovery import Hold
     from worker.db.schema import SchemaState
-    from worker.db.target import Page
+    from worker.db.target.table import Page
     from worker.settings.model import Settings
 
 AGREEMENT_NEEDS = ("postgres", "redis", "schema")

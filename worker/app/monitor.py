@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from worker.db.schema import SchemaState
     from worker.db.session import Database
-    from worker.db.target import TargetTable
+    from worker.db.target.table import TargetTable
     from worker.observability.status import Status
     from worker.redis.client import RedisClient
 

@@ -10,8 +10,8 @@ from worker import __version__
 from worker.app.monitor import Monitor, postgres_probe, redis_probe
 from worker.app.wiring import connections, view_counters
 from worker.counters.intake.listener import CHECK as MESSAGES
-from worker.counters.lease import NEEDS
 from worker.counters.loop import CHECK
+from worker.db.lease import NEEDS
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status

@@ -22,13 +22,13 @@ from worker.counters.intake.listener import Listener
 from worker.counters.intake.messages import Updates
 from worker.counters.intake.pending import Pending, Sweep
 from worker.counters.intake.quarantine import Quarantine
-from worker.counters.lease import Lease
 from worker.counters.loop import FlushLoop
 from worker.counters.retention import Retention
-from worker.db.ledger import Ledger
+from worker.db.counters.ledger import Ledger
+from worker.db.counters.source_row import SourceRow
+from worker.db.lease import Lease
 from worker.db.session import Database
-from worker.db.sources import SourceRow
-from worker.db.target import TargetTable
+from worker.db.target.table import TargetTable
 from worker.redis.client import RedisClient
 from worker.runtime.clock import SystemClock
 from worker.runtime.worker_id import new_worker_id

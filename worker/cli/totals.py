@@ -21,7 +21,7 @@ def top(
     since = duration(window)
     settings = read_settings(env_file, log_level)
     from worker.app import commands
-    from worker.db.reads import Top
+    from worker.db.counters.reads import Top
     from worker.runtime.event_loop import run_async
 
     async def look() -> Top:

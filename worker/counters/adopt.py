@@ -12,7 +12,7 @@ from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Agreed, Behind, Hold, Missing, judge
 from worker.counters.intake.quarantine import printable
-from worker.db.sources import NEW_SOURCE
+from worker.db.counters.source_row import NEW_SOURCE
 from worker.errors import NothingToAdopt
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from worker.contract.keys import Keys
     from worker.counters.flush.recovery import Recovery
     from worker.counters.flush.settle import Settler
+    from worker.db.counters.source_row import Source, SourceRow
     from worker.db.session import Database
-    from worker.db.sources import Source, SourceRow
     from worker.redis.client import RedisClient
 
 EXAMPLES = 5

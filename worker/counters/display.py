@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
-from worker.db.reads import Shown, Top, TopEntry, read_top, read_totals
-from worker.db.witnesses import VIEWS
+from worker.db.counters.count_source import VIEWS
+from worker.db.counters.reads import Shown, Top, TopEntry, read_top, read_totals
 from worker.errors import DatabaseUnavailable, TooManyReaders
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from worker.contract.keys import Keys
-    from worker.db.reads import Stored
+    from worker.db.counters.count_source import CountSource
+    from worker.db.counters.reads import Stored
     from worker.db.session import Database
-    from worker.db.witnesses import CountSource
     from worker.redis.client import RedisClient
 
 # Readers share the connections with the flushes, which must always get one.

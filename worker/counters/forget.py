@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Agreed, judge
-from worker.db.ledger import Flush
+from worker.db.counters.ledger import Flush
 from worker.errors import OnHold
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from worker.counters.flush.reading import CounterReader
     from worker.counters.flush.recovery import Recovery
     from worker.counters.flush.settle import Settler
-    from worker.db.ledger import Ledger
+    from worker.db.counters.ledger import Ledger
+    from worker.db.counters.source_row import SourceRow
     from worker.db.session import Database
-    from worker.db.sources import SourceRow
     from worker.redis.client import RedisClient
 
 

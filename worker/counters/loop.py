@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from worker.contract.ids import InvalidId
 from worker.counters.flush.flusher import Busy, Flushed
 from worker.counters.flush.recovery import Hold
-from worker.counters.lease import NEEDS
+from worker.db.lease import NEEDS
 from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError, cause_of
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from worker.counters.intake.announced import Announced
     from worker.counters.intake.pending import Pending, Sweep
     from worker.counters.intake.quarantine import Quarantine
-    from worker.counters.lease import Lease
+    from worker.db.lease import Lease
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
     from worker.runtime.clock import Clock

@@ -12,10 +12,10 @@ from worker.runtime.waiting import wait_first
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from worker.counters.lease import Lease
-    from worker.db.ledger import Ledger
+    from worker.db.counters.ledger import Ledger
+    from worker.db.counters.source_row import SourceRow
+    from worker.db.lease import Lease
     from worker.db.session import Database
-    from worker.db.sources import SourceRow
     from worker.observability.status import Status
 
 log = get_logger(__name__)

@@ -30,7 +30,7 @@ CLOSED = "the producer is closed"
 
 Views = Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("worker.producer")
 
 
 class Outcome(Enum):

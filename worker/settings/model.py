@@ -19,8 +19,8 @@ from pydantic import (
 from worker.contract.durations import format_duration, parse_duration
 from worker.contract.urls import MASK, mask_url
 from worker.db.address import DatabaseAddress, parse_database_url
-from worker.db.target_names import TargetNames, parse_target
-from worker.db.witnesses import CountSource
+from worker.db.counters.count_source import CountSource
+from worker.db.target.names import TargetNames, parse_target
 from worker.redis.address import RedisAddress, parse_redis_url
 
 PIPELINES = ("view_counts", "view_events", "chunk_requests", "bars_1m", "metrics", "session_events")

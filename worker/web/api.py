@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
-    from worker.db.reads import Shown, Top
+    from worker.db.counters.reads import Shown, Top
 
 MAX_IDS = 100
 MAX_LIMIT = 100

@@ -9,8 +9,8 @@ from uuid import uuid4
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Agreed, Hold, judge
 from worker.counters.intake.quarantine import printable
+from worker.db.counters.ledger import Flush
 from worker.db.errors import LOCK_NOT_AVAILABLE, is_refused_data, sqlstate
-from worker.db.ledger import Flush
 from worker.errors import DatabaseRefused, DatabaseUnavailable
 from worker.observability.logs import get_logger
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from worker.counters.flush.totals import TotalsChannel
     from worker.counters.intake.announced import Announced
     from worker.counters.intake.quarantine import Quarantine
-    from worker.counters.lease import Lease
-    from worker.db.ledger import Change, Ledger
+    from worker.db.counters.ledger import Change, Ledger
+    from worker.db.counters.source_row import Source, SourceRow
+    from worker.db.lease import Lease
     from worker.db.session import Database, Transaction
-    from worker.db.sources import Source, SourceRow
-    from worker.db.target import TargetTable
+    from worker.db.target.table import TargetTable
     from worker.observability.metrics import Metrics
     from worker.redis.client import RedisClient
     from worker.runtime.clock import Clock

@@ -17,9 +17,9 @@ from worker.redis.scripts import LuaScript
 if TYPE_CHECKING:
     from worker.contract.keys import Keys
     from worker.counters.flush.settle import Settler
-    from worker.db.ledger import Ledger
+    from worker.db.counters.ledger import Ledger
+    from worker.db.counters.source_row import Source, SourceRow
     from worker.db.session import Database, Transaction
-    from worker.db.sources import Source, SourceRow
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
     from worker.redis.client import History, RedisClient

@@ -15,7 +15,7 @@ from worker.redis.scripts import LuaScript
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from worker.db.ledger import Change
+    from worker.db.counters.ledger import Change
     from worker.redis.client import RedisClient
 
 log = get_logger(__name__)

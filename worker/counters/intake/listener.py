@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from worker.counters.lease import NEEDS
+from worker.db.lease import NEEDS
 from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
 from worker.redis.subscriber import SILENCE_S
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from worker.counters.intake.announced import Announced
     from worker.counters.intake.messages import Updates
-    from worker.counters.lease import Lease
+    from worker.db.lease import Lease
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
     from worker.redis.client import RedisClient

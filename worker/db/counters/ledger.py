@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import CTE, ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from worker.db.witnesses import CountSource
+    from worker.db.counters.count_source import CountSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.db.sources import lock_all_sources
+from worker.db.counters.source_row import lock_all_sources
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from worker.db.session import Database
-    from worker.db.target import Page, TargetTable
+    from worker.db.target.table import Page, TargetTable
 
 ROWS_AT_ONCE = 5000
 

@@ -31,7 +31,7 @@ from sqlalchemy.types import UserDefinedType
 from worker.contract.ids import MAX_ID_BYTES
 from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_by_row, sqlstate
 from worker.db.tables import view_counts
-from worker.db.target_fit import fit
+from worker.db.target.fit import fit
 from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
 
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Select, Update
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from worker.db.ledger import Change
-    from worker.db.target_fit import Key
-    from worker.db.target_names import TargetNames
+    from worker.db.counters.ledger import Change
+    from worker.db.target.fit import Key
+    from worker.db.target.names import TargetNames
     from worker.runtime.clock import Clock
 
 log = get_logger(__name__)

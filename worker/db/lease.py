@@ -16,8 +16,8 @@ from worker.runtime.waiting import wait_first
 from worker.runtime.worker_id import has_died_here
 
 if TYPE_CHECKING:
+    from worker.db.counters.source_row import LeaseState, Source, SourceRow
     from worker.db.session import Database
-    from worker.db.sources import LeaseState, Source, SourceRow
     from worker.observability.status import Status
 
 log = get_logger(__name__)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.types import TypeEngine
 
-    from worker.db.target_names import TargetNames
+    from worker.db.target.names import TargetNames
 
 INTEGERS = ("int2", "int4", "int8")
 OWN = list(metadata.tables)

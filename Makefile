@@ -44,7 +44,7 @@ faults: $(VENV)/.tools ## A minute each of replicas killed and frozen, and of 50
 	@FAULT_SECONDS=60 MESSAGE_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200
 
 mutants: $(VENV)/.tools ## Plant mistakes in a copy of the code, and see whether the tests catch each
-	@$(BIN)/python tests/mutants.py
+	@$(BIN)/python tools/mutants.py
 
 bench: $(VENV)/.tools ## How fast a backlog is carried, messages are heard and a view recorded, beside what one would write in an afternoon
 	@$(BIN)/python benchmarks/flush.py

@@ -13,7 +13,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from tests.world import World, database_url_for
+from tests.support.world import World, database_url_for
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guarded import GuardedServers
-from tests.world import CliWorker, World
+from tests.support.guarded import GuardedServers
+from tests.support.world import CliWorker, World
 
 
 @pytest.fixture

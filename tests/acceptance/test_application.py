@@ -12,8 +12,8 @@ from collections.abc import Callable
 import aiohttp
 import asyncpg
 
-from tests.guarded import in_both_worlds, in_the_guarded_world
-from tests.world import CliWorker, World
+from tests.support.guarded import in_both_worlds, in_the_guarded_world
+from tests.support.world import CliWorker, World
 
 Start = Callable[..., CliWorker]
 TARGET = {"VIEW_TARGET_TABLE": "Vod", "VIEW_TARGET_KEY": "id", "VIEW_TARGET_COLUMN": "viewCount"}

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from tests.guarded import GuardedServers
-from tests.world import CliWorker, World, clean_environment
+from tests.support.guarded import GuardedServers
+from tests.support.world import CliWorker, World, clean_environment
 from worker.dev.servers import free_port
 
 Start = Callable[..., CliWorker]

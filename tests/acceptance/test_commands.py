@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guarded import in_both_worlds, in_the_guarded_world
-from tests.world import CliWorker, World, clean_environment
+from tests.support.guarded import in_both_worlds, in_the_guarded_world
+from tests.support.world import CliWorker, World, clean_environment
 from worker.dev.servers import ValkeyServer, free_port
 
 Start = Callable[..., CliWorker]

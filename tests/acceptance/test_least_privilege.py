@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.guarded import DEPLOY, GuardedServers
-from tests.tls import Certificates, TlsFront
-from tests.world import CliWorker, InProcessWorker, World
+from tests.support.guarded import DEPLOY, GuardedServers
+from tests.support.tls import Certificates, TlsFront
+from tests.support.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
 from worker.db.counters.ledger import Ledger
 from worker.db.rights import RIGHTS

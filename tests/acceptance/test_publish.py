@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.proxy import Proxy
-from tests.tools import missing
-from tests.world import World, clean_environment
+from tests.support.proxy import Proxy
+from tests.support.tools import missing
+from tests.support.world import World, clean_environment
 from worker.dev.servers import free_port
 
 ROOT = Path(__file__).parents[2]

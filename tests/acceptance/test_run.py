@@ -19,8 +19,8 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
-from tests.guarded import in_both_worlds, in_the_guarded_world
-from tests.world import CliWorker, World
+from tests.support.guarded import in_both_worlds, in_the_guarded_world
+from tests.support.world import CliWorker, World
 from worker.dev.servers import PostgresServer, ValkeyServer, free_port
 
 Start = Callable[..., CliWorker]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.tools import tool
+from tests.support.tools import tool
 from worker.settings.model import Settings, parse_duration
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from tests.world import CliWorker, World
+from tests.support.world import CliWorker, World
 
 SECONDS = int(os.environ.get("MESSAGE_SECONDS", "4"))
 RATE = 50_000

@@ -23,7 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from tests.world import CliWorker
+from tests.support.world import CliWorker
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.errors import database_errors

@@ -11,7 +11,7 @@ import pytest
 from tests.howto.application import ROLE, TABLE, Application
 from tests.howto.pages import Snippet
 from tests.howto.programs import Programs
-from tests.world import World, database_url_for
+from tests.support.world import World, database_url_for
 from worker.dev.servers import PostgresServer, ValkeyServer
 
 

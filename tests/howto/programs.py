@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.howto.pages import Snippet
-from tests.tools import NODE, install_node_packages, missing, tool
-from tests.world import clean_environment
+from tests.support.tools import NODE, install_node_packages, missing, tool
+from tests.support.world import clean_environment
 
 FOLDER = Path(__file__).parent
 GO_PACKAGES = Path("/usr/share/gocode")

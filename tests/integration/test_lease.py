@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tests.world import World
+from tests.support.world import World
 from worker.counters.flush.flusher import Busy, Flushed
 from worker.db.counters.source_row import LEASE_TTL
 from worker.db.lease import NEEDS

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.proxy import Mode, Proxy
-from tests.tls import Certificates, TlsFront
-from tests.world import InProcessWorker, World
+from tests.support.proxy import Mode, Proxy
+from tests.support.tls import Certificates, TlsFront
+from tests.support.world import InProcessWorker, World
 from worker.counters.flush.flusher import Busy, Flushed
 from worker.counters.flush.reading import Reading
 from worker.dev.servers import ValkeyServer

@@ -17,7 +17,7 @@ import pytest
 import redis
 import redis.asyncio as aioredis
 
-from tests.proxy import Mode, Proxy
+from tests.support.proxy import Mode, Proxy
 from worker import Outcome, SyncViewProducer, ViewProducer
 from worker.dev.servers import ValkeyServer, free_port
 from worker.errors import RedisUnavailable, ViewIndeterminate, ViewNotRecorded

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_flush import committed_but_not_settled
-from tests.world import World
+from tests.support.world import World
 from worker.counters.flush.flusher import Flushed
 from worker.counters.flush.recovery import BIRTH, Hold, Recovery
 from worker.dev.servers import ValkeyServer

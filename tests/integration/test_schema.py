@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
-from tests.world import clean_environment
+from tests.support.world import clean_environment
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database

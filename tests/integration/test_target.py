@@ -10,9 +10,9 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tests import vod_table
-from tests.fakes import FakeClock
-from tests.world import World
+from tests.support import vod_table
+from tests.support.fakes import FakeClock
+from tests.support.world import World
 from worker.counters.flush.flusher import Flushed
 from worker.db.target.table import REST_S
 from worker.errors import DatabaseUnavailable

@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests import vod_table
-from tests.world import World
+from tests.support import vod_table
+from tests.support.world import World
 from worker.db.target.names import parse_target
 from worker.db.target.table import TargetTable
 from worker.errors import TargetUnusable

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests import vod_table
-from tests.world import InProcessWorker, World
+from tests.support import vod_table
+from tests.support.world import InProcessWorker, World
 from worker.db.target.table import Page, TargetTable
 from worker.db.target.total_import import import_totals
 

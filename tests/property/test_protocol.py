@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.world import InProcessWorker, World, database_url_for
+from tests.support.world import InProcessWorker, World, database_url_for
 from worker.counters.flush.flusher import Busy, Flushed
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.recovery import Hold

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import NODE, install_node_packages
+from tests.support.tools import NODE, install_node_packages
 from worker.dev.servers import free_port
 
 FOLDER = Path(__file__).parent

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy import text
 
-from tests.world import InProcessWorker, World
+from tests.support.world import InProcessWorker, World
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from tests.fakes import FakeClock, FakeNumbers
+from tests.support.fakes import FakeClock, FakeNumbers
 from worker.errors import DatabaseUnavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status

@@ -11,7 +11,7 @@ from fakeredis import FakeAsyncRedis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes import FakeClock
+from tests.support.fakes import FakeClock
 from worker.contract.ids import MAX_ID_BYTES, InvalidId, check_id, fitting_id
 from worker.contract.keys import MAX_COUNT, Keys, parse_count
 from worker.counters.flush.batch_size import BatchSize

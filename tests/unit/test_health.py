@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.fakes import FakeClock, FakeNumbers
+from tests.support.fakes import FakeClock, FakeNumbers
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.web.api import Api

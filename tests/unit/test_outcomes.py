@@ -26,7 +26,7 @@ from redis.exceptions import (
 )
 
 import worker
-from tests.fakes import FakeClock
+from tests.support.fakes import FakeClock
 from worker.contract.ids import check_id
 from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
 from worker.producer.client import Failures, Outcome, SyncViewProducer, ViewProducer

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from tests.fakes import FakeClock
+from tests.support.fakes import FakeClock
 from worker.counters.intake.announced import Announced
 from worker.counters.intake.messages import InvalidUpdate, Updates, parse_update
 from worker.observability.metrics import Metrics

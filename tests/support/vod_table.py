@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.world import InProcessWorker, World
+from tests.support.world import InProcessWorker, World
 
 PRISMA = """
     CREATE TABLE "Vod" (

@@ -15,14 +15,14 @@ import asyncpg
 import pytest
 import redis.asyncio as aioredis
 
-from tests.tls import Certificates, TlsFront
-from tests.world import World, database_url_for
+from tests.support.tls import Certificates, TlsFront
+from tests.support.world import World, database_url_for
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 # The tests themselves come in by the first line.
 HBA = "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
 

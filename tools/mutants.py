@@ -288,7 +288,7 @@ def _caught(mutant: Mutant) -> bool:
         target = copy / mutant.file
         text = target.read_text()
         if text.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.name}: its place in {mutant.file} is gone; bring tests/mutants.py up to date")
+            raise SystemExit(f"{mutant.name}: its place in {mutant.file} is gone; bring tools/mutants.py up to date")
         target.write_text(text.replace(mutant.old, mutant.new))
         done = subprocess.run(
             # `python -m` puts the copy before the installed package.

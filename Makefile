@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# The OCI format, which podman and buildah write unless told otherwise, has no HEALTHCHECK.
+# The OCI format, the default of podman and buildah, has no HEALTHCHECK.
 BUILD_IMAGE = $(or $(if $(shell command -v docker),docker build),$(if $(shell command -v podman),podman build --format docker),buildah bud --format docker)
 
 .DEFAULT_GOAL := help
@@ -14,10 +14,10 @@ BUILD_IMAGE = $(or $(if $(shell command -v docker),docker build),$(if $(shell co
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed ## Create .venv with the worker and the embedded servers of the demo, locked by hash
+install: $(VENV)/.installed ## Create .venv with the worker and the demo's embedded servers, versions locked by hash
 
 $(VENV)/.installed: requirements-demo.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "viewer-worker needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "viewer-worker needs Python 3.11 or newer; choose one: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) from requirements-demo.lock ..."
@@ -31,27 +31,27 @@ $(VENV)/.tools: requirements-dev.lock $(VENV)/.installed
 	@$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
 	@touch $@
 
-demo: install ## The main job on embedded servers: 20 s of traffic, a kill -9, a verdict
+demo: install ## Run the worker on embedded servers: 20 s of traffic, a kill -9, a pass/fail report
 	@$(BIN)/viewer-worker dev --for 20s
 
-dev: install ## The demo without an end (Ctrl-C stops it and prints the verdict)
+dev: install ## The same until Ctrl-C, which prints the report
 	@$(BIN)/viewer-worker dev
 
-test: $(VENV)/.tools ## All tests, on real embedded servers, two at a time
+test: $(VENV)/.tools ## Run all tests on real embedded servers, two at a time
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-faults: $(VENV)/.tools ## A minute each of replicas killed and frozen, and of 50,000 messages/s; the property test, many examples
+faults: $(VENV)/.tools ## Run the long tests: replicas killed and frozen, 50,000 messages/s (a minute each), property test with many examples
 	@FAULT_SECONDS=60 MESSAGE_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200
 
-mutants: $(VENV)/.tools ## Plant mistakes in a copy of the code, and see whether the tests catch each
+mutants: $(VENV)/.tools ## Insert mistakes into a copy of the code, one at a time, and check that the tests catch each
 	@$(BIN)/python tools/mutants.py
 
-bench: $(VENV)/.tools ## How fast a backlog is carried, messages are heard and a view recorded, beside what one would write in an afternoon
+bench: $(VENV)/.tools ## Measure flushing, receiving messages and recording views against naive implementations
 	@$(BIN)/python benchmarks/flush.py
 	@$(BIN)/python benchmarks/messages.py
 	@$(BIN)/python benchmarks/producer.py
 
-lint: $(VENV)/.tools ## ruff, mypy --strict, import-linter
+lint: $(VENV)/.tools ## Run ruff, mypy --strict and import-linter
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -61,10 +61,10 @@ format: $(VENV)/.tools ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-audit: $(VENV)/.tools ## Known vulnerabilities of what the worker runs on; needs a public service to ask
+audit: $(VENV)/.tools ## Look up known vulnerabilities of the worker's dependencies in a public database (needs the network)
 	@$(BIN)/pip-audit --strict --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock
 
-lock: ## Resolve the lock files anew (UPGRADE=1 takes newer versions)
+lock: ## Write the lock files again (UPGRADE=1: with the newest versions)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(COMPILE) pyproject.toml --output-file requirements.lock
@@ -72,12 +72,12 @@ lock: ## Resolve the lock files anew (UPGRADE=1 takes newer versions)
 	@$(COMPILE) pyproject.toml --extra demo --extra dev --group editable --constraint requirements-demo.lock --output-file requirements-dev.lock
 	@$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 
-build: $(VENV)/.tools ## The wheel, into dist/
+build: $(VENV)/.tools ## Build the wheel into dist/
 	@$(BIN)/python -m hatchling build -t wheel
 
-image: ## The container image viewer-worker:VERSION, by whichever of docker, podman, buildah is there
+image: ## Build the container image viewer-worker:VERSION with docker, podman or buildah
 	@$(BUILD_IMAGE) --tag viewer-worker:$(VERSION) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
 
-clean: ## Remove what these commands made
+clean: ## Remove everything that these commands created
 	rm -rf $(VENV) .dev dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

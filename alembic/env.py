@@ -1,4 +1,4 @@
-"""Runs the migrations: on the connection it is handed, or on one made from the worker's settings."""
+"""Runs the migrations on the caller's connection, or on one made from the worker's settings."""
 
 from __future__ import annotations
 

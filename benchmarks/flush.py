@@ -1,8 +1,8 @@
-"""How fast a backlog is carried into Postgres, beside what one would write in an afternoon. Run by `make bench`.
+"""Measures how fast a backlog is flushed to Postgres, compared with naive implementations. Run by `make bench`.
 
-All contenders move the same counters from the same Redis to the same Postgres, in turn, several rounds, on embedded
-servers; what counts is the ratio within a round, since machines are noisy. The others lose views when they are killed
-between GETDEL and COMMIT.
+All contenders move the same counters from the same Redis to the same Postgres (embedded servers), in turn, for several
+rounds. Compare the ratios within a round: absolute speeds vary with the load of the machine. The naive implementations
+lose views when they are killed between GETDEL and COMMIT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import asyncpg
 import redis.asyncio as aioredis
 
-from worker.app.wiring import view_counters
+from worker.app.counters import build_counters
 from worker.db import schema
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, ValkeyServer
@@ -57,7 +57,7 @@ async def compare(redis_url: str, database_url: str) -> None:
     settings = load_settings(environ={"REDIS_URL": redis_url, "DATABASE_URL": database_url})
     database, client = Database(settings.database), RedisClient(settings.redis)
     await schema.upgrade(database)
-    counters = view_counters(settings, database, client, Status(SystemClock(), ("view_counts",)), Metrics())
+    counters = build_counters(settings, database, client, Status(SystemClock().monotonic, ("view_counts",)), Metrics())
     await counters.lease.take()
     await counters.loop.cycle()
     redis, sql = aioredis.from_url(redis_url), await asyncpg.connect(database_url)
@@ -95,7 +95,7 @@ async def compare(redis_url: str, database_url: str) -> None:
             began = time.perf_counter()
             await contender()
             rates[name].append(KEYS / (time.perf_counter() - began))
-    print(f"{KEYS:,} counters, median of {ROUNDS} rounds; ratio: viewer-worker to it, in the same round")
+    print(f"{KEYS:,} counters, median of {ROUNDS} rounds; ratio: viewer-worker / contender, per round")
     for name, measured in rates.items():
         ratio = statistics.median(a / b for a, b in zip(rates["viewer-worker"], measured, strict=True))
         print(f"  {name:<28} {statistics.median(measured):>9,.0f} counters/s   {ratio:5.2f}")

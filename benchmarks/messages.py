@@ -1,8 +1,8 @@
-"""How fast messages are summed up, beside the loops that one would write with the library. Run by `make bench`.
+"""Measures how fast messages are summed up, compared with plain redis-py loops. Run by `make bench`.
 
-A process of its own publishes the same messages to each contender in turn, several rounds. What counts is the ratio
-within a round, of messages for each second of *this* process's CPU time: publisher and Redis need the same cores, and
-are the limit of the fastest.
+A separate process publishes the same messages to each contender in turn, for several rounds. Compare the ratios within
+a round, of messages per second of *this* process's CPU time: publisher and Redis share the cores, so they would limit
+the fastest contender.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import redis.asyncio as aioredis
 
-from worker.counters.intake.messages import Updates
+from worker.counters.intake.messages import MessageSummer
 from worker.dev.servers import ValkeyServer
 from worker.observability.metrics import Metrics
 from worker.redis.address import parse_redis_url
@@ -52,7 +52,7 @@ def publish(port: int) -> None:
 
 
 async def worker(url: str) -> dict[str, int]:
-    client, updates, sums = RedisClient(parse_redis_url(url)), Updates(Metrics(), SystemClock()), dict[str, int]()
+    client, updates, sums = RedisClient(parse_redis_url(url)), MessageSummer(Metrics(), SystemClock()), dict[str, int]()
     heard = 0
     async with client.subscription(CHANNEL) as subscription:
         publisher = start_publisher(url)
@@ -123,8 +123,11 @@ async def compare(url: str) -> None:
             sums = await contender(url)
             rates[name].append(MESSAGES / (time.process_time() - began))
             answers.add(frozenset(sums.items()))
-    assert len(answers) == 1, "the contenders do not agree"
-    print(f"{MESSAGES:,} messages, median of {ROUNDS} rounds, for each second of the subscriber's CPU; and ratio")
+    assert len(answers) == 1, "the contenders have different sums"
+    print(
+        f"{MESSAGES:,} messages, median of {ROUNDS} rounds, per second of the subscriber's CPU; "
+        "ratio: viewer-worker / contender, per round"
+    )
     for name, measured in rates.items():
         ratio = statistics.median(a / b for a, b in zip(rates["viewer-worker"], measured, strict=True))
         print(f"  {name:<28} {statistics.median(measured):>9,.0f} messages/s   {ratio:5.2f}")

@@ -1,7 +1,7 @@
-"""What recording a view costs an application, beside the two commands sent one after the other. Run by `make bench`.
+"""Measures how fast an application records views, compared with sending the two commands itself. Run by `make bench`.
 
-Both send the same to the same embedded Redis, in turn, several rounds; what counts is the ratio within a round, since
-machines are noisy.
+All contenders send the same to the same embedded Redis, in turn, for several rounds. Compare the ratios within a round:
+absolute speeds vary with the load of the machine.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def compare(url: str) -> None:
                 for _ in range(VIEWS):
                     await contender()
                 rates[name].append(VIEWS / (time.perf_counter() - began))
-    print(f"{VIEWS:,} views one by one, median of {ROUNDS} rounds; ratio: record to it, in the same round")
+    print(f"{VIEWS:,} views one by one, median of {ROUNDS} rounds; ratio: record / contender, per round")
     for name, measured in rates.items():
         ratio = statistics.median(a / b for a, b in zip(rates["ViewProducer.record"], measured, strict=True))
         print(f"  {name:<28} {statistics.median(measured):>9,.0f} views/s      {ratio:5.2f}")

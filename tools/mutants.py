@@ -1,6 +1,7 @@
-"""Is the suite awake? Plants one mistake after another in a copy of the code, and sees whether the tests catch it.
+"""Mutation test: inserts one mistake at a time into a copy of the code and checks that the tests catch it.
 
-Run by `make mutants`. Exit code 1 if a mistake survives. Each is a remedy of the flush protocol taken away.
+Run by `make mutants`; arguments select mutants by words in their names. Exit code 1 if a mistake survives. Most
+mistakes remove one safeguard of the flush protocol.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# The quick and certain first; the property test finds what they do not think of.
+# Fast, deterministic tests first. The property test finds what they miss.
 TESTS = (
-    "tests/unit/test_counters.py",
+    "tests/unit",
     "tests/integration/test_flush.py",
     "tests/integration/test_recovery.py",
     "tests/integration/test_lease.py",
@@ -33,7 +34,7 @@ TESTS = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """In `file`, `old` (which must be there once) becomes `new`."""
+    """Replaces `old`, which occurs in `file` exactly once, by `new`."""
 
     name: str
     file: str
@@ -44,83 +45,85 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "settle before commit",
-        "worker/counters/flush/flusher.py",
+        "worker/counters/flush/commit.py",
         "        return Committed(before, flush, changes, skipped)\n",
         "        committed = Committed(before, flush, changes, skipped)\n"
-        "        await self.settler.settle(before, committed.marker, flush.counted)\n"
+        "        from worker.counters.flush.settle import Settler\n"
+        "        settler = Settler(self.stores.redis, self.stores.keys, self.metrics)\n"
+        "        await settler.settle(before, committed.marker, flush.counted)\n"
         "        return committed\n",
     ),
     Mutant(
-        "no marker test in settle",
+        "settle does not compare the marker",
         "worker/counters/flush/settle.lua",
         "if marker ~= ARGV[1] then return {'moved', marker} end\n",
         "",
     ),
     Mutant(
-        "no clamp in settle",
+        "settle subtracts more than the counter has",
         "worker/counters/flush/settle.lua",
         "      if value ~= '0' then table.insert(take, {KEYS[i], value}) end\n      table.insert(zero, KEYS[i])\n",
         "      table.insert(take, {KEYS[i], taken})\n      if value == taken then table.insert(zero, KEYS[i]) end\n",
     ),
     Mutant(
-        "no nonce",
-        "worker/counters/flush/flusher.py",
-        "flush = Flush(source.last_flush_id + 1, uuid4(),",
-        "flush = Flush(source.last_flush_id + 1, source.last_nonce,",
+        "a flush reuses the last nonce",
+        "worker/counters/flush/commit.py",
+        "flush = Flush(row.last_flush_id + 1, uuid4(),",
+        "flush = Flush(row.last_flush_id + 1, row.last_nonce,",
     ),
     Mutant(
-        "birth at last_flush_id",
+        "marker created at last_flush_id",
         "worker/counters/flush/recovery.py",
-        "        return Marker(lineage, source.settled_id, nonce)",
-        "        return Marker(lineage, source.last_flush_id, source.last_nonce or nonce)",
+        "        return Marker(lineage, row.settled_id, nonce)",
+        "        return Marker(lineage, row.last_flush_id, row.last_nonce or nonce)",
     ),
     Mutant(
-        "no row lock",
+        "the source row is not locked",
         "worker/db/counters/source_row.py",
         ".where(_this).with_for_update(skip_locked=True)\n_LOCK_PATIENTLY",
         ".where(_this)\n_LOCK_PATIENTLY",
     ),
     Mutant(
-        "writes before looks in settle",
+        "settle writes before it has read everything",
         "worker/counters/flush/settle.lua",
         "      table.insert(take, {KEYS[i], taken})\n    else",
         "      redis.call('DECRBY', KEYS[i], taken)\n    else",
     ),
     Mutant(
-        "no probe before birth",
-        "worker/counters/flush/birth.lua",
+        "marker created without checking the probe",
+        "worker/counters/flush/create_marker.lua",
         "if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 'moved' end\n",
         "",
     ),
     Mutant(
-        "deltas are not counted against the header",
+        "number of deltas not compared with the header",
         "worker/db/counters/ledger.py",
         "        if len(rows) != keys:\n            return None\n",
         "",
     ),
     Mutant(
-        "an AOF restart is taken for an empty start",
+        "a restart from an AOF counts as an empty start",
         "worker/redis/client.py",
         'and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)',
         "and True",
     ),
     Mutant(
-        "the refusal is not remembered",
-        "worker/counters/flush/flusher.py",
-        "await self.source_row.refuse(tx, str(verdict.refused))",
+        "a refused marker is not recorded",
+        "worker/counters/flush/commit.py",
+        "await self.stores.source_row.refuse(tx, str(verdict.refused))",
         "pass",
     ),
     Mutant(
         "two data sets share a lineage",
         "worker/counters/flush/recovery.py",
-        "lineage, nonce, last_nonce = uuid4(), uuid4(), source",
-        "lineage, nonce, last_nonce = source.lineage or uuid4(), source.last_nonce or uuid4(), source",
+        "lineage, nonce, last_nonce = uuid4(), uuid4(), row",
+        "lineage, nonce, last_nonce = row.lineage or uuid4(), row.last_nonce or uuid4(), row",
     ),
     Mutant(
-        "identity asked for after the evidence",
+        "identity read after the evidence",
         "worker/counters/flush/recovery.py",
-        "self._start_lineage(judged, evidence.identity)",
-        "self._start_lineage(judged, self.keys.identity(await self.redis.probe()))",
+        "self._start_lineage(judged, evidence.data_set_id)",
+        "self._start_lineage(judged, await self.stores.probe_data_set())",
     ),
     Mutant(
         "settle is refused at maxmemory",
@@ -129,68 +132,68 @@ MUTANTS = (
         "#!lua\n",
     ),
     Mutant(
-        "no sign of life before the lock",
-        "worker/counters/flush/flusher.py",
-        "identity = self.keys.identity(await self.redis.probe())",
-        "identity = None",
+        "Redis not probed before the lock",
+        "worker/counters/flush/commit.py",
+        "data_set_id = await self.stores.probe_data_set()",
+        "data_set_id = None",
     ),
     Mutant(
-        "sorted first, then the first hundred",
+        "pending keys sorted before the batch is taken",
         "worker/counters/intake/pending.py",
         "return sorted(itertools.islice(self._found, count))",
         "return sorted(self._found)[:count]",
     ),
     Mutant(
-        "retention goes by age alone",
+        "retention deletes unsettled flushes",
         "worker/db/counters/ledger.py",
         ', _flush.flush_id < bindparam("settled"))',
         ', bindparam("settled") >= 0)',
     ),
     Mutant(
-        "no epoch under the lock",
-        "worker/counters/flush/flusher.py",
-        "if not self.lease.covers(source):",
+        "lease epoch not checked under the lock",
+        "worker/counters/flush/commit.py",
+        "if not self.lease.covers(row):",
         "if False:",
     ),
     Mutant(
-        "sums of messages copied after Redis is read",
-        "worker/counters/flush/flusher.py",
-        "            announced = self.announced.copy(ids, source.lease_epoch)\n"
+        "message sums copied after Redis is read",
+        "worker/counters/flush/commit.py",
+        "            announced = self.announced.copy(ids, row.lease_epoch)\n"
         "            reading = await self.reader.read(ids)\n",
         "            reading = await self.reader.read(ids)\n"
-        "            announced = self.announced.copy(ids, source.lease_epoch)\n",
+        "            announced = self.announced.copy(ids, row.lease_epoch)\n",
     ),
     Mutant(
-        "sums of another epoch are written",
+        "message sums of another epoch are written",
         "worker/counters/intake/announced.py",
         "        if epoch != self._epoch:\n            return {}\n",
         "",
     ),
     Mutant(
-        "takeover keeps the sums",
+        "takeover keeps old message sums",
         "worker/counters/intake/announced.py",
         "            self.drop()\n            self._epoch = epoch\n",
         "            self._epoch = epoch\n",
     ),
     Mutant(
-        "an ambiguous commit is taken for one that failed",
-        "worker/counters/flush/flusher.py",
-        "self.announced.confirm(source.announced_nonce)",
+        "an ambiguous commit counts as failed",
+        "worker/counters/flush/commit.py",
+        "self.announced.confirm(row.announced_nonce)",
         "self.announced.confirm(None)",
     ),
     Mutant(
-        "an ambiguous commit is taken for one that took place",
+        "an ambiguous commit counts as committed",
         "worker/counters/intake/announced.py",
         "        if nonce != written:\n            return\n",
         "",
     ),
     Mutant(
-        "an ambiguous commit is looked up before the lock",
-        "worker/counters/flush/flusher.py",
-        "            source = await self.source_row.lock(tx)\n",
-        "            unlocked = await self.source_row.read(tx)\n"
+        "an ambiguous commit is checked before the lock",
+        "worker/counters/flush/commit.py",
+        "            row = await self.stores.source_row.lock(tx)\n",
+        "            unlocked = await self.stores.source_row.read(tx)\n"
         "            self.announced.confirm(unlocked.announced_nonce if unlocked else None)\n"
-        "            source = await self.source_row.lock(tx)\n",
+        "            row = await self.stores.source_row.lock(tx)\n",
     ),
     Mutant(
         "a row that refuses fails the flush",
@@ -199,61 +202,61 @@ MUTANTS = (
         "            raise\n            if len(batch) == 1:\n",
     ),
     Mutant(
-        "a trigger that fails in an unusual way fails the flush",
+        "an unusual trigger error fails the flush",
         "worker/db/errors.py",
         "not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES\n",
         "state.startswith(REFUSED_DATA_PREFIXES)\n",
     ),
     Mutant(
-        "an import locks the rows that are there",
+        "an import locks only existing source rows",
         "worker/db/counters/source_row.py",
         "    await tx.execute(_LOCK_ALL)\n",
         "    await tx.execute(select(_row.source).with_for_update())\n",
     ),
     Mutant(
-        "an AOF that is written without a base is taken for an empty start",
+        "an AOF without a base counts as an empty start",
         "worker/counters/flush/recovery.py",
-        "return history.started_empty and (not history.by_its_aof or await self.redis.writes_a_base())",
+        "return history.started_empty and (not history.by_its_aof or await self.stores.redis.writes_a_base())",
         "return history.started_empty",
     ),
     Mutant(
-        "another numbered database is the same data set",
+        "two Redis databases count as one data set",
         "worker/contract/keys.py",
         'history = f"{replid}/{self.database}" if self.database else replid',
         "history = replid",
     ),
     Mutant(
-        "the probe has a lifetime",
+        "the probe expires",
         "worker/counters/flush/probe.lua",
         "redis.call('SET', KEYS[1], ARGV[1])",
         "redis.call('SET', KEYS[1], ARGV[1], 'EX', 3600)",
     ),
     Mutant(
-        "a lease from a clock that was ahead is waited for",
+        "waits for a lease from a clock that was ahead",
         "worker/db/counters/source_row.py",
         "    _row.lease_until > _now + literal(2 * LEASE_TTL, Interval),\n",
         "",
     ),
     Mutant(
-        "discarding takes what came since",
+        "discarding subtracts views that came later",
         "worker/counters/adopt.py",
         "min(now, shown.pop(vod_id))",
         "max(now, shown.pop(vod_id))",
     ),
     Mutant(
-        "a reconnect is no gap",
+        "a reconnect does not count as a gap",
         "worker/counters/intake/listener.py",
         "        gap = self._heard_before or epoch > 1\n",
         "        gap = False\n",
     ),
     Mutant(
-        "the display adds what is pending to what was announced",
+        "the display adds pending views to announced views",
         "worker/counters/display.py",
         "        return Shown(stored.vod_id, stored.views + more, pending, stored.views)",
         "        return Shown(stored.vod_id, stored.views + pending, pending, stored.views)",
     ),
     Mutant(
-        "the display does not know what is unsettled",
+        "the display ignores unsettled views",
         "worker/counters/display.py",
         "max(0, value_now - stored.unsettled)",
         "value_now",
@@ -288,7 +291,7 @@ def _caught(mutant: Mutant) -> bool:
         target = copy / mutant.file
         text = target.read_text()
         if text.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.name}: its place in {mutant.file} is gone; bring tools/mutants.py up to date")
+            raise SystemExit(f"{mutant.name}: {mutant.file} does not have the text once; update tools/mutants.py")
         target.write_text(text.replace(mutant.old, mutant.new))
         done = subprocess.run(
             # `python -m` puts the copy before the installed package.
@@ -299,7 +302,7 @@ def _caught(mutant: Mutant) -> bool:
             text=True,
             check=False,
         )
-        if done.returncode not in (0, 1):  # 1: tests failed; anything else means that they did not run
+        if done.returncode not in (0, 1):  # 1: tests failed; any other code: they did not run
             raise SystemExit(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
         return done.returncode == 1
 

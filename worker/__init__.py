@@ -1,4 +1,4 @@
-"""Takes the views that applications count in Redis and makes them durable in Postgres, each view exactly once."""
+"""Moves the views that applications count in Redis to Postgres, each view exactly once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """The client library, loaded when it is asked for: every command imports this package."""
+    """Load the client library on first use, because every command imports this package."""
     if name in __all__:
         return getattr(import_module("worker.producer.client"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

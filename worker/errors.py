@@ -1,21 +1,21 @@
-"""The errors that a caller may meet, in one tree.
+"""The errors that callers can catch, in one tree.
 
 ViewerWorkerError
-├── InvalidSettings          settings have wrong values; the start is refused (exit code 78)
-├── Unavailable              a server cannot be used right now; waiting may heal it (exit code 69)
+├── InvalidSettings          settings have wrong values; the worker does not start (exit code 78)
+├── Unavailable              a server cannot be used right now; a retry may succeed (exit code 69)
 │   ├── RedisUnavailable
 │   ├── DatabaseUnavailable
-│   └── TooManyReaders       too many ask for numbers at the same time
-├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a table that is not there
-├── SchemaNotCurrent         the database's tables are not those of this version, or its role may not use them
+│   └── TooManyReaders       too many concurrent reads
+├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a missing table
+├── SchemaNotCurrent         the tables are not those of this version, or the role lacks rights on them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
-├── OnHold                   Redis and Postgres contradict each other: first `adopt` has to end that
-├── NothingToAdopt           there is no hold that `adopt` could end, or not the one that was looked at
-├── ViewNotRecorded          (producer) surely not in Redis; it may be sent again
-│   └── InvalidView          its id or count is none; also a ValueError
-├── ViewIndeterminate        (producer) sent, and in Redis or not; sending it again may count it twice
-├── InvalidId                (ids) this cannot be an id
-├── BadRequest               (web) a question that cannot be answered
+├── OnHold                   Redis and Postgres contradict each other; flushing waits until they agree or `adopt` is run
+├── NothingToAdopt           there is no hold for `adopt` to end, or it changed since it was shown
+├── ViewNotRecorded          (producer) certainly not in Redis; safe to send again
+│   └── InvalidView          the id or the count is invalid; also a ValueError
+├── ViewIndeterminate        (producer) sent but not confirmed; sending it again may count it twice
+├── InvalidId                (ids) not a valid id
+├── BadRequest               (web) the request is invalid
 └── ServerFailed             (dev.servers) an embedded server did not start
 """
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 
 class ViewerWorkerError(Exception):
-    """Root of the tree. `remedy` is one sentence that tells an operator what to do, or empty."""
+    """Root of the tree. `remedy` says how an operator can fix it, or is empty."""
 
     remedy: str = ""
 
@@ -38,7 +38,7 @@ class ViewerWorkerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SettingProblem:
-    """`value` is as it may be printed: secrets are masked in it."""
+    """One setting with a wrong value. `value` is safe to print: secrets are masked."""
 
     name: str
     value: str
@@ -49,13 +49,13 @@ class SettingProblem:
 
 
 def cause_of(error: Exception) -> str:
-    """What an error says, in a line; with its kind where it is not one of ours."""
+    """The first line of an error's text, with the type in front unless it is a ViewerWorkerError."""
     text = str(error).split("\n", 1)[0][:200]
     return text if isinstance(error, ViewerWorkerError) else f"{type(error).__name__}: {text}"
 
 
 class InvalidSettings(ViewerWorkerError):
-    """Settings with wrong values, all of them named."""
+    """Settings have wrong values. `problems` lists all of them."""
 
     def __init__(self, problems: Sequence[SettingProblem]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -63,7 +63,7 @@ class InvalidSettings(ViewerWorkerError):
 
 
 class Unavailable(ViewerWorkerError):
-    """A server cannot be used right now. Nothing was decided; the same step may be tried again later."""
+    """A server cannot be used right now. This says nothing about the data; the same step can be retried later."""
 
 
 class RedisUnavailable(Unavailable):
@@ -75,47 +75,47 @@ class DatabaseUnavailable(Unavailable):
 
 
 class DatabaseRefused(ViewerWorkerError):
-    """Waiting does not heal it. The cause is the driver's error; `db.errors` tells the kinds apart."""
+    """Postgres refuses a statement, and a retry would not help. `db.errors` can classify the error in `__cause__`."""
 
-    remedy = "`viewer-worker check` says what is wrong."
+    remedy = "Run `viewer-worker check`: it shows what is wrong."
 
     def __init__(self, cause: str) -> None:
-        super().__init__(f"Postgres refuses it: {cause}")
+        super().__init__(f"Postgres refused the statement: {cause}")
 
 
 class TooManyReaders(Unavailable):
-    """Reading must not keep the worker from its work."""
+    """The limit on concurrent reads, which keeps connections free for flushing, is reached."""
 
     def __init__(self) -> None:
-        super().__init__("too many readers at the same time")
+        super().__init__("too many reads at the same time")
 
 
 class SchemaNotCurrent(ViewerWorkerError):
-    """The tables are missing, older or newer than this version of the worker needs, or not granted to its role."""
+    """The tables are missing, older or newer than this version needs, or the worker's role lacks rights on them."""
 
 
 class TargetUnusable(ViewerWorkerError):
-    """The table that VIEW_TARGET_TABLE names cannot be kept up to date."""
+    """The worker cannot update the table that VIEW_TARGET_TABLE names."""
 
 
 class OnHold(ViewerWorkerError):
-    """Redis and Postgres contradict each other; nothing is changed until that is decided."""
+    """Redis and Postgres contradict each other. Nothing is changed until that is resolved."""
 
     def __init__(self, cause: str, remedy: str) -> None:
         super().__init__(f"on hold: {cause}", remedy)
 
 
 class NothingToAdopt(ViewerWorkerError):
-    """There is no hold, or not the one that was looked at."""
+    """There is no hold, or it changed since it was shown."""
 
 
 class ViewNotRecorded(ViewerWorkerError):
-    """Nothing of it was applied: Redis was not reached, or refused all of it."""
+    """Nothing was recorded: Redis could not be reached, or refused all of it. Safe to send again."""
 
 
 class InvalidView(ViewNotRecorded, ValueError):
-    """The id or the count cannot be recorded, now or later; the text says why."""
+    """The id or the count is invalid, so sending it again fails too. The text says why."""
 
 
 class ViewIndeterminate(ViewerWorkerError):
-    """It was sent and Redis did not confirm all of it: it may have counted or not. It must not be repeated blindly."""
+    """The views were sent, but Redis did not confirm all of them. Sending them again may count them twice."""

@@ -73,7 +73,7 @@ def upgrade() -> None:
 
 
 def by_time(table: str, column: str, chunk: str) -> None:
-    """A hypertable where TimescaleDB is installed in this database; else a BRIN index: rows arrive in time order."""
+    """Make a hypertable if TimescaleDB is installed in this database, else a BRIN index: rows arrive in time order."""
     if has_timescaledb():
         op.execute(
             f"SELECT create_hypertable('{table}', by_range('{column}', INTERVAL '{chunk}'), "

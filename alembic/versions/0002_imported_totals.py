@@ -1,4 +1,4 @@
-"""Totals that were taken over from the application's own table.
+"""Totals that were imported from the application's own table.
 
 Revision: 0002
 """

@@ -124,7 +124,7 @@ async def test_commands_print_no_secret_whether_they_succeed_or_fail(world: Worl
 async def test_running_worker_tells_no_secret_in_any_failure(world: World, start: Start) -> None:
     canaries = ["CANARY", *secrets_of(world.environment)]
     worker = start(world.environment | {"LOG_LEVEL": "debug"}, "run")
-    await worker.wait_for_log('"marker born"')
+    await worker.wait_for_log('"marker created"')
     url = json.loads(await worker.wait_for_log('"started"'))["url"]
     told = await everything_at(url)
 

@@ -162,7 +162,7 @@ def test_dev_ends_with_an_exact_verdict_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout
-    assert "EXACT: each view counted once; 900 ids compared, worker killed 1 time(s)." in done.stdout
+    assert "EXACT: each view counted once; 900 ids compared, worker killed once." in done.stdout
     ids = dict(re.findall(r"^  (INCR and PUBLISH|INCR only|PUBLISH only) +(\d+)", done.stdout, re.MULTILINE))
     assert ids == {"INCR and PUBLISH": "600", "INCR only": "300", "PUBLISH only": "100"}
 
@@ -219,7 +219,7 @@ async def test_check_finds_everything_well(world: World) -> None:
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     done = await run_cli("check", **world.environment)
     assert done.returncode == 0, done.stdout
-    assert "Redis and Postgres agree after 1 flushes; 0 views of 0 ids are pending" in done.stdout
+    assert "Redis and Postgres agree; flushes: 1, pending views: 0, pending ids: 0" in done.stdout
     names = [finding["name"] for finding in json.loads((await run_cli("check", "--json", **world.environment)).stdout)]
     assert names == [
         "postgres version",
@@ -281,7 +281,7 @@ async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
     shown = await run_cli("adopt", **world.environment)
     assert shown.returncode == 0
     assert "hold      the marker in Redis cannot be read" in shown.stdout
-    assert "pending   2 views of 1 ids" in shown.stdout
+    assert "pending   2 views of 1 id\n" in shown.stdout
     asked = await run_cli("adopt", "--count-pending", **world.environment)
     assert asked.returncode == 1
     assert "Nothing was changed" in asked.stdout
@@ -308,9 +308,9 @@ async def test_import_says_what_it_took_over(world: World) -> None:
     await world.sql.execute('CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int)')
     await world.sql.execute("INSERT INTO \"Vod\" VALUES ('a', 40), ('b', 2), ('c', 0)")
     done = await run_cli("import", "--from-target", **world.environment | TARGET)
-    assert (done.returncode, done.stdout) == (0, "3 rows of Vod: 2 totals taken over, 42 views more than ours had\n")
+    assert (done.returncode, done.stdout) == (0, "3 rows of Vod: 2 totals imported, 42 views added\n")
     again = await run_cli("import", "--from-target", **world.environment | TARGET)
-    assert again.stdout == "3 rows of Vod: 0 totals taken over, 0 views more than ours had\n"
+    assert again.stdout == "3 rows of Vod: 0 totals imported, 0 views added\n"
 
 
 async def test_forget_shows_and_asks_first(world: World) -> None:

@@ -38,7 +38,7 @@ async def world(guarded: GuardedServers) -> AsyncIterator[World]:
 
 async def live(worker: InProcessWorker, world: World) -> None:
     """All that the worker does with its tables: lease, birth, flush, replay, retention."""
-    assert await worker.db.lease.take()
+    assert await worker.counters.lease.take()
     for vod_id in ("a", "b"):
         await world.view(vod_id)
         await worker.counters.loop.cycle()
@@ -53,7 +53,7 @@ async def live(worker: InProcessWorker, world: World) -> None:
     await worker.counters.loop.cycle()
     async with worker.database.transaction() as tx:
         await Ledger("default", "me").prune(tx, settled_id=3, age=timedelta(0), at_most=100)
-    await worker.db.lease.release()
+    await worker.counters.lease.release()
 
 
 async def test_role_has_the_rights_that_the_worker_looks_for_and_no_others(world: World) -> None:
@@ -126,7 +126,7 @@ async def test_check_names_the_rights_that_are_missing(world: World, start: Star
     await world.redis.execute_command("ACL SETUSER viewer-worker -decrby -del")
     findings = await check(world, start)
     assert findings["schema"] == ("failure", "this role lacks DELETE on view_count_deltas")
-    assert findings["redis rights"] == ("failure", "its user may not run DECRBY, DEL on the worker's keys and channels")
+    assert findings["redis rights"] == ("failure", "the user may not run DECRBY, DEL on the worker's keys and channels")
 
     await world.sql.execute(f"REVOKE ALL ON {VERSION_TABLE} FROM viewer_worker")
     await world.redis.execute_command("ACL SETUSER viewer-worker -eval -evalsha")

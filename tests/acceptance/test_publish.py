@@ -112,7 +112,7 @@ async def test_uncertain_lines_are_told_when_nothing_else_can_be_written(
         timeout=60,
     )
     assert done.returncode == 1
-    assert b"lines 1 to 500 may or may not have counted" in done.stderr
+    assert b"lines 1 to 500 may or may not be counted" in done.stderr
     assert b"stopped before" not in done.stderr
 
 
@@ -137,8 +137,8 @@ async def test_uncertain_batch_stops_it_and_it_goes_on_after_it(
     proxy.hang_up_at(b"*1000\r\n")  # EXEC of the second batch: 500 ids, two commands each
     done = await publish("--from-log", str(log), **environment)
     assert done.returncode == 1
-    assert "lines 501 to 1000 may or may not have counted: " in done.stderr
-    assert "Go on after them with --from-line 1001; --from-line 501 repeats them." in done.stderr
+    assert "lines 501 to 1000 may or may not be counted: " in done.stderr
+    assert "continue with --from-line 1001; to repeat it, --from-line 501." in done.stderr
     assert re.search(r"views +500\n", done.stdout)
     assert await world.pending() == Counter(paths[:1000])
 
@@ -152,7 +152,7 @@ async def test_redis_out_of_reach_is_69_and_tells_no_secret(arguments: tuple[str
     done = await publish(*arguments, REDIS_URL=f"redis://:hunter2@127.0.0.1:{free_port()}")
     assert done.returncode == 69
     assert "Check that Redis runs" in done.stderr
-    assert ("Go on with --from-line 1." in done.stderr) is ("--from-log" in arguments)
+    assert ("Continue with --from-line 1." in done.stderr) is ("--from-log" in arguments)
     assert "hunter2" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
@@ -192,7 +192,7 @@ async def test_interrupted_it_tells_where_it_stopped(world: World, number: signa
     process.send_signal(number)
     _, told = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 128 + number
-    assert b"stopped before line 501: interrupted\nGo on with --from-line 501." in told
+    assert b"stopped before line 501: interrupted\nContinue with --from-line 501." in told
     assert await world.pending() == {"/a": 500}
 
 

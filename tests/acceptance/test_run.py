@@ -50,7 +50,7 @@ async def get(url: str) -> tuple[int, dict[str, Any]]:
 @in_both_worlds
 async def test_incr_is_in_postgres_within_one_interval(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "500"}, "run")
-    await worker.wait_for_log("marker born")
+    await worker.wait_for_log("marker created")
     started = json.loads(await worker.wait_for_log('"started"'))
     assert urlsplit(started["redis"]).port == urlsplit(world.environment["REDIS_URL"]).port
     assert urlsplit(started["postgres"]).path == urlsplit(world.environment["DATABASE_URL"]).path

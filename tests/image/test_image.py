@@ -43,7 +43,7 @@ async def test_worker_counts_and_stops_in_a_read_only_filesystem_without_any_pri
     assert migrated.returncode == 0, migrated.stderr
     worker = CliWorker({}, *image.config["Cmd"], program=image.program(**environment))
     workers.append(worker)
-    await worker.wait_for_log('"marker born"')
+    await worker.wait_for_log('"marker created"')
     assert confinement(worker.process.pid) == {
         "Uid": "10001",
         "CapEff": "0" * 16,

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from tests.support.world import World
-from worker.counters.flush.flusher import Flushed
 from worker.counters.flush.marker import Marker
-from worker.counters.flush.recovery import Hold
+from worker.counters.flush.outcome import Flushed
+from worker.counters.flush.verdict import Hold
 from worker.errors import NothingToAdopt
 
 

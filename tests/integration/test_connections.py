@@ -179,7 +179,7 @@ async def test_a_server_that_says_goodbye_before_it_hangs_up_is_unavailable(data
 
 @pytest.mark.parametrize("statement", ["SELECT 1/0", "SELECT * FROM nowhere", "INSERT INTO view_counts VALUES (NULL)"])
 async def test_what_does_not_heal_is_refused(database: Database, statement: str) -> None:
-    with pytest.raises(DatabaseRefused, match=r"^Postgres refuses it: .+ \(SQLSTATE \w{5}\)$"):
+    with pytest.raises(DatabaseRefused, match=r"^Postgres refused the statement: .+ \(SQLSTATE \w{5}\)$"):
         async with database.transaction() as tx:
             await tx.execute(text(statement))
     assert await one(database) == 1

@@ -49,7 +49,7 @@ async def test_number_is_exact_between_commit_and_settle(world: World) -> None:
     worker, reader = world.worker(), world.worker()
     await worker.cycle()
     await world.view("a", 5)
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
     between = []
 
     async def look_first(*args: Any, **kwargs: Any) -> bool:
@@ -57,7 +57,7 @@ async def test_number_is_exact_between_commit_and_settle(world: World) -> None:
         between.extend(await reader.counters.display.views(["a"]))
         return await settle(*args, **kwargs)
 
-    worker.counters.settler.settle = look_first  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = look_first  # type: ignore[method-assign]
     await worker.cycle()
     assert between == [Shown("a", views=7, pending=2, stored=5)]
 

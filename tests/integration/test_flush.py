@@ -13,13 +13,15 @@ import pytest
 
 from tests.support.fakes import FakeClock
 from tests.support.world import InProcessWorker, World
-from worker.counters.flush.flusher import Busy, Committed, Flushed, Flusher
+from worker.counters.flush.commit import Committed
+from worker.counters.flush.flusher import Flusher
 from worker.counters.flush.marker import Marker
-from worker.counters.flush.recovery import Hold
+from worker.counters.flush.outcome import Busy, Flushed
 from worker.counters.flush.settle import SETTLE
-from worker.db.lease import NEEDS
+from worker.counters.flush.verdict import Hold
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, RedisUnavailable
+from worker.observability.status import SERVERS
 
 
 async def test_views_reach_postgres_and_leave_redis(world: World) -> None:
@@ -64,17 +66,17 @@ async def test_zero_counters_are_left_alone(world: World) -> None:
 async def test_views_that_arrive_during_a_flush_stay_pending(world: World) -> None:
     worker = world.worker()
     await world.view("vod_1", 5)
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
 
     async def views_come_in_between(*args: Any, **kwargs: Any) -> bool:
         await world.view("vod_1", 2)
         return await settle(*args, **kwargs)
 
-    worker.counters.settler.settle = views_come_in_between  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = views_come_in_between  # type: ignore[method-assign]
     await worker.cycle()
     assert await world.totals() == Counter(vod_1=5)
     assert await world.pending() == Counter(vod_1=2)
-    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = settle  # type: ignore[method-assign]
     await worker.cycle()
     await world.assert_exact()
 
@@ -108,11 +110,11 @@ async def committed_but_not_settled(world: World, worker: InProcessWorker) -> No
     async def no_reply(*_: Any, **__: Any) -> bool:
         raise RedisUnavailable("gone before settle")
 
-    settle = worker.counters.settler.settle
-    worker.counters.settler.settle = no_reply  # type: ignore[method-assign]
+    settle = worker.counters.flusher.settler.settle
+    worker.counters.flusher.settler.settle = no_reply  # type: ignore[method-assign]
     with pytest.raises(RedisUnavailable):
         await worker.cycle()
-    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = settle  # type: ignore[method-assign]
 
 
 async def test_crash_between_commit_and_settle_is_replayed_by_the_next_worker(world: World) -> None:
@@ -132,16 +134,16 @@ async def test_crash_between_commit_and_settle_is_replayed_by_the_next_worker(wo
 async def test_lost_settle_reply_is_harmless(world: World) -> None:
     worker = world.worker()
     await world.view("vod_1", 5)
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
 
     async def reply_is_lost(*args: Any, **kwargs: Any) -> bool:
         await settle(*args, **kwargs)
         raise RedisUnavailable("no answer in time")
 
-    worker.counters.settler.settle = reply_is_lost  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = reply_is_lost  # type: ignore[method-assign]
     with pytest.raises(RedisUnavailable):
         await worker.cycle()
-    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = settle  # type: ignore[method-assign]
     await world.view("vod_1", 1)
     await worker.cycle()
     await world.assert_exact()
@@ -156,7 +158,7 @@ async def test_settling_twice_subtracts_once(world: World) -> None:
     await world.view("vod_1", 10)
     after = Marker(before.lineage, 1, before.nonce)
     for _ in range(2):
-        assert await worker.counters.settler.settle(before, after, {"vod_1": 4})
+        assert await worker.counters.flusher.settler.settle(before, after, {"vod_1": 4})
     assert await world.pending() == Counter(vod_1=6)
 
 
@@ -168,19 +170,19 @@ async def test_flush_number_that_a_database_used_twice_is_noticed(world: World) 
     assert born is not None
     await world.view("a", 5)
     await world.redis.set(world.prefix + "b", 3)
-    lost = await worker.counters.flusher._commit(["a"])
+    lost = await worker.counters.flusher.committer.commit(["a"])
     assert isinstance(lost, Committed)
     await world.sql.execute("DELETE FROM view_counts; DELETE FROM view_count_deltas; DELETE FROM view_counts_hourly")
     await world.sql.execute("DELETE FROM view_count_flushes")
     await world.sql.execute("UPDATE view_count_sources SET last_flush_id = 0, last_nonce = $1", born.nonce)
-    again = await worker.counters.flusher._commit(["b"])
+    again = await worker.counters.flusher.committer.commit(["b"])
     assert isinstance(again, Committed)
-    settler = worker.counters.settler
+    settler = worker.counters.flusher.settler
     assert await settler.settle(lost.before, lost.marker, lost.flush.counted)
     assert not await settler.settle(again.before, again.marker, again.flush.counted)
     outcome = await worker.cycle()
     assert isinstance(outcome, Hold)
-    assert outcome.cause == "Redis settled another flush 1 than the one Postgres has"
+    assert outcome.cause == "Redis settled another flush 1 than the one in Postgres"
     assert await world.totals() == Counter(b=3)
 
 
@@ -274,7 +276,7 @@ async def test_reader_that_gets_first_never_sees_less_than_happened(world: World
         ("garbage", "the marker in Redis cannot be read"),
         ("foreign", "the marker in Redis belongs to another database"),
         ("ahead", "Postgres lacks 4 flushes that Redis has settled"),
-        ("unknown nonce", "Redis settled another flush 1 than the one Postgres has"),
+        ("unknown nonce", "Redis settled another flush 1 than the one in Postgres"),
         ("pruned ledger", "flush 1 is no longer complete in the ledger"),
         ("wrong predecessor", "Redis settled another flush 0 than the one before 1"),
     ],
@@ -351,13 +353,13 @@ async def test_settle_leaves_out_what_became_no_count_and_settles_the_rest(world
     worker = world.worker()
     await world.view("good", 3)
     await world.view("turned", 3)
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
 
     async def overwritten_in_between(*args: Any, **kwargs: Any) -> bool:
         await world.redis.set(world.prefix + "turned", value)
         return await settle(*args, **kwargs)
 
-    worker.counters.settler.settle = overwritten_in_between  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = overwritten_in_between  # type: ignore[method-assign]
     await worker.cycle()
     assert await world.redis.get(world.prefix + "good") is None
     assert await world.redis.get(world.prefix + "turned") == value.encode()
@@ -369,13 +371,13 @@ async def test_settle_leaves_out_what_became_no_count_and_settles_the_rest(world
 async def test_settle_never_goes_below_zero(world: World) -> None:
     worker = world.worker()
     await world.view("reset", 5)
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
 
     async def reset_in_between(*args: Any, **kwargs: Any) -> bool:
         await world.redis.set(world.prefix + "reset", 2)
         return await settle(*args, **kwargs)
 
-    worker.counters.settler.settle = reset_in_between  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = reset_in_between  # type: ignore[method-assign]
     await worker.cycle()
     assert await world.redis.get(world.prefix + "reset") is None
 
@@ -387,7 +389,9 @@ async def test_settle_is_exact_beyond_the_precision_of_lua_numbers(world: World)
     before = await world.marker()
     assert before is not None
     await world.view("huge", largest)
-    assert await worker.counters.settler.settle(before, Marker(before.lineage, 1, before.nonce), {"huge": 2**53 + 1})
+    assert await worker.counters.flusher.settler.settle(
+        before, Marker(before.lineage, 1, before.nonce), {"huge": 2**53 + 1}
+    )
     assert await world.pending() == Counter(huge=largest - 2**53 - 1)
 
 
@@ -420,13 +424,13 @@ async def test_settle_that_is_refused_a_write_writes_nothing(
         )
         limited = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://limited:x@"))
         await world.view_many(["a", "b", "b"])
-        settle = limited.counters.settler.settle
+        settle = limited.counters.flusher.settler.settle
 
         async def views_come_in_between(*args: Any, **kwargs: Any) -> bool:
             await world.view("a")
             return await settle(*args, **kwargs)
 
-        limited.counters.settler.settle = views_come_in_between  # type: ignore[method-assign]
+        limited.counters.flusher.settler.settle = views_come_in_between  # type: ignore[method-assign]
         for _ in range(3):
             with pytest.raises(RedisUnavailable):
                 await limited.cycle()
@@ -479,7 +483,7 @@ async def test_scripts_survive_a_script_flush(world: World) -> None:
 async def test_backlog_beyond_the_memory_limit_is_flushed_while_sweeping(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.counters.loop.PENDING_LIMIT", 500)
+    monkeypatch.setattr("worker.counters.intake.backlog.PENDING_LIMIT", 500)
     await world.view_many([f"vod_{number}" for number in range(5000)])
     worker = world.worker(BATCH_SIZE="250", BATCH_INTERVAL_MS="60000")
     outcome = await worker.cycle()
@@ -493,9 +497,9 @@ async def test_stop_waits_for_no_messages_where_none_are_listened_to(
 ) -> None:
     monkeypatch.setattr("worker.counters.loop.INTAKE_END_S", 3600.0)
     worker, stop = world.worker(VIEW_COUNT_SOURCE="counters"), asyncio.Event()
-    for check in NEEDS:
+    for check in SERVERS:
         worker.status.ok(check)
-    await worker.db.lease.take()
+    await worker.counters.lease.take()
     await world.view("a", 3)
     stop.set()
     async with asyncio.timeout(30):
@@ -505,7 +509,7 @@ async def test_stop_waits_for_no_messages_where_none_are_listened_to(
 
 async def test_locks_that_last_keep_nobody_else_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, tried = FakeClock(), []
-    monkeypatch.setattr("worker.app.wiring.SystemClock", lambda: clock)
+    monkeypatch.setattr("worker.app.counters.SystemClock", lambda: clock)
 
     async def flush(_: object, ids: list[str]) -> Flushed:
         tried.append(ids)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.world import World
-from worker.counters.flush.flusher import Flushed
+from worker.counters.flush.outcome import Flushed
 from worker.counters.forget import Forgotten
 from worker.errors import OnHold, RedisUnavailable
 
@@ -49,15 +49,15 @@ async def test_crash_before_its_settle_is_made_up_for_by_the_next_flush(world: W
     worker = world.worker()
     await worker.cycle()
     await world.view("a", 5)
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
 
     async def gone(*_: Any, **__: Any) -> bool:
         raise RedisUnavailable("gone")
 
-    worker.counters.settler.settle = gone  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = gone  # type: ignore[method-assign]
     with pytest.raises(RedisUnavailable):
         await worker.counters.forgetting.forget("a")
-    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = settle  # type: ignore[method-assign]
     await world.view("a", 2)
     await worker.cycle()
     assert await world.totals() == Counter(a=2)

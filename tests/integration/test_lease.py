@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 from tests.support.world import World
-from worker.counters.flush.flusher import Busy, Flushed
+from worker.counters.flush.outcome import Busy, Flushed
 from worker.db.counters.source_row import LEASE_TTL
-from worker.db.lease import NEEDS
+from worker.observability.status import SERVERS
 from worker.runtime.worker_id import has_died_here, new_worker_id
 
 
@@ -79,13 +79,13 @@ async def test_worker_that_cannot_work_does_not_take_the_lease(world: World, dow
     for check in {"redis", "postgres", "schema"} - {down}:
         worker.status.ok(check)
     stop = asyncio.Event()
-    task = asyncio.create_task(worker.db.lease.run(stop))
+    task = asyncio.create_task(worker.counters.lease.run(stop))
     await asyncio.sleep(0.3)
-    assert worker.db.lease.epoch is None
+    assert worker.counters.lease.epoch is None
     worker.status.ok(down)
     async with asyncio.timeout(5):
-        await worker.db.lease.changed.wait()
-    assert worker.db.lease.epoch == 1
+        await worker.counters.lease.changed.wait()
+    assert worker.counters.lease.epoch == 1
     stop.set()
     await task
 
@@ -94,9 +94,9 @@ async def test_worker_that_freezes_while_it_takes_the_lease_loses_the_row_lock(
     world: World,
 ) -> None:
     worker = world.worker()
-    await worker.db.lease.take()
+    await worker.counters.lease.take()
     async with worker.database.transaction() as tx:
-        await worker.db.lease._source_row.take_lease(tx, "frozen")
+        await worker.counters.lease._row.take_lease(tx, "frozen")
         limit = (await tx.exec_driver_sql("SHOW idle_in_transaction_session_timeout")).scalar_one()
     assert limit == "8s"
 
@@ -149,10 +149,10 @@ async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkey
 
     monkeypatch.setattr("worker.db.lease.wait_first", wait)
     worker, stop = world.worker(), asyncio.Event()
-    for check in NEEDS:
+    for check in SERVERS:
         worker.status.ok(check)
-    await worker.db.lease.run(stop)
-    assert worker.db.lease.epoch == 2
+    await worker.counters.lease.run(stop)
+    assert worker.counters.lease.epoch == 2
     assert min(waits) > 0
 
 
@@ -160,12 +160,12 @@ async def test_table_that_is_away_for_a_moment_ends_no_loop(world: World, monkey
     monkeypatch.setattr("worker.db.lease.RENEW_S", 0.05)
     monkeypatch.setattr("worker.counters.retention.PERIOD_S", 0.05)
     worker, stop = world.worker(VIEW_LEDGER_RETENTION="1ms"), asyncio.Event()
-    for check in NEEDS:
+    for check in SERVERS:
         worker.status.ok(check)
     for _ in range(5):
         await world.view("a")
         await worker.cycle()
-    loops = [asyncio.create_task(loop.run(stop)) for loop in (worker.db.lease, worker.counters.retention)]
+    loops = [asyncio.create_task(loop.run(stop)) for loop in (worker.counters.lease, worker.counters.retention)]
     for table in ("view_count_sources", "view_count_flushes"):
         await world.sql.execute(f"ALTER TABLE {table} RENAME TO away")
         done, _ = await asyncio.wait(loops, timeout=0.3)

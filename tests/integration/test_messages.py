@@ -18,7 +18,7 @@ import pytest
 from tests.support.proxy import Mode, Proxy
 from tests.support.tls import Certificates, TlsFront
 from tests.support.world import InProcessWorker, World
-from worker.counters.flush.flusher import Busy, Flushed
+from worker.counters.flush.outcome import Busy, Flushed
 from worker.counters.flush.reading import Reading
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, RedisUnavailable
@@ -28,7 +28,7 @@ from worker.redis.subscriber import Subscription
 
 
 def sums(worker: InProcessWorker) -> int:
-    announced = worker.counters.intake.announced
+    announced = worker.counters.backlog.announced
     return sum(announced._sums.values())
 
 
@@ -87,7 +87,7 @@ async def test_message_that_names_an_id_has_it_flushed_without_a_sweep(world: Wo
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
-        worker.counters.loop._sweep._not_before = float("inf")
+        worker.counters.loop._backlog.sweep._not_before = float("inf")
         await both(world, "named", 3)
         await world.redis.incr(world.prefix + "not named")
         await worker.heard(lambda: sums(worker) == 3)
@@ -102,7 +102,7 @@ async def commit_without_an_answer(worker: InProcessWorker, *, committed: bool) 
     async def breaking() -> AsyncIterator[Any]:
         async with transaction() as tx:
             yield tx
-            at_commit = worker.counters.intake.announced._sent is not None
+            at_commit = worker.counters.backlog.announced._sent is not None
             if at_commit and not committed:
                 raise DatabaseUnavailable("gone before COMMIT")
         if at_commit:
@@ -145,7 +145,7 @@ async def test_commit_that_lands_late_is_not_written_again(world: World) -> None
         async def left_open() -> AsyncIterator[Any]:
             server_side = transaction()
             yield await server_side.__aenter__()
-            if worker.counters.intake.announced._sent is not None:
+            if worker.counters.backlog.announced._sent is not None:
                 late.append(server_side)
                 raise DatabaseUnavailable("no answer to COMMIT")
             await server_side.__aexit__(None, None, None)
@@ -204,7 +204,7 @@ async def test_announced_is_never_ahead_of_what_was_incremented_before(world: Wo
         await worker.sweep_and_flush()
         await both(world, "a", 3)
         await worker.heard(lambda: sums(worker) == 3)
-        reader = worker.counters.flusher.reader
+        reader = worker.counters.flusher.committer.reader
         read = type(reader).read
 
         async def a_view_comes_first(self: Any, ids: Any) -> Reading:
@@ -241,10 +241,10 @@ async def test_lost_subscription_is_a_gap_and_is_followed_by_a_sweep(world: Worl
     async with worker.listening():
         await worker.sweep_and_flush()
         assert worker.metric("view_count_subscription_gaps_total") == 0
-        worker.counters.loop._sweep._not_before = float("inf")
+        worker.counters.loop._backlog.sweep._not_before = float("inf")
         await world.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         await worker.heard(lambda: worker.metric("view_count_subscription_gaps_total") == 1)
-        assert worker.counters.loop._sweep.is_due
+        assert worker.counters.loop._backlog.sweep.is_due
         await world.announce("a", 2)
         await worker.heard(lambda: sums(worker) == 2)
 
@@ -345,9 +345,9 @@ async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeySe
         worker = world.worker(REDIS_URL=valkey.url.replace("redis://", "redis://limited:x@"))
         for check in ("redis", "postgres", "schema"):
             worker.status.ok(check)
-        await worker.db.lease.take()
+        await worker.counters.lease.take()
         stop = asyncio.Event()
-        task = asyncio.create_task(worker.counters.intake.listener.run(stop))
+        task = asyncio.create_task(worker.counters.listener.run(stop))
         await worker.heard(lambda: "users.acl" in worker.status.checks["messages"].remedy)
         await world.view("a", 3)
         await worker.cycle()
@@ -394,7 +394,7 @@ async def test_forgotten_id_does_not_come_back_by_what_was_announced_before(worl
         await worker.heard(lambda: sums(worker) == 5)
         await world.worker().counters.forgetting.forget("a")
         assert await worker.sweep_and_flush() == Busy()
-        await worker.db.lease.take()
+        await worker.counters.lease.take()
         await worker.sweep_and_flush()
     assert await rows(world) == {}
     await world.assert_consistent()

@@ -10,8 +10,9 @@ import pytest
 
 from tests.integration.test_flush import committed_but_not_settled
 from tests.support.world import World
-from worker.counters.flush.flusher import Flushed
-from worker.counters.flush.recovery import BIRTH, Hold, Recovery
+from worker.counters.flush.outcome import Flushed
+from worker.counters.flush.recovery import CREATE_MARKER, Recovery
+from worker.counters.flush.verdict import Hold
 from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable
 
@@ -176,7 +177,7 @@ async def test_birth_fails_on_a_data_set_that_was_put_in_place_after_the_judgeme
                 await worker.redis.close()
 
         async def before_birth(script: object, *rest: object) -> object:
-            if script is BIRTH and moment == "before birth":
+            if script is CREATE_MARKER and moment == "before birth":
                 await copy_comes_first()
             return await run(script, *rest)  # type: ignore[arg-type]
 
@@ -332,7 +333,7 @@ async def test_row_that_somebody_holds_locked_is_left_and_hinders_nobody(world: 
 async def test_table_that_somebody_holds_locked_is_not_waited_for_id_by_id(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.counters.flush.LOCKS_LIMIT_S", 1.0)
+    monkeypatch.setattr("worker.counters.flush.flusher.LOCKS_LIMIT_S", 1.0)
     worker = world.worker()
     await worker.cycle()
     await world.view_many(["a", "b", "c", "d"])

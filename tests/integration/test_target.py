@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tests.support import vod_table
 from tests.support.fakes import FakeClock
 from tests.support.world import World
-from worker.counters.flush.flusher import Flushed
+from worker.counters.flush.outcome import Flushed
 from worker.db.target.table import REST_S
 from worker.errors import DatabaseUnavailable
 
@@ -41,7 +41,7 @@ async def test_it_is_given_what_both_witnesses_say_once(world: World) -> None:
         await worker.sweep_and_flush()  # counted, and announced only later
         await world.announce("a", 3)
         await world.announce("b", 2)
-        await worker.heard(lambda: len(worker.counters.intake.announced) == 2)
+        await worker.heard(lambda: len(worker.counters.backlog.announced) == 2)
         await worker.sweep_and_flush()
     assert await vod_table.shown(world) == {"a": 3, "b": 2, "c": 0}
 
@@ -50,15 +50,15 @@ async def test_crash_between_commit_and_settle_adds_once(world: World) -> None:
     await vod_table.create(world)
     worker = world.worker(**vod_table.SETTINGS)
     await world.view_many(["a", "a", "b", "gone"])
-    settle = worker.counters.settler.settle
+    settle = worker.counters.flusher.settler.settle
 
     async def gone(*_: Any, **__: Any) -> bool:
         raise DatabaseUnavailable("gone")
 
-    worker.counters.settler.settle = gone  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = gone  # type: ignore[method-assign]
     with pytest.raises(DatabaseUnavailable):
         await worker.cycle()
-    worker.counters.settler.settle = settle  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = settle  # type: ignore[method-assign]
     assert vod_table.skipped(worker) == {"unknown": 1}
     assert worker.metric("view_count_flushed_views_total") == 4
     await world.worker(**vod_table.SETTINGS).cycle()
@@ -191,7 +191,7 @@ async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, mon
         """
     )
     clock = FakeClock()
-    monkeypatch.setattr("worker.app.wiring.SystemClock", lambda: clock)
+    monkeypatch.setattr("worker.app.counters.SystemClock", lambda: clock)
     worker = world.worker(**vod_table.SETTINGS)
 
     async def tries_of_a_flush() -> int:
@@ -242,7 +242,7 @@ async def test_foreign_key_to_the_row_is_no_hindrance(world: World) -> None:
 async def test_deadlock_with_the_application_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trigger wants a row that a transaction of the application has, and that one wants the worker's row."""
     # Else the wait ends before Postgres looks for deadlocks, as it does where deadlock_timeout is the usual second.
-    monkeypatch.setattr("worker.db.target._WAIT_BRIEFLY", text("SET LOCAL lock_timeout = '20s'"))
+    monkeypatch.setattr("worker.db.target.table._WAIT_BRIEFLY", text("SET LOCAL lock_timeout = '20s'"))
     await vod_table.create(world)
     await world.sql.execute(
         """

@@ -190,7 +190,7 @@ def test_names_are_taken_as_they_are_written(name: str, expected: tuple[str | No
 
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a.b.c", '"a', 'a"b"'])
 def test_names_that_are_none_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="a table such as"):
+    with pytest.raises(ValueError, match="the exact name of a table"):
         parse_target(name, "id", "n")
 
 

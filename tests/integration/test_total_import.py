@@ -15,7 +15,7 @@ from worker.db.target.total_import import import_totals
 
 
 async def imported(world: World, worker: InProcessWorker) -> tuple[int, int]:
-    target = worker.counters.flusher.target
+    target = worker.counters.target
     assert target is not None
     pages = [page async for page in import_totals(worker.database, target)]
     return sum(page.ids for page in pages), sum(page.views for page in pages)

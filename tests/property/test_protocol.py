@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.support.world import InProcessWorker, World, database_url_for
-from worker.counters.flush.flusher import Busy, Flushed
 from worker.counters.flush.marker import Marker
-from worker.counters.flush.recovery import Hold
+from worker.counters.flush.outcome import Busy, Flushed
+from worker.counters.flush.verdict import Hold
 from worker.errors import DatabaseUnavailable, RedisUnavailable
 from worker.redis.client import History
 from worker.settings.environment import load_settings
@@ -130,11 +130,11 @@ class Actor:
         epoch = self.worker.counters.lease.epoch
         self.on_the_way.clear()
         if epoch is not None:
-            self.worker.counters.announced.begin(epoch)
+            self.worker.counters.backlog.announced.begin(epoch)
             self.listens = True
 
     def hear(self) -> None:
-        self.worker.counters.announced.add(Counter(self.on_the_way))
+        self.worker.counters.backlog.announced.add(Counter(self.on_the_way))
         self.on_the_way.clear()
 
     async def step(self, *, fail: bool = False) -> None:

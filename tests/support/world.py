@@ -22,14 +22,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from sqlalchemy import text
 
-from worker.app.wiring import ViewCounters, view_counters
+from worker.app.counters import ViewCounters, build_counters
 from worker.contract.keys import Keys
 from worker.counters.flush.marker import Marker
-from worker.db.lease import NEEDS
 from worker.db.session import Database
 from worker.dev.servers import Server
 from worker.observability.metrics import Metrics
-from worker.observability.status import Status
+from worker.observability.status import SERVERS, Status
 from worker.redis.client import RedisClient
 from worker.runtime.clock import SystemClock
 from worker.settings.environment import load_settings, without_settings
@@ -53,8 +52,8 @@ class InProcessWorker:
         self.database = database or Database(settings.database)
         self.redis = RedisClient(settings.redis)
         self.metrics = Metrics()
-        self.status = Status(SystemClock(), (*NEEDS, "view_counts", "messages"))
-        self.counters: ViewCounters = view_counters(settings, self.database, self.redis, self.status, self.metrics)
+        self.status = Status(SystemClock().monotonic, (*SERVERS, "view_counts", "messages"))
+        self.counters: ViewCounters = build_counters(settings, self.database, self.redis, self.status, self.metrics)
 
     async def cycle(self) -> Any:
         """One cycle, as after the lease of whoever held it expired and with a sweep due."""
@@ -79,7 +78,7 @@ class InProcessWorker:
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """As in a running worker that holds the lease: messages are summed up until the block ends."""
-        for check in NEEDS:
+        for check in SERVERS:
             self.status.ok(check)
         await self.counters.lease.take()
         stop = asyncio.Event()

@@ -56,7 +56,7 @@ def test_a_line_for_a_line(sample: list[Request | MalformedLine]) -> None:
         "the user agent is missing or not complete",
         "/watch/vod_1",
         "/",
-        "the identity and user is missing or not complete",
+        "the identity or user is missing or not complete",
     ]
     assert [line.number for line in sample if isinstance(line, MalformedLine)] == [7, 8, 9, 10, 11, 12, 15]
 
@@ -103,7 +103,7 @@ def test_ends_of_lines(end: bytes) -> None:
         (GOOD.replace(b"+0000", b"+9900"), "offset must be"),
         (GOOD.replace(b"May", b"Mai"), "the time is not like"),
         (GOOD.replace(b"200", b"OK"), "the status is missing"),
-        (GOOD.replace(b"/a", b"/\x00"), "a NUL byte"),
+        (GOOD.replace(b"/a", b"/\x00"), "it has a NUL byte"),
         (b"\x00" * (3 * MAX_LINE_BYTES), "longer than 65,536 bytes"),
         (GOOD.replace(b"/a", b"/" + b"a" * MAX_LINE_BYTES), "longer than 65,536 bytes"),
     ],

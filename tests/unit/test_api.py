@@ -27,7 +27,7 @@ def numbers() -> FakeNumbers:
 @pytest.fixture
 async def base(numbers: FakeNumbers) -> AsyncIterator[str]:
     clock = FakeClock()
-    health = Health(Status(clock, ()), clock, "0", clock.now() - clock.now())
+    health = Health(Status(clock.monotonic, ()), clock, "0", clock.now() - clock.now())
     server = WebServer(health, Api(numbers), Metrics().registry, "127.0.0.1", 0)
     await server.start()
     yield server.url

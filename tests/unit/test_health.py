@@ -25,7 +25,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def status(clock: FakeClock) -> Status:
-    return Status(clock, ("redis", "postgres"))
+    return Status(clock.monotonic, ("redis", "postgres"))
 
 
 @pytest.fixture

@@ -223,8 +223,9 @@ def test_importing_it_loads_redis_and_little_else() -> None:
         "print(sorted(names), sorted(name for name in sys.modules if name.startswith('worker.')))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    own = ["clock", "counters", "counters.keys", "errors", "ids", "producer", "redis"]
-    own += ["redis.address", "redis.connection", "redis.errors", "redis.transaction", "urls"]
+    own = ["contract", "contract.ids", "contract.keys", "contract.message", "contract.urls", "errors", "observability"]
+    own += ["observability.throttle", "producer", "producer.client", "producer.transaction", "redis", "redis.address"]
+    own += ["redis.connection", "redis.errors", "runtime", "runtime.clock"]
     assert done.stdout.strip() == f"['worker'] {[f'worker.{name}' for name in own]}"
 
 

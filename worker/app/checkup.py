@@ -1,4 +1,4 @@
-"""`viewer-worker check`: looks at everything that the worker relies on, and says what to do about what is wrong."""
+"""`viewer-worker check`: checks everything that the worker relies on, and says how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: what was found, and what to do about it (empty when it is well)."""
+    """The result of one check: what was found, and how to fix it (empty when nothing is wrong)."""
 
     name: str
     level: Level
@@ -40,7 +40,7 @@ class Finding:
 
 
 async def check_postgres(database: Database, target: TargetTable | None) -> list[Finding]:
-    """`target` is the application's own table, if there is one to be kept up to date. Raises DatabaseUnavailable."""
+    """Check Postgres and `target`, the application's own table (None: not used). Raises DatabaseUnavailable."""
     async with database.transaction() as tx:
         number, version, timescale = await read_versions(tx)
         schema = await read_schema(tx)
@@ -67,16 +67,16 @@ async def _target(database: Database, target: TargetTable) -> Finding:
 
 
 async def check_redis(redis: RedisClient, keys: Keys, channels: list[str]) -> list[Finding]:
-    """`channels` are those that the worker uses. Raises RedisUnavailable."""
+    """Check Redis. `channels` are those that the worker uses. Raises RedisUnavailable."""
     facts = await redis.info()
     rights = await _rights(redis, keys, [channel.encode() for channel in channels])
     return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
 
 
 def shared_channel(channel: str) -> Finding:
-    """To be told where a worker may hear messages about other keys than its own."""
-    found = f"{channel} is the usual channel, while the keys are not in the usual place"
-    remedy = "If producers of other keys publish there too, each view counts twice: give each its own VIEW_CHANNEL."
+    """Warn that the worker may receive messages about keys of other workers."""
+    found = f"{channel} is the default channel, but the key prefix or the Redis database is not the default"
+    remedy = "If producers of other keys also publish there, views count twice. Give each worker its own VIEW_CHANNEL."
     return Finding("view channel", Level.WARNING, found, remedy)
 
 
@@ -86,10 +86,10 @@ async def _rights(redis: RedisClient, keys: Keys, channels: list[bytes]) -> list
     if denied is None:
         return []
     if not denied:
-        return [Finding("redis rights", Level.OK, "its user may run what the worker needs")]
+        return [Finding("redis rights", Level.OK, "the user may run all commands that the worker needs")]
     names = ", ".join(sorted({name.decode() for name in denied}))
-    cause = f"its user may not run {names} on the worker's keys and channels"
-    remedy = "deploy/redis/users.acl has a user with the rights that are needed."
+    cause = f"the user may not run {names} on the worker's keys and channels"
+    remedy = "Grant the rights of the user in deploy/redis/users.acl."
     return [Finding("redis rights", Level.FAILURE, cause, remedy)]
 
 
@@ -128,12 +128,12 @@ def _persistence(facts: dict[str, Any]) -> Finding:
 
 
 async def check_agreement(adoption: Adoption) -> list[Finding]:
-    """Marker against ledger. Raises Unavailable."""
+    """Check that the marker in Redis agrees with the ledger in Postgres. Raises Unavailable."""
     situation = await adoption.look()
-    pending = f"{situation.pending_views} views of {len(situation.pending)} ids are pending"
+    pending = f"pending views: {situation.pending_views}, pending ids: {len(situation.pending)}"
     if situation.hold is not None:
         return [Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)]
     if situation.marker is None:
-        return [Finding("marker", Level.OK, f"none yet, the first flush makes one; {pending}")]
-    flushes = situation.source.last_flush_id
-    return [Finding("marker", Level.OK, f"Redis and Postgres agree after {flushes} flushes; {pending}")]
+        return [Finding("marker", Level.OK, f"none yet, the first flush creates it; {pending}")]
+    flushes = situation.row.last_flush_id
+    return [Finding("marker", Level.OK, f"Redis and Postgres agree; flushes: {flushes}, {pending}")]

@@ -1,9 +1,9 @@
 #!lua flags=no-writes,allow-oom
--- Which of the commands that the worker sends, by itself or from its scripts, its user may not run. Runs none of them.
+-- Checks which commands of the worker and its scripts the Redis user may not run, without running them.
 --
--- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   ARGV[1] channel of totals   ARGV[2] channel of messages, if heard
+-- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   ARGV[1] channel of totals   ARGV[2] channel of messages, if used
 --
--- Returns their names; false where the server cannot tell (before Redis 7).
+-- Returns the names of the denied commands; false if the server cannot check them (before Redis 7).
 
 if not redis.acl_check_cmd then return false end
 

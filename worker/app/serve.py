@@ -1,4 +1,4 @@
-"""The worker as it runs: loops under a supervisor, and the HTTP server beside them."""
+"""Runs the worker: loops under a supervisor, and the HTTP server beside them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from worker import __version__
-from worker.app.monitor import Monitor, postgres_probe, redis_probe
-from worker.app.wiring import connections, view_counters
-from worker.counters.intake.listener import CHECK as MESSAGES
-from worker.counters.loop import CHECK
-from worker.db.lease import NEEDS
+from worker.app.connections import open_connections
+from worker.app.counters import ViewCounters, build_counters
+from worker.app.probes import PostgresProbe, RedisProbe
+from worker.counters.retention import LOOP as RETENTION
+from worker.db.lease import LOOP as LEASE
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
-from worker.observability.status import Status
+from worker.observability.status import MESSAGES, POSTGRES, REDIS, SERVERS, VIEW_COUNTS, Status
 from worker.runtime.clock import SystemClock
+from worker.runtime.monitor import Monitor
 from worker.runtime.supervisor import Loop, Supervisor
 from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
 
 if TYPE_CHECKING:
+    from worker.db.session import Database
+    from worker.redis.client import RedisClient
     from worker.settings.model import Settings
 
 log = get_logger(__name__)
@@ -30,14 +33,14 @@ log = get_logger(__name__)
 async def run(settings: Settings) -> bool:
     """Run until stopped by a signal. True when everything was drained within the deadline.
 
-    Raises OSError when the HTTP server's address cannot be had. Missing servers are waited for, not raised.
+    Raises OSError when the HTTP server cannot listen on its address. Waits for servers that are missing.
     """
     clock = SystemClock()
     metrics = Metrics()
-    status = Status(clock, (*NEEDS, CHECK, *((MESSAGES,) if settings.listens else ())))
-    async with connections(settings) as (database, redis), AsyncExitStack() as resources:
-        counters = view_counters(settings, database, redis, status, metrics)
-        health = Health(status, clock, __version__, settings.health_grace, counters.quarantine.listed)
+    status = Status(clock.monotonic, (*SERVERS, VIEW_COUNTS, *((MESSAGES,) if settings.listens else ())))
+    async with open_connections(settings) as (database, redis), AsyncExitStack() as resources:
+        counters = build_counters(settings, database, redis, status, metrics)
+        health = Health(status, clock, __version__, settings.health_grace, counters.backlog.quarantine.listed)
         api = Api(counters.display)
         web = WebServer(health, api, metrics.registry, settings.health_check_host, settings.health_check_port)
         # Closed after all loops have ended: it answers while they drain.
@@ -53,16 +56,27 @@ async def run(settings: Settings) -> bool:
             postgres=settings.redacted()["DATABASE_URL"],
         )
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
-        postgres = postgres_probe(database, status, counters.flusher.target, migrate=settings.migrate_on_start)
-        loops: dict[str, Loop] = {
-            "redis": Monitor("redis", redis_probe(redis), status, metrics.redis_up, counters.loop.sweep_soon),
-            "postgres": Monitor("postgres", postgres, status, metrics.postgres_up),
-            "lease": counters.lease,
-            CHECK: counters.loop,
-            "retention": counters.retention,
-        }
-        if settings.listens:
-            loops[MESSAGES] = counters.listener
-        clean = await supervisor.run(loops)
+        clean = await supervisor.run(_make_loops(settings, database, redis, counters, status, metrics))
     log.info("stopped", clean=clean)
     return clean
+
+
+def _make_loops(
+    settings: Settings,
+    database: Database,
+    redis: RedisClient,
+    counters: ViewCounters,
+    status: Status,
+    metrics: Metrics,
+) -> dict[str, Loop]:
+    probe = PostgresProbe(database=database, status=status, target=counters.target, migrate=settings.migrate_on_start)
+    loops: dict[str, Loop] = {
+        REDIS: Monitor(REDIS, RedisProbe(redis), status, metrics.redis_up, counters.loop.sweep_soon),
+        POSTGRES: Monitor(POSTGRES, probe, status, metrics.postgres_up),
+        LEASE: counters.lease,
+        VIEW_COUNTS: counters.loop,
+        RETENTION: counters.retention,
+    }
+    if settings.listens:
+        loops[MESSAGES] = counters.listener
+    return loops

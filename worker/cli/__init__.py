@@ -1,4 +1,4 @@
-"""The command line. Heavy imports live inside the commands, so that `--help` is quick."""
+"""The command line. Commands import heavy modules only when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNAVAILABLE, fail
 
 cli = typer.Typer(
     name="viewer-worker",
-    help="Takes the views that applications count in Redis and makes them durable in Postgres, each view exactly once.",
+    help="Move the views that applications count in Redis to Postgres, each view exactly once.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 
 def main() -> None:
-    """Entry point. Turns the errors that a user can act on into a line on stderr and an exit code."""
+    """Entry point. Prints errors that a user can fix on stderr, and sets the exit code."""
     from worker.errors import InvalidSettings, Unavailable, ViewerWorkerError
 
     try:
@@ -54,7 +54,7 @@ def main() -> None:
         fail(str(error), error.remedy, EXIT_UNAVAILABLE)
     except ViewerWorkerError as error:
         fail(str(error), error.remedy, EXIT_FAILURE)
-    except OSError as error:  # what was printed could not be written
+    except OSError as error:  # the output could not be written: a full disk, a closed pipe
         fail(str(error), "", EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)

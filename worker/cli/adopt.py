@@ -8,32 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.exits import EXIT_FAILURE
-from worker.cli.options import EnvFile, LogLevel, printable, read_settings
+from worker.cli.options import EnvFile, LogLevel, plural, read_settings
+from worker.observability.printable import printable
 
 if TYPE_CHECKING:
     from worker.settings.model import Settings
 
 WAYS_OUT = """
-Flushing is on hold, and views keep accumulating in Redis. Look first whether both sides can be made to fit again
-(docs/protocol.md, "When flushing is on hold"). Otherwise say what the pending views are:
-  --count-pending     they are in no flush: count them (a database that was created anew)
-  --discard-pending   they are in Postgres already: subtract them in Redis"""
+Flushing is on hold. Views keep accumulating in Redis, none is lost. First check whether Redis and Postgres can be
+made to agree again (docs/protocol.md, "When flushing is on hold"). Otherwise choose what to do with the pending views:
+  --count-pending     they were never flushed: count them (for example, the database was recreated)
+  --discard-pending   they are already in Postgres: subtract them in Redis"""
 
 
 def adopt(
     count_pending: Annotated[
-        bool, typer.Option("--count-pending", help="The pending views are new: count them.")
+        bool, typer.Option("--count-pending", help="End the hold, and count the pending views as new.")
     ] = False,
     discard_pending: Annotated[
-        bool, typer.Option("--discard-pending", help="The pending views are in Postgres already: subtract them.")
+        bool,
+        typer.Option(
+            "--discard-pending",
+            help="End the hold, and subtract the pending views in Redis: they are already in Postgres.",
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """End a hold: show what Redis and Postgres say, and go on from there. Without an option, only show it."""
+    """Show why flushing is on hold and which views are pending. With --count-pending or --discard-pending, end it."""
     if count_pending and discard_pending:
-        raise typer.BadParameter("choose one of --count-pending and --discard-pending")
+        raise typer.BadParameter("give --count-pending or --discard-pending, not both")
     settings = read_settings(env_file, log_level)
     from worker.runtime.event_loop import run_async
 
@@ -44,14 +49,14 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
     from worker.app import commands
     from worker.counters.adopt import describe_marker
 
-    async with commands.counters_for_a_command(settings) as counters:
+    async with commands.open_counters(settings) as counters:
         situation = await counters.adoption.look()
-        flushes = situation.source.last_flush_id
+        flushes, views, ids = situation.row.last_flush_id, situation.pending_views, len(situation.pending)
         examples = ", ".join(f"{printable(vod_id)}: {count}" for vod_id, count in situation.largest.items())
         typer.echo(f"hold      {situation.hold.cause if situation.hold else 'none: Redis and Postgres agree'}")
         typer.echo(f"marker    {describe_marker(situation.marker)}")
-        typer.echo(f"Postgres  {flushes} flushes")
-        typer.echo(f"pending   {situation.pending_views} views of {len(situation.pending)} ids")
+        typer.echo(f"Postgres  {flushes} {plural(flushes, 'flush', 'flushes')}")
+        typer.echo(f"pending   {views} {plural(views, 'view')} of {ids} {plural(ids, 'id')}")
         if examples:
             typer.echo(f"          {examples}")
         if situation.hold is None:
@@ -60,15 +65,15 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
             typer.echo(WAYS_OUT)
             return
         typer.echo(
-            f"\n{situation.pending_views} pending views will be "
+            f"\n{views} pending {plural(views, 'view')} will be "
             + (
-                "subtracted in Redis without being counted. Views that were in no flush are lost by it."
+                "subtracted in Redis without being counted. Views that were never flushed will be lost."
                 if discard
-                else "counted as new. Views that are in Postgres already are counted twice by it."
+                else "counted as new. Views that are already in Postgres will be counted twice."
             )
         )
-        if not yes and not (sys.stdin.isatty() and typer.confirm("Go on?")):
-            typer.echo("Nothing was changed." + ("" if sys.stdin.isatty() else " Use --yes where nobody can answer."))
+        if not yes and not (sys.stdin.isatty() and typer.confirm("Continue?")):
+            typer.echo("Nothing was changed." + ("" if sys.stdin.isatty() else " Without a terminal, use --yes."))
             raise typer.Exit(EXIT_FAILURE)
         discarded = await counters.adoption.adopt(situation, discard=discard)
-        typer.echo(f"Adopted; {discarded} views discarded. Flushing goes on within one interval.")
+        typer.echo(f"Adopted; {discarded} {plural(discarded, 'view')} discarded. Flushing resumes within one interval.")

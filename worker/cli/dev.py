@@ -14,21 +14,24 @@ from worker.cli.options import duration
 
 def dev(
     for_: Annotated[
-        str | None, typer.Option("--for", metavar="DURATION", help="Stop after this time (20s, 5m).")
+        str | None,
+        typer.Option("--for", metavar="DURATION", help="Stop after this time, such as 20s or 5m; otherwise at Ctrl-C."),
     ] = None,
-    rate: Annotated[int, typer.Option("--rate", min=1, max=50_000, help="Views a second to send.")] = 2000,
+    rate: Annotated[int, typer.Option("--rate", min=1, max=50_000, help="How many views to send per second.")] = 2000,
     servers_only: Annotated[
-        bool, typer.Option("--servers-only", help="Only lend the two servers, until Ctrl-C.")
+        bool, typer.Option("--servers-only", help="Only start the two servers, until Ctrl-C.")
     ] = False,
     traffic: Annotated[
-        Path | None, typer.Option("--traffic", metavar="FILE", help="Views from this access log (combined format).")
+        Path | None,
+        typer.Option("--traffic", metavar="FILE", help="Send the views of this access log (combined format)."),
     ] = None,
-    folder: Annotated[Path, typer.Option("--data", help="Where servers and logs are kept.")] = Path(".dev"),
+    folder: Annotated[Path, typer.Option("--data", help="Folder for the servers' data and the logs.")] = Path(".dev"),
 ) -> None:
-    """Try it out: embedded Redis and Postgres, a worker, demo viewers, a kill -9, and a verdict at the end.
+    """Run a demo: embedded Redis and Postgres, a worker, generated views, a kill -9, and a pass/fail report at the end.
 
-    Some ids are INCRed and PUBLISHed, some only INCRed, some only PUBLISHed. The verdict compares what was sent with
-    what is in Postgres, id by id; exit code 1 when an id that was INCRed differs, or any id has too many.
+    Some ids are INCRed and PUBLISHed, some only INCRed, some only PUBLISHed.
+    The report compares the views sent with the views in Postgres, id by id.
+    Exit code 1 when an INCRed id differs, an id has too many views, views stay pending, or the worker fails.
     """
     seconds = duration(for_).total_seconds() if for_ else None
     from worker.dev.demo import Demo

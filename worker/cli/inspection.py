@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: `viewer-worker config`, `check` and `healthcheck`."""
+"""Commands that only read: `viewer-worker config`, `check` and `healthcheck`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worker.cli.options import EnvFile, LogLevel, read_settings
 
 
 def config(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
-    """Print the effective settings, secrets masked."""
+    """Print the effective settings. Secrets are masked."""
     settings = read_settings(env_file, log_level)
     for name, value in settings.redacted().items():
         typer.echo(f"{name}={value}")
@@ -22,9 +22,9 @@ def check(
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Look at everything the worker relies on, and say what to do about what is wrong.
+    """Check everything the worker relies on, and print how to fix what is wrong.
 
-    Exit code 0 when nothing is, 1 when something is, 69 when a server is out of reach.
+    Exit code 0 when no check fails, 1 when one fails, 69 when a server cannot be reached. Warnings do not count.
     """
     settings = read_settings(env_file, log_level)
     import json
@@ -48,7 +48,7 @@ def check(
 
 
 def healthcheck(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
-    """Ask the running worker's /livez; for a container's HEALTHCHECK. Exit code 0 when it answers well, else 1."""
+    """Ask the running worker's /livez, for a container's HEALTHCHECK. Exit code 0 when it is alive, else 1."""
     import http.client
 
     settings = read_settings(env_file, log_level)

@@ -1,4 +1,4 @@
-"""What commands take: where their settings are read from, and durations."""
+"""Options that several commands share, and helpers to read arguments and print results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from worker.settings.model import Settings
 
 EnvFile = Annotated[Path | None, typer.Option("--env-file", help="Read settings from this file instead of .env.")]
-LogLevel = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
+LogLevel = Annotated[str | None, typer.Option("--log-level", help="Log level: debug, info, warning or error.")]
 
 
 def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
-    """Read the settings and set up the log. Raises InvalidSettings."""
+    """Read the settings and configure logging. Raises InvalidSettings."""
     import os
 
     from worker.observability.logs import configure_logs, get_logger
@@ -30,13 +30,13 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     return settings
 
 
-def printable(vod_id: str) -> str:
-    """An id may hold anything, control characters of a terminal too."""
-    return vod_id if vod_id.isprintable() else vod_id.encode("unicode_escape").decode()
+def plural(number: int, word: str, words: str | None = None) -> str:
+    """Return `word` when `number` is 1, else its plural: `words`, or `word` with an s."""
+    return word if number == 1 else words or f"{word}s"
 
 
 def duration(text: str) -> timedelta:
-    """Read an argument such as 20s. Raises BadParameter."""
+    """Parse an argument such as 20s. Raises BadParameter."""
     from worker.contract.durations import parse_duration
 
     try:

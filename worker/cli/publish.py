@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, EXIT_UNAVAILABLE, fail
-from worker.cli.options import EnvFile, LogLevel, printable, read_settings
+from worker.cli.options import EnvFile, LogLevel, plural, read_settings
+from worker.contract.message import MAX_COUNT
+from worker.observability.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,32 +27,35 @@ if TYPE_CHECKING:
 
 STDIN = Path("-")
 TIMEOUT_S = 5.0
-CHECK_REDIS = "Check that Redis runs, that REDIS_URL reaches it, and that it takes writes."
+CHECK_REDIS = "Check that Redis runs, that REDIS_URL reaches it, and that it accepts writes."
 
 
 def publish(
-    vod_id: Annotated[str | None, typer.Argument(metavar="ID", help="What was viewed.", show_default=False)] = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=10**9, help="How many views of ID.")] = 1,
+    vod_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="The id that was viewed.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=MAX_COUNT, help="How many views of ID to record.")] = 1,
     from_log: Annotated[
         Path | None,
         typer.Option(
             "--from-log",
             metavar="FILE",
-            help="Publish the requests of an access log in the combined format; - reads standard input.",
+            help="Record a view for each request in this access log (combined format); - reads standard input.",
         ),
     ] = None,
-    from_line: Annotated[int, typer.Option("--from-line", min=1, help="Go on at this line of the log.")] = 1,
+    from_line: Annotated[int, typer.Option("--from-line", min=1, help="Start at this line of the log.")] = 1,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Record views in Redis as an application does: of one ID, or of each request in an access log.
+    """Record views in Redis as an application does: of one ID, or one view for each request in an access log.
 
-    The id of a request is its path without the query. Views of a log count as of now, whatever time the log has.
-    Exit code 69 when Redis is out of reach or refuses, 1 when some were sent and not confirmed. Wherever it stops, it
-    says how far the log is published, which lines are uncertain, and how to go on.
+    The id of a request is its path without the query.
+    The views of a log count as of now, whatever times the log has.
+    Exit code 69 when Redis cannot be reached or refuses the views, 1 when some were sent and not confirmed.
+    If it stops early, it prints which lines are published, which are uncertain, and how to continue.
     """
     if (vod_id is None) == (from_log is None):
-        raise typer.BadParameter("give an ID or --from-log, and not both")
+        raise typer.BadParameter("give either an ID or --from-log")
     settings = read_settings(env_file, log_level)
     with _producer(settings) as producer:
         if vod_id is not None:
@@ -86,6 +91,7 @@ def _producer(settings: Settings) -> SyncViewProducer:
 def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
     from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
 
+    views = f"{count} {plural(count, 'view')} of {printable(vod_id)}"
     try:
         producer.record(vod_id, count)
     except InvalidView as error:
@@ -93,8 +99,8 @@ def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
     except ViewNotRecorded as error:
         fail(f"not published: {error}", CHECK_REDIS, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
-        fail(f"it may or may not have counted: {error}", "Publishing it again may count it twice.", EXIT_FAILURE)
-    typer.echo(f"published {count} views of {printable(vod_id)}")
+        fail(f"{views} may or may not be counted: {error}", "Publishing again may count twice.", EXIT_FAILURE)
+    typer.echo(f"published {views}")
 
 
 def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> None:
@@ -109,8 +115,8 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
             publish_log(read_access_log(watched, from_line), producer, tally, deferred)
         if tally.lines and not tally.views:
             ending = (
-                "no line of it is a request",
-                "Is it an access log in the combined format, not compressed?",
+                "no line of the log is a request",
+                "Check that it is an access log in the combined format, and not compressed.",
                 EXIT_FAILURE,
             )
         elif not tally.lines and from_line > 1:
@@ -119,8 +125,9 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
         ending = _stopped(tally, str(error), CHECK_REDIS, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
         first, last = tally.next_line, tally.last_tried
-        remedy = f"Go on after them with --from-line {last + 1}; --from-line {first} repeats them."
-        ending = (f"lines {first} to {last} may or may not have counted: {error}", remedy, EXIT_FAILURE)
+        lines = f"line {first}" if first == last else f"lines {first} to {last}"
+        remedy = f"To skip what is uncertain, continue with --from-line {last + 1}; to repeat it, --from-line {first}."
+        ending = (f"{lines} may or may not be counted: {error}", remedy, EXIT_FAILURE)
     except OSError as error:
         ending = _stopped(tally, str(error), "", EXIT_FAILURE)
     except KeyboardInterrupt:
@@ -128,13 +135,13 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
     try:
         _print_summary(tally)
     finally:
-        if ending is not None:  # to be said even if nothing can be written to standard output
+        if ending is not None:  # printed even if standard output cannot be written
             fail(*ending)
 
 
 def _stopped(tally: Tally, cause: str, remedy: str, code: int) -> tuple[str, str, int]:
     line = tally.next_line
-    return f"stopped before line {line}: {cause}", f"{remedy} Go on with --from-line {line}.".strip(), code
+    return f"stopped before line {line}: {cause}", f"{remedy} Continue with --from-line {line}.".strip(), code
 
 
 def _print_summary(tally: Tally) -> None:
@@ -147,7 +154,7 @@ def _print_summary(tally: Tally) -> None:
 
 @contextmanager
 def _progress(log: BinaryIO) -> Iterator[BinaryIO]:
-    """The log, with a bar that follows its reading, where a terminal and the log's size are at hand."""
+    """Yield the log. A progress bar is shown when stderr is a terminal and the log is a regular file."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -161,9 +168,9 @@ def _progress(log: BinaryIO) -> Iterator[BinaryIO]:
 
 
 class DeferredSignals:
-    """As `with`, a block that Ctrl-C and SIGTERM do not cut: it ends, and then they are a KeyboardInterrupt.
+    """Defers Ctrl-C and SIGTERM: inside a `with` block, KeyboardInterrupt is raised only when the block has ended.
 
-    Outside of the block they are that at once.
+    Outside of the block it is raised immediately.
     """
 
     def __init__(self) -> None:
@@ -174,7 +181,7 @@ class DeferredSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal, as a shell has it."""
+        """128 plus the signal's number, as a shell reports it."""
         return 128 + (self._signal or 0)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

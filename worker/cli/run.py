@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, fail
-from worker.cli.options import EnvFile, LogLevel, read_settings
+from worker.cli.options import EnvFile, LogLevel, plural, read_settings
 
 if TYPE_CHECKING:
-    from worker.counters.flush.flusher import Busy, Flushed
-    from worker.counters.flush.recovery import Hold
+    from worker.counters.flush.outcome import FlushOutcome
 
 
 def run(
-    once: Annotated[bool, typer.Option("--once", help="One full flush, then exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Flush everything once, then exit.")] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Run the worker until SIGTERM or Ctrl-C. Servers that are missing are waited for."""
+    """Run the worker until SIGTERM or Ctrl-C. It waits for servers that cannot be reached."""
     if not once:
-        # Until the worker listens to signals itself there is nothing to drain.
+        # Until the worker handles signals itself there is nothing to flush: exit immediately.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = read_settings(env_file, log_level)
     from worker.runtime.event_loop import run_async
@@ -40,30 +39,41 @@ def run(
         clean = run_async(app.run(settings))
     except OSError as error:
         where = f"{settings.health_check_host}:{settings.health_check_port}"
-        name = "HEALTH_CHECK_PORT to a free port" if error.errno == errno.EADDRINUSE else "HEALTH_CHECK_HOST"
+        name = (
+            "HEALTH_CHECK_PORT to a free port"
+            if error.errno == errno.EADDRINUSE
+            else "HEALTH_CHECK_HOST to an address of this host"
+        )
         fail(f"cannot listen on {where}: {error.strerror}", f"Set {name}.", EXIT_FAILURE)
     raise typer.Exit(0 if clean else EXIT_FAILURE)
 
 
-def _report_once(outcome: Flushed | Busy | Hold) -> None:
-    from worker.counters.flush.flusher import Flushed
-    from worker.counters.flush.recovery import Hold
+def _report_once(outcome: FlushOutcome) -> None:
+    from worker.counters.flush.outcome import Flushed
+    from worker.counters.flush.verdict import Hold
 
     match outcome:
         case Flushed(_, keys, views):
-            typer.echo(f"flushed {views} views of {keys} ids")
+            typer.echo(f"flushed {views} {plural(views, 'view')} of {keys} {plural(keys, 'id')}")
         case Hold(cause, remedy):
             fail(f"on hold: {cause}", remedy, EXIT_FAILURE)
         case _:
-            fail("another worker holds the lease and does the flushing", "Leave it to it, or stop it.", EXIT_FAILURE)
+            fail(
+                "another worker holds the lease and flushes the views",
+                "To flush with this command, stop that worker first.",
+                EXIT_FAILURE,
+            )
 
 
 def migrate(
-    status: Annotated[bool, typer.Option("--status", help="Only say what the database has and needs.")] = False,
+    status: Annotated[
+        bool,
+        typer.Option("--status", help="Only print the current schema revision and the one that is needed."),
+    ] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Create the tables, or bring them up to date. With --status: exit code 0 when they are, 1 when not."""
+    """Create the tables, or bring them up to date. With --status, exit code 0 when they are up to date, else 1."""
     settings = read_settings(env_file, log_level)
     from worker.app import commands
     from worker.runtime.event_loop import run_async

@@ -8,16 +8,19 @@ from typing import Annotated
 import typer
 
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, fail
-from worker.cli.options import EnvFile, LogLevel, duration, printable, read_settings
+from worker.cli.options import EnvFile, LogLevel, duration, plural, read_settings
+from worker.observability.printable import printable
 
 
 def top(
-    window: Annotated[str, typer.Option("--window", metavar="DURATION", help="How far back: 1h, 24h, 30d.")] = "24h",
-    limit: Annotated[int, typer.Option("--limit", min=1, max=100)] = 10,
+    window: Annotated[
+        str, typer.Option("--window", metavar="DURATION", help="How far back, such as 1h, 24h or 30d.")
+    ] = "24h",
+    limit: Annotated[int, typer.Option("--limit", min=1, max=100, help="How many ids to show.")] = 10,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Show the ids that were viewed most in the window, counted in whole hours, and their totals by now."""
+    """Show the most-viewed ids of the window (in whole hours), with their current totals."""
     since = duration(window)
     settings = read_settings(env_file, log_level)
     from worker.app import commands
@@ -25,7 +28,7 @@ def top(
     from worker.runtime.event_loop import run_async
 
     async def look() -> Top:
-        async with commands.counters_for_a_command(settings) as counters:
+        async with commands.open_counters(settings) as counters:
             return await counters.display.top(since, limit)
 
     found = run_async(look())
@@ -40,44 +43,48 @@ def top(
 
 def import_(
     from_target: Annotated[
-        bool, typer.Option("--from-target", help="From the table that VIEW_TARGET_TABLE names.")
+        bool, typer.Option("--from-target", help="Import from the table that VIEW_TARGET_TABLE names.")
     ] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Start from the totals that the application already has. Each id is taken over once, so it may be repeated."""
+    """Import the totals that the application already has. Each id is imported once, so the command can be repeated."""
     if not from_target:
-        raise typer.BadParameter("say where from: --from-target")
+        raise typer.BadParameter("give the source of the totals: --from-target")
     settings = read_settings(env_file, log_level)
     from worker.app import commands
     from worker.runtime.event_loop import run_async
 
     if settings.view_target is None:
-        fail("VIEW_TARGET_TABLE is not set", "Set VIEW_TARGET_TABLE, _KEY and _COLUMN.", EXIT_CONFIG)
+        fail(
+            "VIEW_TARGET_TABLE is not set",
+            "Set VIEW_TARGET_TABLE, VIEW_TARGET_KEY and VIEW_TARGET_COLUMN.",
+            EXIT_CONFIG,
+        )
 
     async def import_all() -> None:
         rows = ids = views = 0
         async for page in commands.import_totals(settings):
             rows, ids, views = rows + page.rows, ids + page.ids, views + page.views
             if sys.stderr.isatty():
-                typer.echo(f"\r{rows:,} rows", err=True, nl=False)
+                typer.echo(f"\r{rows:,} {plural(rows, 'row')}", err=True, nl=False)
         if sys.stderr.isatty():
             typer.echo("\r\x1b[K", err=True, nl=False)
-        taken = f"{ids:,} totals taken over, {views:,} views more than ours had"
-        typer.echo(f"{rows:,} rows of {settings.view_target}: {taken}")
+        imported = f"{ids:,} {plural(ids, 'total')} imported, {views:,} {plural(views, 'view')} added"
+        typer.echo(f"{rows:,} {plural(rows, 'row')} of {settings.view_target}: {imported}")
 
     run_async(import_all())
 
 
 def forget(
-    vod_id: Annotated[str, typer.Argument(metavar="ID")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    vod_id: Annotated[str, typer.Argument(metavar="ID", help="The id to remove.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Remove an id: its total, its history, its pending views. What is viewed later counts anew from zero.
+    """Remove an id: its total, its history and its pending views. Later views of it count from zero.
 
-    The application's own table is left as it is. The ledger keeps what was flushed until VIEW_LEDGER_RETENTION.
+    The application's own table does not change. The ledger keeps the id's flushed views until VIEW_LEDGER_RETENTION.
     """
     settings = read_settings(env_file, log_level)
     from worker.app import commands
@@ -87,15 +94,15 @@ def forget(
     checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
 
     async def run() -> None:
-        async with commands.counters_for_a_command(settings) as counters:
+        async with commands.open_counters(settings) as counters:
             (shown,) = await counters.display.views([checked])
-            typer.echo(f"{printable(checked)}: {shown.stored:,} views in Postgres, {shown.pending:,} pending")
+            stored = f"{shown.stored:,} {plural(shown.stored, 'view')} in Postgres"
+            typer.echo(f"{printable(checked)}: {stored}, {shown.pending:,} pending")
             if not yes and not (sys.stdin.isatty() and typer.confirm("Forget them?")):
-                typer.echo(
-                    "Nothing was changed." + ("" if sys.stdin.isatty() else " Use --yes where nobody can answer.")
-                )
+                typer.echo("Nothing was changed." + ("" if sys.stdin.isatty() else " Without a terminal, use --yes."))
                 raise typer.Exit(EXIT_FAILURE)
             gone = await counters.forgetting.forget(checked)
-            typer.echo(f"Forgotten: {gone.stored:,} views in Postgres, {gone.pending:,} pending.")
+            stored = f"{gone.stored:,} {plural(gone.stored, 'view')} in Postgres"
+            typer.echo(f"Forgotten: {stored}, {gone.pending:,} pending.")
 
     run_async(run())

@@ -11,7 +11,7 @@ _LONGEST_S = 100 * _UNITS["y"]
 
 
 def parse_duration(text: str) -> timedelta:
-    """Raises ValueError saying what is expected: above zero, at most a hundred years."""
+    """Parse a duration above zero and of at most a hundred years. Raises ValueError saying what is expected."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or not 0 < (seconds := float(match[1]) * _UNITS[match[2]]) <= _LONGEST_S:
         raise ValueError("a duration above zero such as 200ms, 1s, 5m, 30d")
@@ -19,7 +19,7 @@ def parse_duration(text: str) -> timedelta:
 
 
 def format_duration(value: timedelta) -> str:
-    """The inverse of `parse_duration`, in the largest unit that needs no fraction; to the millisecond."""
+    """The inverse of `parse_duration`, in the largest unit that needs no fraction, rounded to milliseconds."""
     milliseconds = round(value / timedelta(milliseconds=1))
     for unit in ("d", "h", "m", "s"):
         whole, rest = divmod(milliseconds, int(_UNITS[unit] * 1000))

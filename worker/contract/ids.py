@@ -1,4 +1,4 @@
-"""What may be an id: the part of a counter's key after the prefix, the `vodId` of a message, `vod_id` in the tables."""
+"""Validates ids: the part of a counter's key after the prefix, the `vodId` of a message, `vod_id` in the tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ DIGEST_LENGTH = 32
 
 
 class InvalidId(ViewerWorkerError):
-    """This cannot be an id; the text says why."""
+    """Not a valid id; the text says why."""
 
 
 def decode_id(raw: bytes) -> str:
-    """The id. Raises InvalidId: empty, over 256 bytes, not UTF-8, or with a NUL."""
+    """Decode an id. Raises InvalidId if it is empty, has more than 256 bytes, is not UTF-8, or has a NUL byte."""
     if not raw:
         raise InvalidId("the id is empty")
     if len(raw) > MAX_ID_BYTES:
@@ -29,20 +29,20 @@ def decode_id(raw: bytes) -> str:
 
 
 def check_id(vod_id: object) -> str:
-    """The id as text; an integer means its decimal string. Raises InvalidId, as `decode_id` and for any other type."""
+    """The id as text; an integer becomes its decimal string. Raises InvalidId as `decode_id`, or for another type."""
     if isinstance(vod_id, bool) or not isinstance(vod_id, str | int):
         raise InvalidId(f"an id is a str or an int, not a {type(vod_id).__name__}")
     if isinstance(vod_id, int) and vod_id.bit_length() > 8 * MAX_ID_BYTES:  # str() refuses the largest
         raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
     try:
-        # Members of an enumeration are their value, not their name.
+        # For a member of an enumeration, use its value, not its name.
         return decode_id((str.__str__(vod_id) if isinstance(vod_id, str) else int.__repr__(vod_id)).encode())
     except UnicodeEncodeError:
         raise InvalidId("the id is not UTF-8") from None
 
 
 def fitting_id(text: str) -> str:
-    """`text` where it fits into an id; else its beginning, `~` and a digest, so that different texts stay different."""
+    """`text` if it fits into an id, else its beginning, `~` and a digest, so that different texts stay different."""
     raw = text.encode()
     if len(raw) <= MAX_ID_BYTES:
         return text

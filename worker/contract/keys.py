@@ -1,4 +1,4 @@
-"""The names of keys in Redis, and what may stand in them."""
+"""Names of the keys in Redis, and the values that counters hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from worker.contract.ids import decode_id
 
-MAX_COUNT = 2**63 - 1
+DEFAULT_PREFIX = "vod:views:"
+# Every key of the worker that is not a counter begins with this.
+OWN_KEYS = "viewer-worker:"
+MAX_COUNTER = 2**63 - 1
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
 _GLOB = re.compile(rb"([*?\[\]\\^-])")
 
@@ -16,7 +19,7 @@ _GLOB = re.compile(rb"([*?\[\]\\^-])")
 class Keys:
     """All keys of one prefix, in one of Redis's numbered databases.
 
-    The marker's name follows from the prefix: two workers on one prefix cannot miss each other.
+    The marker's name is derived from the prefix, so two workers on one prefix share one marker.
     """
 
     prefix: bytes
@@ -24,19 +27,19 @@ class Keys:
 
     @property
     def marker(self) -> bytes:
-        return b"viewer-worker:settled:" + self.prefix
+        return f"{OWN_KEYS}settled:".encode() + self.prefix
 
     @property
     def probe(self) -> bytes:
-        return b"viewer-worker:probe:" + self.prefix
+        return f"{OWN_KEYS}probe:".encode() + self.prefix
 
     @property
     def pattern(self) -> bytes:
-        """For SCAN: every counter, whatever special characters the prefix has."""
+        """The SCAN pattern that matches every counter; special characters in the prefix are escaped."""
         return _GLOB.sub(rb"\\\1", self.prefix) + b"*"
 
-    def identity(self, replid: str | None) -> str | None:
-        """What a data set is recognised by: its history, and which of its keys are meant. None if Redis hides it."""
+    def data_set_id(self, replid: str | None) -> str | None:
+        """The id of a data set: its replication history, its database number and the prefix. None if Redis hides it."""
         if replid is None:
             return None
         history = f"{replid}/{self.database}" if self.database else replid
@@ -46,13 +49,13 @@ class Keys:
         return self.prefix + vod_id.encode()
 
     def vod_id(self, key: bytes) -> str:
-        """The id that a counter's key names. Raises InvalidId."""
+        """The id in a counter's key. Raises InvalidId."""
         return decode_id(key[len(self.prefix) :])
 
 
 def parse_count(value: bytes) -> int | None:
-    """A counter's value as a number; None unless it is 0 … 2^63-1, written as Redis writes it."""
+    """A counter's value as a number; None unless it is 0 … 2^63-1 in the form that Redis writes."""
     if _CANONICAL.fullmatch(value) is None:
         return None
     count = int(value)
-    return count if count <= MAX_COUNT else None
+    return count if count <= MAX_COUNTER else None

@@ -1,4 +1,4 @@
-"""Takes the credentials out of a URL before anything else looks at it."""
+"""Splits the credentials off a URL before its other parts are parsed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
-# The password runs to the last @ before the host, so that one which was pasted unencoded (with @ : / % #) still works.
+# The password runs to the last @ before the host, so that a password pasted without encoding (@ : / % #) works.
 _URL = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+]*)://"
     r"(?:(?P<user>[^:@/]*)(?::(?P<password>.*))?@)?"
@@ -27,7 +27,7 @@ class SplitUrl:
 
 
 def split_url(url: str) -> SplitUrl:
-    """Split `scheme://user:password@rest`. Raises ValueError (without the URL in its text) when it is no URL."""
+    """Split `scheme://user:password@rest`. Raises ValueError, without the URL in its text, if it is not a URL."""
     match = _URL.fullmatch(url.strip())
     if match is None:
         raise ValueError("not a URL")
@@ -41,13 +41,13 @@ def split_url(url: str) -> SplitUrl:
 
 
 def mask_url(url: str) -> str:
-    """The URL as it may be printed: no password, and nothing at all of what is not a URL."""
+    """The URL, safe to print: without its password. A text that is not a URL is masked as a whole."""
     try:
         parts = split_url(url)
     except ValueError:
         return MASK
     secret_query = re.sub(r"(?i)((?:^|[?&])[^=&]*pass[^=&]*=)[^&]*", rf"\g<1>{MASK}", parts.rest)
-    # A password without its colon is a usual slip in a Redis URL, where a user alone is good for nothing.
+    # In a Redis URL a user without a password is useless: it is most likely a password without its colon.
     lone_secret = parts.user and not parts.password and parts.scheme.startswith("redis")
     user = MASK if lone_secret else parts.user or ""
     credentials = user + (f":{MASK}" if parts.password else "")

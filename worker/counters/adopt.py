@@ -1,4 +1,4 @@
-"""Ending a hold by decision: an operator says what the pending views are, and Redis and Postgres go on together."""
+"""Ends a hold by an operator's decision about the pending views."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ from uuid import uuid4
 from worker.contract.ids import InvalidId
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
-from worker.counters.flush.recovery import Agreed, Behind, Hold, Missing, judge
-from worker.counters.intake.quarantine import printable
-from worker.db.counters.source_row import NEW_SOURCE
+from worker.counters.flush.verdict import Agreed, Behind, Hold, Missing, judge
+from worker.db.counters.source_row import NEW_ROW
 from worker.errors import NothingToAdopt
+from worker.observability.printable import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from worker.contract.keys import Keys
     from worker.counters.flush.recovery import Recovery
     from worker.counters.flush.settle import Settler
-    from worker.db.counters.source_row import Source, SourceRow
-    from worker.db.session import Database
-    from worker.redis.client import RedisClient
+    from worker.counters.stores import Stores
+    from worker.db.counters.source_row import SourceState
 
 EXAMPLES = 5
 # Discarding goes through all pending keys while the row is locked.
-PATIENCE = timedelta(minutes=10)
+LOCK_LIMIT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What both sides say, and what is pending: views by id. `hold` is None when there is nothing to decide."""
+    """Both sides of a hold. `pending`: id → views. `hold` is None when there is nothing to decide."""
 
     hold: Hold | None
-    source: Source
+    row: SourceState
     marker: bytes | None
     pending: dict[str, int]
 
@@ -45,7 +43,7 @@ class Situation:
 
     @property
     def largest(self) -> dict[str, int]:
-        """Those with the most views."""
+        """The ids with the most pending views."""
         largest = sorted(self.pending, key=lambda vod_id: self.pending[vod_id], reverse=True)
         return {vod_id: self.pending[vod_id] for vod_id in largest[:EXAMPLES]}
 
@@ -54,81 +52,84 @@ class Situation:
 class Adoption:
     """Looks at a hold, and ends it."""
 
-    database: Database
-    source_row: SourceRow
-    redis: RedisClient
-    keys: Keys
+    stores: Stores
     settler: Settler
     recovery: Recovery
 
     async def look(self) -> Situation:
         """Both sides, without changing anything. Raises Unavailable."""
-        async with self.database.transaction() as tx:
-            source = await self.source_row.read(tx) or NEW_SOURCE
-        (marker,) = await self.redis.read([self.keys.marker])
-        hold = await self._hold(marker, source)
+        async with self.stores.database.transaction() as tx:
+            row = await self.stores.source_row.read(tx) or NEW_ROW
+        (marker,) = await self.stores.redis.read([self.stores.keys.marker])
+        hold = await self._hold(marker, row)
         pending: dict[str, int] = {}
         async for page in self._pending():
             pending.update(page)
-        return Situation(hold, source, marker, pending)
+        return Situation(hold, row, marker, pending)
 
     async def adopt(self, situation: Situation, *, discard: bool) -> int:
-        """Go on from here under a new lineage: pending views count as new, or with `discard` those of the situation are
-        subtracted first. What came since is counted.
+        """Continue from here under a new lineage. Pending views count as new; with `discard`, those of the situation
+        are subtracted first, and views recorded since are counted.
 
         Returns the number of views discarded. Raises NothingToAdopt when there is no hold or when anything changed
-        since `situation` was looked at, Unavailable when a server fails on the way: then it is still on hold, and
-        may be adopted again.
+        since `situation`; Unavailable when a server fails on the way: the hold then stays, and may be adopted again.
         """
         if situation.hold is None:
             raise NothingToAdopt("Redis and Postgres agree: there is nothing to adopt")
+        source_row, redis, keys = self.stores.source_row, self.stores.redis, self.stores.keys
         discarded = 0
-        async with self.database.transaction() as tx:
-            await self.source_row.ensure(tx)
-            source = await self.source_row.lock(tx, wait=True)
-            await self.source_row.allow_idling(tx, PATIENCE)
-            (marker,) = await self.redis.read([self.keys.marker])
-            if source is None or marker != situation.marker or _facts(source) != _facts(situation.source):
+        async with self.stores.database.transaction() as tx:
+            await source_row.ensure(tx)
+            row = await source_row.lock(tx, wait=True)
+            await source_row.allow_idling(tx, LOCK_LIMIT)
+            (marker,) = await redis.read([keys.marker])
+            if row is None or marker != situation.marker or _facts(row) != _facts(situation.row):
                 raise NothingToAdopt("something changed since it was looked at: look again")
             # Until the commit this marker is foreign to every worker, so they stay on hold whatever happens here.
-            adopted = Marker(uuid4(), source.last_flush_id, uuid4())
-            await self.redis.overwrite(self.keys.marker, adopted.encode())
+            adopted = Marker(uuid4(), row.last_flush_id, uuid4())
+            await redis.overwrite(keys.marker, adopted.encode())
             if discard:
-                shown = dict(situation.pending)
-                async for page in self._pending():
-                    # SCAN may name a key twice.
-                    gone = {vod_id: min(now, shown.pop(vod_id)) for vod_id, now in page.items() if vod_id in shown}
-                    following = Marker(adopted.lineage, adopted.flush_id, uuid4())
-                    if not await self.settler.settle(adopted, following, gone):
-                        raise NothingToAdopt("another adoption is at work")
-                    adopted = following
-                    discarded += sum(gone.values())
-            identity = self.keys.identity(await self.redis.probe())
-            await self.source_row.start_lineage(tx, adopted.lineage, adopted.nonce, source.last_flush_id, identity)
+                adopted, discarded = await self._discard(adopted, situation.pending)
+            data_set_id = await self.stores.probe_data_set()
+            await source_row.start_lineage(tx, adopted.lineage, adopted.nonce, row.last_flush_id, data_set_id)
         return discarded
 
-    async def _hold(self, marker: bytes | None, source: Source) -> Hold | None:
-        match judge(marker, source):
+    async def _discard(self, adopted: Marker, pending: dict[str, int]) -> tuple[Marker, int]:
+        """Subtract the pending views in Redis. Returns the marker after the last page, and the views subtracted."""
+        shown, discarded = dict(pending), 0
+        async for page in self._pending():
+            # SCAN may return a key twice.
+            gone = {vod_id: min(now, shown.pop(vod_id)) for vod_id, now in page.items() if vod_id in shown}
+            following = Marker(adopted.lineage, adopted.flush_id, uuid4())
+            if not await self.settler.settle(adopted, following, gone):
+                raise NothingToAdopt("another adoption is running")
+            adopted = following
+            discarded += sum(gone.values())
+        return adopted, discarded
+
+    async def _hold(self, marker: bytes | None, row: SourceState) -> Hold | None:
+        match judge(marker, row):
             case Hold() as hold:
                 return hold
             case Missing():
-                if (kind := await self.redis.type_of(self.keys.marker)) != "none":
+                if (kind := await self.stores.redis.type_of(self.stores.keys.marker)) != "none":
                     return Hold(f"the marker's key holds a {kind}, not a string")
-                evidence = await self.recovery.evidence(source)
+                evidence = await self.recovery.evidence(row)
                 return evidence if isinstance(evidence, Hold) else None
             case Behind(behind):
-                return await self.recovery.replay(behind, source.last_flush_id, rehearse=True)
+                return await self.recovery.replay(behind, row.last_flush_id, rehearse=True)
             case Agreed():
                 return None
 
     async def _pending(self) -> AsyncIterator[dict[str, int]]:
         """The pending counts, page by page, sorted within a page."""
-        async for found in self.redis.scan(self.keys.pattern):
+        keys, redis = self.stores.keys, self.stores.redis
+        async for found in redis.scan(keys.pattern):
             names = sorted(set(found))
             counts: dict[str, int] = {}
-            for key, value in zip(names, await self.redis.read(names) if names else (), strict=True):
+            for key, value in zip(names, await redis.read(names) if names else (), strict=True):
                 try:
-                    vod_id = self.keys.vod_id(key)
+                    vod_id = keys.vod_id(key)
                 except InvalidId:
                     continue
                 if value is not None and (count := parse_count(value)):
@@ -137,10 +138,10 @@ class Adoption:
                 yield counts
 
 
-def _facts(source: Source) -> tuple[object, ...]:
-    """What must not have changed; a worker on hold may renew its lease and remember the marker it refused."""
-    return source.lineage, source.last_flush_id, source.last_nonce, source.settled_id
+def _facts(row: SourceState) -> tuple[object, ...]:
+    """What must not have changed. A worker on hold may renew its lease and remember the marker that it refused."""
+    return row.lineage, row.last_flush_id, row.last_nonce, row.settled_id
 
 
 def describe_marker(marker: bytes | None) -> str:
-    return "missing" if marker is None else printable(marker) if Marker.parse(marker) is None else marker.decode()
+    return "missing" if marker is None else excerpt(marker) if Marker.parse(marker) is None else marker.decode()

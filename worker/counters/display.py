@@ -1,4 +1,4 @@
-"""The numbers that a page shows: what is in Postgres and what is still pending, together."""
+"""The numbers that a page shows: totals in Postgres plus pending views in Redis."""
 
 from __future__ import annotations
 
@@ -16,47 +16,40 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from datetime import timedelta
 
-    from worker.contract.keys import Keys
+    from worker.counters.stores import Stores
     from worker.db.counters.count_source import CountSource
     from worker.db.counters.reads import Stored
-    from worker.db.session import Database
-    from worker.redis.client import RedisClient
 
-# Readers share the connections with the flushes, which must always get one.
+# Readers share the connections with the flushes, and must leave some to them.
 READERS_AT_ONCE = 2
-PRESENT_READERS = 50
-PATIENCE_S = 2.0
-# Longer than Postgres may take by its own clock: this is for one that is out of reach.
+WAITING_READERS = 50
+TURN_LIMIT_S = 2.0
+# Longer than the statement timeout of Postgres: for a Postgres that is out of reach.
 ANSWER_S = 4.0
 
 
 class Display:
-    """Exact, except for what was only announced since the last flush: that is not seen yet.
+    """Exact, except for views that were only announced since the last flush: those are not included.
 
-    Raises Unavailable from every method: a server cannot be used, is too slow, or too many ask at once. Raises
-    DatabaseRefused when the tables are not there.
+    Every method raises Unavailable when a server cannot be used, is too slow, or too many readers ask at once, and
+    DatabaseRefused when the tables do not exist.
     """
 
-    def __init__(
-        self, database: Database, redis: RedisClient, keys: Keys, source: str, count_source: CountSource
-    ) -> None:
-        self._database = database
-        self._source = source
-        self._redis = redis
-        self._keys = keys
+    def __init__(self, stores: Stores, count_source: CountSource) -> None:
+        self._stores = stores
         self._views = VIEWS[count_source]
         self._turn = asyncio.Semaphore(READERS_AT_ONCE)
         self._present = 0
 
     async def views(self, ids: Sequence[str]) -> list[Shown]:
-        """The numbers of these ids, in their order; zero for an id that nobody viewed."""
+        """The numbers of these ids, in their order; zero for an unknown id."""
         async with self._room():
             return await self._look_up(ids)
 
     async def top(self, window: timedelta, limit: int) -> Top:
-        """The `limit` ids that were viewed most in the window, counted in whole hours."""
+        """The `limit` most-viewed ids of the window, counted in whole hours."""
         async with self._room():
-            async with self._database.transaction() as tx:
+            async with self._stores.database.transaction() as tx:
                 since, ranked = await read_top(tx, window, limit)
             totals = await self._look_up([entry.vod_id for entry in ranked])
         entries = [TopEntry(entry.vod_id, entry.views, now.views) for entry, now in zip(ranked, totals, strict=True)]
@@ -65,18 +58,19 @@ class Display:
     async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
         if not ids:
             return []
-        # Redis first: what is flushed in between is then seen on both sides, and the ledger says what it was. In the
-        # other order it could be seen on neither.
-        raw, *values = await self._redis.read([self._keys.marker, *map(self._keys.counter, ids)])
+        keys = self._stores.keys
+        # Redis first: a flush in between is then seen on both sides, and the ledger says what it took. In the other
+        # order it could be seen on neither.
+        raw, *values = await self._stores.redis.read([keys.marker, *map(keys.counter, ids)])
         marker = None if raw is None else Marker.parse(raw)
         lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
-        async with self._database.transaction() as tx:
-            totals = await read_totals(tx, ids, self._source, lineage, settled)
+        async with self._stores.database.transaction() as tx:
+            totals = await read_totals(tx, ids, self._stores.source_row.name, lineage, settled)
         return [self._shown(totals[vod_id], value) for vod_id, value in zip(ids, values, strict=True)]
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
-        if self._present >= PRESENT_READERS:
+        if self._present >= WAITING_READERS:
             raise TooManyReaders
         self._present += 1
         try:
@@ -93,7 +87,7 @@ class Display:
 
     async def _wait_for_turn(self) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TURN_LIMIT_S):
                 await self._turn.acquire()
         except TimeoutError:
             raise TooManyReaders from None
@@ -101,6 +95,6 @@ class Display:
     def _shown(self, stored: Stored, value: bytes | None) -> Shown:
         value_now = (parse_count(value) if value is not None else 0) or 0
         pending = max(0, value_now - stored.unsettled)
-        # As a flush would add it: messages may have announced already what is pending.
+        # As a flush would add it: messages may have announced the pending views already.
         more = self._views(stored.counted + pending, stored.announced) - self._views(stored.counted, stored.announced)
         return Shown(stored.vod_id, stored.views + more, pending, stored.views)

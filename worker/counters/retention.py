@@ -1,4 +1,4 @@
-"""Removes what the ledger no longer needs."""
+"""Deletes old flushes from the ledger."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from worker.runtime.waiting import wait_first
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from worker.db.counters.ledger import Ledger
-    from worker.db.counters.source_row import SourceRow
+    from worker.counters.stores import Stores
     from worker.db.lease import Lease
-    from worker.db.session import Database
     from worker.observability.status import Status
 
 log = get_logger(__name__)
 
+LOOP = "retention"
 PERIOD_S = 600.0
-# A transaction's worth: of the usual hundred keys a flush, ten thousand rows.
+# One transaction: with the usual hundred keys a flush, ten thousand rows.
 FLUSHES_AT_ONCE = 100
+BEAT_S = 120.0
 
 
 class Retention:
@@ -31,12 +31,8 @@ class Retention:
     A Redis restored from a snapshot older than that can no longer be brought up to date: it is a hold then.
     """
 
-    def __init__(
-        self, database: Database, ledger: Ledger, source_row: SourceRow, lease: Lease, status: Status, age: timedelta
-    ) -> None:
-        self._database = database
-        self._ledger = ledger
-        self._source_row = source_row
+    def __init__(self, stores: Stores, lease: Lease, status: Status, age: timedelta) -> None:
+        self._stores = stores
         self._lease = lease
         self._status = status
         self._age = age
@@ -47,23 +43,23 @@ class Retention:
                 try:
                     await self.prune(stop)
                 except Unavailable as error:
-                    log.warning("retention put off", cause=str(error))
+                    log.warning("retention postponed", cause=str(error))
                 except DatabaseRefused as error:
-                    # Flushing does not need it; a restart would not mend it.
+                    # Flushing does not need retention, and a restart would not help.
                     log.error("retention refused", cause=str(error))
-            self._status.expect_beat("retention", within=PERIOD_S + 120.0)
+            self._status.expect_beat(LOOP, within=PERIOD_S + BEAT_S)
             await wait_first(PERIOD_S, stop)
 
     async def prune(self, stop: asyncio.Event | None = None) -> int:
-        """Delete what is due, a transaction's worth at a time. Returns how many flushes went. Raises Unavailable."""
+        """Delete what is due, in small transactions. Returns the number of flushes deleted. Raises Unavailable."""
         pruned = 0
         while stop is None or not stop.is_set():
-            self._status.expect_beat("retention", within=120.0)
-            async with self._database.transaction() as tx:
-                source = await self._source_row.read(tx)
+            self._status.expect_beat(LOOP, within=BEAT_S)
+            async with self._stores.database.transaction() as tx:
+                row = await self._stores.source_row.read(tx)
                 at_once = 0
-                if source is not None:
-                    at_once = await self._ledger.prune(tx, source.settled_id, self._age, FLUSHES_AT_ONCE)
+                if row is not None:
+                    at_once = await self._stores.ledger.prune(tx, row.settled_id, self._age, FLUSHES_AT_ONCE)
             pruned += at_once
             if at_once < FLUSHES_AT_ONCE:
                 break

@@ -1,4 +1,4 @@
-"""Where the database is, from `DATABASE_URL` or the `DB_*` variables."""
+"""The database's address, from `DATABASE_URL` or the `DB_*` variables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class DatabaseAddress:
-    """`options` are libpq's (sslmode, host=/socket, …), as a query string. None: what libpq takes for it."""
+    """`options` are libpq's options (sslmode, host=/socket, …) as a query string. None means libpq's default."""
 
     host: str | None
     port: int | None
@@ -32,20 +32,20 @@ class DatabaseAddress:
 
     @property
     def place(self) -> str:
-        """Host (or the folder of its socket) and port, for people."""
+        """Host (or the socket's folder) and port, for messages."""
         host = self.host or dict(parse_qsl(self.options)).get("host", "localhost")
         return f"{host}:{self.port or 5432}"
 
     def redacted(self) -> str:
-        """As a URL that may be printed: without the password."""
+        """A URL without the password, safe to print."""
         place = f"{quote(self.user or '')}:{MASK}@{self.host}:{self.port}/{quote(self.name or '')}"
         return f"postgresql://{place}" + (f"?{self.options}" if self.options else "")
 
 
 def parse_database_url(text: str) -> DatabaseAddress:
-    """Read a `postgres[ql]://` URL, that of a Prisma application too.
+    """Parse a `postgres[ql]://` URL, including one with Prisma's options.
 
-    Raises ValueError saying what is wrong, never quoting the URL.
+    Raises ValueError that says what is wrong without quoting the URL.
     """
     parts = split_url(text)
     if parts.scheme not in SCHEMES:
@@ -67,7 +67,7 @@ def parse_database_url(text: str) -> DatabaseAddress:
 
 
 def _without_prisma_s(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Its `schema` is the search path; what else it adds is for its own pool, and no setting that Postgres knows."""
+    """Turn Prisma's `schema` into the search path and drop its pool options, which Postgres does not know."""
     kept = [(name, value) for name, value in options if name not in PRISMA_OPTIONS]
     return [("search_path", _quote(value)) if name == "schema" else (name, value) for name, value in kept]
 

@@ -1,4 +1,4 @@
-"""Errors of the database and its driver are translated here and nowhere else: which of them heal by waiting?"""
+"""Classifies the errors of the database and its driver. This is the only module that translates them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Classes: 08 connection, 53 resources (disk, memory, connections), 57P0x shutdown and start-up. Single states: 25006
-# read-only (failover), 25P03 and 25P04 timeouts of the transaction (idle, as a whole), 26000 statement forgotten by a
+# read-only (failover), 25P03 and 25P04 timeouts of the transaction (idle, as a whole), 26000 statement missing behind a
 # pooler, 40001 serialization, 40P01 deadlock, 55P03 lock timeout, 57014 statement timeout.
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
 TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04", "26000", "40001", "40P01", "55P03", "57014"})
 LOCK_NOT_AVAILABLE = "55P03"
-# Data that a table does not take: out of range, not in the database's encoding, against a constraint or a trigger.
+# Data that a table does not accept: out of range, not in the database's encoding, refused by a constraint or a trigger.
 REFUSED_DATA_PREFIXES = ("22", "23", "P0")
-# What is no matter of a row, although it may come up at one: the transaction, the connection, the server.
+# Errors of the transaction, the connection or the server. They may occur at any row, but are not caused by it.
 TRANSACTION_PREFIXES = ("08", "25", "40", "53", "57")
 TRANSACTION_STATES = frozenset({"0A000", "26000", LOCK_NOT_AVAILABLE})
-# Refused log-ins: a person has to mend them, but they may be mended while the worker waits.
+# Refused log-ins: an operator has to fix them, but can do so while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 INSUFFICIENT_PRIVILEGE = "42501"
-# The driver's own. The second is what it raises on a connection on which the server said goodbye, until that is closed.
+# The driver's own errors. It raises the second on a connection that the server has closed, until we close it too.
 DRIVER_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 RIGHTS_REMEDY = (
-    "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant it that. "
-    "What the worker's role lacks otherwise, viewer-worker check says."
+    "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant that right. "
+    "Run viewer-worker check to see which other rights the worker's role lacks."
 )
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """The five-character SQLSTATE of an error or of what caused it, if there is one."""
+    """The five-character SQLSTATE of an error or of its cause, or None."""
     seen: BaseException | None = error
     while seen is not None:
         state = getattr(seen, "sqlstate", None)
@@ -48,7 +48,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """True when the same statement may succeed later, without anybody changing the data."""
+    """True when the same statement may succeed later on the same data."""
     state = sqlstate(error)
     if state is not None:
         return state.startswith(TRANSIENT_PREFIXES) or state in TRANSIENT_STATES
@@ -58,7 +58,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_transient_cause(error: BaseException | None) -> bool:
-    """True when the error or a cause of it says that the connection is of no use. OSError includes every timeout."""
+    """True when the error or a cause of it means that the connection is unusable. OSError includes every timeout."""
     while error is not None:
         if isinstance(error, (OSError, asyncpg.PostgresConnectionError, *DRIVER_ERRORS)):
             return True
@@ -71,19 +71,19 @@ def is_login_refused(error: BaseException) -> bool:
 
 
 def is_refused_data(error: BaseException) -> bool:
-    """True when the table does not take a row of this statement: another row may be taken."""
+    """True when the table does not accept a row of this statement. It may accept other rows."""
     return (sqlstate(error) or "").startswith(REFUSED_DATA_PREFIXES)
 
 
 def is_refused_by_row(error: BaseException) -> bool:
-    """True when a row, or a trigger on it, whatever it raises, does not take its change: another row may."""
+    """True when a row refuses its change or a trigger on it raises any error. Other rows may accept theirs."""
     state = sqlstate(error)
     return state is not None and not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES
 
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Raise DatabaseUnavailable for what heals by waiting, DatabaseRefused for what else Postgres does not do."""
+    """Raise DatabaseUnavailable where a retry may succeed, DatabaseRefused for Postgres's other errors."""
     try:
         yield
     except (SQLAlchemyError, asyncpg.PostgresError, *DRIVER_ERRORS, OSError) as error:
@@ -99,7 +99,7 @@ def database_errors() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """One line without statement, parameters or address: those may hold data or secrets."""
+    """The error in one line, without statement, parameters and address: those may contain data or secrets."""
     origin: BaseException = error
     while isinstance(error, DBAPIError) and (deeper := getattr(origin, "orig", None) or origin.__cause__) is not None:
         if isinstance(origin, asyncpg.PostgresError):

@@ -1,44 +1,75 @@
-"""The lease: of any number of replicas one works, the others stand by.
+"""The lease: of any number of replicas, one works and the others stand by.
 
-It divides the work and guards nothing: if two believe they hold it, the row lock and the epoch that is checked under
-it keep the counts right.
+It divides the work and guards nothing: if two workers believe that they hold it, the row lock and the epoch that is
+checked under that lock keep the counts right.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol
 
 from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
+from worker.observability.status import SERVERS
 from worker.runtime.waiting import wait_first
 from worker.runtime.worker_id import has_died_here
 
 if TYPE_CHECKING:
-    from worker.db.counters.source_row import LeaseState, Source, SourceRow
-    from worker.db.session import Database
+    from collections.abc import Callable
+
+    from worker.db.session import Database, Transaction
     from worker.observability.status import Status
 
 log = get_logger(__name__)
 
+# By the database's clock. A holder that renews every two seconds is given up after eight.
+LEASE_TTL = timedelta(seconds=8)
 RENEW_S = 2.0
 STANDBY_S = 1.0
-NEEDS = ("redis", "postgres", "schema")
+LOOP = "lease"
+BEAT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseState:
+    holder: str | None
+    epoch: int
+
+
+class LeasedRow(Protocol):
+    """The row that has the lease. Every method runs in the caller's transaction."""
+
+    async def ensure(self, tx: Transaction) -> None:
+        """Insert the row unless it exists."""
+
+    async def take_lease(self, tx: Transaction, worker_id: str, dead: str | None = None) -> LeaseState | None:
+        """Take the lease if it is free, expired, our own, or held by `dead`. Returns who has it now."""
+
+    async def release_lease(self, tx: Transaction, worker_id: str) -> None: ...
+
+
+class LockedRow(Protocol):
+    """The lease's part of the row, read under the row's lock."""
+
+    @property
+    def lease_holder(self) -> str | None: ...
+    @property
+    def lease_epoch(self) -> int: ...
 
 
 class Lease:
-    """Held when `epoch` is a number. Taken only while both servers can be used from here: who cannot work must not."""
+    """Held when `epoch` is a number.
 
-    def __init__(
-        self,
-        database: Database,
-        source_row: SourceRow,
-        worker_id: str,
-        status: Status,
-    ) -> None:
+    A worker that cannot reach both servers must not hold the lease, so it is taken only while it can.
+    """
+
+    def __init__(self, database: Database, row: LeasedRow, worker_id: str, status: Status) -> None:
         self._database = database
-        self._source_row = source_row
+        self._row = row
         self._worker_id = worker_id
         self._status = status
         self._looked = False
@@ -46,60 +77,77 @@ class Lease:
         self.changed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Take the lease when it can be had, and keep it, until `stop`. Whoever does the last work releases it."""
+        """Take the lease when it is free, and keep it, until `stop`. The loop that ends last releases it."""
         while not stop.is_set():
-            if self._status.is_ok(*NEEDS):
+            if self._status.is_ok(*SERVERS):
                 try:
                     await self.take()
                 except Unavailable as error:
                     log.debug("lease not renewed", cause=str(error))
                 except DatabaseRefused as error:
-                    # A table that is missing for a moment: nothing that a restart mends.
+                    # The table is missing for a moment, for example: a restart would not help.
                     log.warning("lease not renewed", cause=str(error))
             delay = RENEW_S if self.epoch is not None else STANDBY_S * random.uniform(0.5, 1.0)
-            self._status.expect_beat("lease", within=delay + 60.0)
+            self._status.expect_beat(LOOP, within=delay + BEAT_S)
             await wait_first(delay, stop, self._status.changed)
+
+    async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[], None]) -> bool:
+        """Wait until the lease is held and both servers can be used; False when stopped before that.
+
+        `loop` is the name of the waiting loop. `standing_by` is called while only the lease is missing.
+        """
+        while not self.is_usable and not stop.is_set():
+            if self._status.is_ok(*SERVERS):
+                standing_by()
+            self._status.expect_beat(loop, within=BEAT_S)
+            await wait_first(5.0, stop, self._status.changed, self.changed)
+        return not stop.is_set()
+
+    @property
+    def is_usable(self) -> bool:
+        """Held, while both servers can be used."""
+        return self.epoch is not None and self._status.is_ok(*SERVERS)
 
     async def take(self) -> bool:
         """Take or renew it. True when it is held afterwards. Raises DatabaseUnavailable."""
         if self.epoch is None:
             async with self._database.transaction() as tx:
-                await self._source_row.ensure(tx)
-        state = await self._ask(dead=None)
-        if (dead := self._crashed_before(state)) is not None:
-            state = await self._ask(dead)
+                await self._row.ensure(tx)
+        state = await self._take(dead=None)
+        if (dead := self._dead_holder(state)) is not None:
+            state = await self._take(dead)
         if state is not None and state.holder == self._worker_id:
             self._become(state.epoch)
         else:
             self.lost()
         return self.epoch is not None
 
-    async def _ask(self, dead: str | None) -> LeaseState | None:
+    async def _take(self, dead: str | None) -> LeaseState | None:
         async with self._database.transaction() as tx:
-            return await self._source_row.take_lease(tx, self._worker_id, dead)
+            return await self._row.take_lease(tx, self._worker_id, dead)
 
-    def _crashed_before(self, state: LeaseState | None) -> str | None:
-        """Whose restart this may be: then nobody waits until the lease expires.
+    def _dead_holder(self, state: LeaseState | None) -> str | None:
+        """The holder, if it was a process of this host that has died: its restart need not wait for the expiry.
 
-        Looked for once, at the start: where hosts share a name, two workers would take it from each other for ever.
+        Checked once, at the start: where hosts share a name, two workers would take the lease from each other for ever.
         """
         if self._looked or state is None:
             return None
         self._looked = True
         return state.holder if state.holder is not None and has_died_here(state.holder) else None
 
-    def covers(self, source: Source) -> bool:
+    def covers(self, row: LockedRow) -> bool:
         """True when the row, read under its lock, still names this worker and this epoch."""
-        return source.lease_holder == self._worker_id and source.lease_epoch == self.epoch
+        return row.lease_holder == self._worker_id and row.lease_epoch == self.epoch
 
     def lost(self) -> None:
-        """Somebody else holds it."""
+        """Another worker holds it."""
         self._become(None)
 
     async def release(self) -> None:
-        """Let another worker have it at once. Raises DatabaseUnavailable."""
+        """Let another worker take it at once. Raises DatabaseUnavailable."""
         async with self._database.transaction() as tx:
-            await self._source_row.release_lease(tx, self._worker_id)
+            await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
 
     def _become(self, epoch: int | None, event: str = "lease lost") -> None:

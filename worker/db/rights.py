@@ -1,4 +1,4 @@
-"""What the worker's role must be allowed to do with the tables. deploy/postgres/role.sql grants this and no more."""
+"""The rights on the tables that the worker's role needs. deploy/postgres/role.sql grants exactly these."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MISSING = text(
 
 
 async def missing_rights(connection: AsyncConnection) -> tuple[str, ...]:
-    """Those that this session's role lacks, such as `INSERT on view_counts`; of tables that are there."""
+    """The rights that this session's role lacks, such as `INSERT on view_counts`. Ignores missing tables."""
     rights, tables = zip(*_NEEDED, strict=True)
     found = await connection.execute(_MISSING, {"rights": list(rights), "tables": list(tables)})
     return tuple(found.scalars())

@@ -1,4 +1,4 @@
-"""The schema's revision: what the database has, what this version needs, and how to get there."""
+"""Reads and migrates the schema's revision, and checks it against the one that this version needs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 # Not Alembic's default name: the application's own migrations may live in the same database.
 VERSION_TABLE = "viewer_worker_schema"
-GRANT = "As the owner of the tables, run deploy/postgres/role.sql."
+GRANT = "Run deploy/postgres/role.sql as the owner of the tables."
 _VERSIONS = text(
     "SELECT CAST(current_setting('server_version_num') AS int), current_setting('server_version'), "
     "(SELECT extversion FROM pg_extension WHERE extname = 'timescaledb')"
 )
-_MIGRATION_LOCK = 0x7669657765722D77  # "viewer-w"; any constant that nobody else uses
+_MIGRATION_LOCK = 0x7669657765722D77  # "viewer-w"; any constant that no other program uses
 
 
 def migrations_folder() -> Path:
-    """Inside the wheel the migrations lie in the package; in a checkout beside it."""
+    """The folder of the migrations: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged = package / "alembic"
     return packaged if packaged.is_dir() else package.parent / "alembic"
@@ -56,7 +56,7 @@ def _scripts() -> ScriptDirectory:
 class SchemaState:
     """`current` is the database's revision (None: no tables), `head` the one this version needs.
 
-    `lacking` are rights on the tables that this session's role does not have.
+    `lacking` are the rights on the tables that this session's role needs and does not have.
     """
 
     current: str | None
@@ -70,11 +70,11 @@ class SchemaState:
 
     @property
     def is_behind(self) -> bool:
-        """True when `upgrade` is what is needed: there are no tables, or older ones."""
+        """True when the tables are missing or older, so that `upgrade` is needed."""
         return not self.is_current and not self.lacking and (self.current is None or self.current in self.known)
 
     def require_current(self) -> None:
-        """Raises SchemaNotCurrent, with what mends it."""
+        """Raise SchemaNotCurrent, with the fix, unless the schema is current and usable."""
         if self.lacking:
             raise SchemaNotCurrent(f"this role lacks {', '.join(self.lacking)}", GRANT)
         if self.is_current:
@@ -93,7 +93,7 @@ class SchemaState:
 
 
 async def read_schema(connection: AsyncConnection) -> SchemaState:
-    """The revision of the schema and, where it is this version's, whether this session's role may use it."""
+    """The schema's revision and, if it is current, the rights that this session's role lacks."""
     known = tuple(script.revision for script in _scripts().walk_revisions())
     readable = text("SELECT has_table_privilege(to_regclass(:name), 'SELECT')")
     found: bool | None = (await connection.execute(readable, {"name": VERSION_TABLE})).scalar()
@@ -107,20 +107,20 @@ async def read_schema(connection: AsyncConnection) -> SchemaState:
 
 
 async def read_versions(connection: AsyncConnection) -> tuple[int, str, str | None]:
-    """Postgres's version as a number (180006) and as text, and that of TimescaleDB where it is installed."""
+    """Postgres's version as a number (180006) and as text, and TimescaleDB's version or None."""
     number, shown, timescale = (await connection.execute(_VERSIONS)).one()
     return number, shown, timescale
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:
-    """Bring the schema to `revision`. Several at once wait for each other. Raises DatabaseUnavailable."""
+    """Upgrade the schema to `revision`. Concurrent calls wait for each other. Raises DatabaseUnavailable."""
     from alembic import command
 
     await _run(database, lambda config: command.upgrade(config, revision))
 
 
 async def downgrade(database: Database, revision: str) -> None:
-    """Take the schema back to `revision` (`base`: drop all tables). Raises DatabaseUnavailable."""
+    """Downgrade the schema to `revision` (`base` drops all tables). Raises DatabaseUnavailable."""
     from alembic import command
 
     await _run(database, lambda config: command.downgrade(config, revision))
@@ -143,5 +143,5 @@ async def _run(database: Database, migrate: Any) -> None:
 
 
 def lock_migrations(connection: Connection) -> None:
-    """Held to the end of the transaction, so that replicas that migrate at start do it one after the other."""
+    """Take a lock until the transaction ends, so that replicas that migrate at start do it one after the other."""
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})

@@ -1,4 +1,4 @@
-"""The pool of connections to Postgres, and the one way to run a transaction."""
+"""The pool of connections to Postgres, and the only way to run a transaction."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from worker.db.address import DatabaseAddress
 
-# A connection in the middle of a transaction, as `Database.transaction` hands it out.
+# A connection inside a transaction, as `Database.transaction` yields it.
 Transaction: TypeAlias = AsyncConnection
 
 CONNECT_TIMEOUT_S = 5.0
-# Past the server's own statement timeout, so that this one only speaks when the server is out of reach.
+# Longer than the server's own statement timeout, so that it expires only when the server cannot be reached.
 COMMAND_TIMEOUT_S = 35.0
-GOODBYE_S = 1.0
+CLOSE_TIMEOUT_S = 1.0
 KEPT_STATEMENTS = 100
 NO_SUCH_STATEMENT = "26000"
 
@@ -34,10 +34,10 @@ log = get_logger(__name__)
 
 
 class Database:
-    """Connections to one database.
+    """A pool of connections to one database.
 
-    `pool_size` are kept, `overflow` more are opened on demand. `recycle` (age at which a connection is replaced) and
-    `command_timeout` (of each statement) are seconds.
+    `pool_size` connections stay open, `overflow` more are opened on demand. `recycle` (age at which a connection is
+    replaced) and `command_timeout` (for each statement) are in seconds.
     """
 
     def __init__(
@@ -58,12 +58,13 @@ class Database:
             pool_timeout=CONNECT_TIMEOUT_S,
             hide_parameters=True,
             connect_args={
-                # libpq's options (sslmode, sslrootcert, host=/socket, …) are read by the driver from a DSN.
+                # The driver reads libpq's options (sslmode, sslrootcert, host=/socket, …) from a DSN.
                 "dsn": f"postgresql://?{address.options}",
                 "timeout": CONNECT_TIMEOUT_S,
                 "command_timeout": command_timeout,
-                # Behind a transaction pooler, several clients share one server connection: names must not collide.
-                # The driver's own cache is for the queries it asks by itself, once a connection, under counted names.
+                # Behind a transaction pooler, clients share a server connection, so statement names must be unique.
+                # The driver's own cache is off: it serves only the driver's own queries, which run once for each
+                # connection, under numbered names.
                 "statement_cache_size": 0,
                 "prepared_statement_name_func": lambda: f"vw_{uuid4().hex}",
                 "server_settings": {"application_name": "viewer-worker"},
@@ -75,15 +76,15 @@ class Database:
         options["prepared_statement_cache_size"] = self._kept_statements
 
     def without_time_limit(self) -> Database:
-        """The same database for commands that may take as long as they need, such as migrations. Close it."""
+        """A pool for the same database without a time limit for statements, for migrations. Close it after use."""
         return Database(self._address, command_timeout=None)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         """One transaction: committed when the block ends, rolled back when it raises.
 
-        Raises DatabaseUnavailable for what heals by waiting, DatabaseRefused for what does not. When the first comes
-        out of the commit, nobody knows whether it happened; the caller must find out from the database, not assume.
+        Raises DatabaseUnavailable where a retry may succeed, DatabaseRefused where it would not. If the commit raises
+        DatabaseUnavailable, it may or may not have happened; the caller has to ask the database.
         """
         with database_errors():
             connection = await self._connection()
@@ -94,7 +95,7 @@ class Database:
                 if sqlstate(error) == NO_SUCH_STATEMENT and self._kept_statements:
                     await self._keep_no_statements()
                 if not isinstance(error, Exception) or isinstance(error, TimeoutError):
-                    # Cancelled or timed out in mid-command: the protocol on this connection is in an unknown state.
+                    # Cancelled or timed out during a command: the protocol on this connection is in an unknown state.
                     await connection.invalidate()
                 raise
             finally:
@@ -108,13 +109,13 @@ class Database:
             raise DatabaseUnavailable(f"{self._address.place}: {error}", error.remedy) from error
 
     async def _keep_no_statements(self) -> None:
-        """A transaction pooler hands out another server connection each time: what was prepared is not there."""
-        log.warning("connection pooler detected: no prepared statements are kept from now on")
+        """Stop keeping prepared statements: behind a transaction pooler, the next server connection lacks them."""
+        log.warning("connection pooler detected, prepared statements are not kept from now on")
         self._kept_statements = 0
         await self.engine.dispose()
 
     async def close(self) -> None:
-        """Say goodbye to the server, but not for long: it may be out of reach."""
+        """Close all connections. Limited in time, because the server may be unreachable."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_S):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.engine.dispose()

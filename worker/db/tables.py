@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy Core sees them. The migrations create them; a test compares the two."""
+"""The tables as SQLAlchemy Core definitions. The migrations create them; a test compares the two."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ view_counts = Table(
     Column("counted", BigInteger, nullable=False, server_default="0"),
     Column("announced", BigInteger, nullable=False, server_default="0"),
     Column("updated_at", _timestamp, nullable=False, server_default=func.now()),
-    # Part of `views`: what the application's own table had before. NULL: nothing was taken over.
+    # The part of `views` that was imported from the application's own table. NULL: nothing was imported.
     Column("imported", BigInteger),
 )
 
-# The ledger: which flush took what. The write-ahead log of everything that Redis still has to forget.
+# The ledger: what each flush took. It is the write-ahead log of what is still to be subtracted in Redis.
 view_count_deltas = Table(
     "view_count_deltas",
     metadata,
@@ -65,7 +65,7 @@ view_count_flushes = Table(
     Column("nonce", Uuid, nullable=False),
     Column("prev_nonce", Uuid, nullable=False),
     Column("keys", Integer, nullable=False),
-    # Of many ids together: no bigint is sure to hold it.
+    # The sum over many ids can exceed a bigint.
     Column("views", Numeric, nullable=False),
     Column("worker_id", Text, nullable=False),
     PrimaryKeyConstraint("source", "flush_id"),
@@ -79,7 +79,8 @@ view_count_sources = Table(
     Column("last_flush_id", BigInteger, nullable=False, server_default="0"),
     Column("last_nonce", Uuid),
     Column("settled_id", BigInteger, nullable=False, server_default="0"),
-    Column("replid", Text),
+    # The column has the name of its main part, INFO's master_replid.
+    Column("replid", Text, key="data_set_id"),
     Column("announced_nonce", Uuid),
     Column("refused", Text),
     Column("lease_holder", Text),

@@ -1,4 +1,4 @@
-"""`viewer-worker dev`: the main job on embedded servers, with traffic, a kill -9, and a verdict."""
+"""`viewer-worker dev`: the worker on embedded servers, with traffic, a kill -9, and a pass/fail report."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from rich.segment import ControlType
 from sqlalchemy import any_, bindparam, select
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
+from worker.contract.keys import DEFAULT_PREFIX
+from worker.contract.message import DEFAULT_CHANNEL
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
@@ -27,21 +29,19 @@ from worker.db.tables import view_counts
 from worker.dev.process import WorkerProcess
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.servers_only import locked
-from worker.dev.viewers import Audience, Told, Viewers
+from worker.dev.viewers import Audience, Reported, Viewers
 from worker.errors import ViewerWorkerError
 from worker.runtime.waiting import wait_first
 
-PREFIX = "vod:views:"
-CHANNEL = "view_count_updates"
 ENDLESS_KILL_AFTER_S = 10.0
 DRAIN_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at all three sides, at the ids that are INCRed.
+    """Sums over the INCRed ids at one moment: views sent, stored in Postgres and pending in Redis.
 
-    `lost` and `double` compare with what was surely sent before, at most sent after.
+    `lost`: views confirmed before the look that are neither stored nor pending. `double`: more stored than sent.
     """
 
     sent: int
@@ -52,7 +52,7 @@ class Sample:
 
 
 class Demo:
-    """`rate` views a second of `audience` for `duration` seconds (None: until Ctrl-C); data and logs in `folder`."""
+    """Sends `rate` views per second for `duration` seconds (None: until Ctrl-C). Data and logs are in `folder`."""
 
     def __init__(self, folder: Path, audience: Audience, rate: int, duration: float | None) -> None:
         self._folder = folder.resolve()
@@ -64,7 +64,10 @@ class Demo:
         self._started = time.monotonic()
 
     async def run(self) -> bool:
-        """True when every id that was INCRed has exactly the views that were sent, in Postgres, and none has more.
+        """Run the demo. Returns True when it passed.
+
+        That is: in Postgres, each INCRed id has exactly the views sent and no other id has more than were sent; nothing
+        is pending; and the worker ended with exit code 0.
 
         Raises ViewerWorkerError.
         """
@@ -72,7 +75,7 @@ class Demo:
         async with AsyncExitStack() as stack:
             stack.enter_context(locked(self._folder))
             self._handle_signals()
-            self._say("Starting embedded Redis (Valkey) and Postgres …")
+            self._print("Starting embedded Redis (Valkey) and Postgres …")
             valkey = self._start(stack, ValkeyServer(self._folder / "redis"))
             postgres = self._start(stack, PostgresServer(self._folder / "postgres"))
             database = Database(parse_database_url(postgres.url))
@@ -80,26 +83,26 @@ class Demo:
             await schema.upgrade(database)
             client = aioredis.from_url(valkey.url, retry=Retry(NoBackoff(), 0))
             stack.push_async_callback(client.aclose)
-            viewers = Viewers(client, PREFIX, CHANNEL, self._audience, self._rate)
+            viewers = Viewers(client, DEFAULT_PREFIX, DEFAULT_CHANNEL, self._audience, self._rate)
             before = await self._totals(database) + await self._pending(client)
             worker = WorkerProcess(self._folder, valkey.url, postgres.url)
             stack.callback(worker.kill)
             worker.start()
-            self._say_where(valkey, postgres, worker)
+            self._print_addresses(valkey, postgres, worker)
             traffic = asyncio.create_task(viewers.run(self._stop), name="viewers")
             stack.callback(traffic.cancel)
             await self._watch(viewers, database, client, worker, before)
             await traffic
-            self._say("Traffic stopped; the worker takes the rest, and is stopped (SIGTERM) …")
+            self._print("Traffic stopped. Waiting until the worker has flushed the rest, then stopping it (SIGTERM) …")
             await self._drained(client)
             code = worker.stop()
             pending = await self._pending(client)
-            return self._verdict(viewers, before, await self._totals(database), pending, worker.kills, code)
+            return self._report(viewers, before, await self._totals(database), pending, worker.kills, code)
 
     async def _watch(
         self, viewers: Viewers, database: Database, client: aioredis.Redis, worker: WorkerProcess, before: Counter[str]
     ) -> None:
-        """Print the live line until the end, and kill the worker once on the way."""
+        """Print the live line until the end, and kill the worker once in the meantime."""
         start = time.monotonic()
         kill_at = start + (self._duration / 3 if self._duration else ENDLESS_KILL_AFTER_S)
         end = start + self._duration if self._duration else float("inf")
@@ -109,23 +112,23 @@ class Demo:
             sample = await self._sample(viewers, database, client, before)
             if sample.stored and not flushed:
                 flushed = True
-                self._say(f"First views in Postgres {time.monotonic() - self._started:.1f} s after the start.")
+                self._print(f"First views in Postgres {time.monotonic() - self._started:.1f} s after the start.")
             self._live(sample)
             if not worker.kills and time.monotonic() >= kill_at:
-                self._say(f"kill -9 {worker.pid}  ← the worker dies in mid-traffic, and is started again", style="bold")
+                self._print(f"kill -9 {worker.pid}  ← the worker is killed under load and restarted", style="bold")
                 worker.kill()
                 worker.start()
             elif worker.exit_code is not None:
-                raise ViewerWorkerError(f"the worker ended by itself with exit code {worker.exit_code}: {worker.log}")
+                raise ViewerWorkerError(f"the worker exited with code {worker.exit_code}; its log: {worker.log}")
         self._stop.set()
 
     async def _drained(self, client: aioredis.Redis) -> None:
-        """Wait until nothing is pending; a worker that was just started may have to wait for the lease of the dead."""
+        """Wait until nothing is pending. A restarted worker may have to wait until the killed one's lease expires."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while await self._pending(client) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
 
-    def _verdict(
+    def _report(
         self,
         viewers: Viewers,
         before: Counter[str],
@@ -134,9 +137,9 @@ class Demo:
         kills: int,
         code: int,
     ) -> bool:
-        exact, best_effort = viewers.ids(Told.BOTH, Told.INCR), viewers.ids(Told.PUBLISH)
+        exact, best_effort = viewers.ids(Reported.BOTH, Reported.INCR), viewers.ids(Reported.PUBLISH)
         wrong = {}
-        for vod_id in viewers.told:
+        for vod_id in viewers.reported_by:
             least = before[vod_id] + viewers.acknowledged[vod_id]
             most = least + viewers.indeterminate[vod_id]
             if stored[vod_id] > most or (stored[vod_id] < least and vod_id in exact):
@@ -144,25 +147,27 @@ class Demo:
         gained = stored - before
         self._console.print()
         self._console.print(f"  {'':<18}{'ids':>7}{'sent':>12}{'in Postgres':>14}{'pending':>10}")
-        for told in Told:
-            ids = viewers.ids(told)
+        for reported in Reported:
+            ids = viewers.ids(reported)
             sent, found, left = (_of(counter, ids) for counter in (viewers.acknowledged, gained, pending))
-            self._console.print(f"  {told.value:<18}{len(ids):>7,}{sent:>12,}{found:>14,}{left:>10,}")
+            self._console.print(f"  {reported.value:<18}{len(ids):>7,}{sent:>12,}{found:>14,}{left:>10,}")
         if viewers.indeterminate:
-            self._console.print(f"  {'unconfirmed':<25}{viewers.indeterminate.total():>12,}  (may have counted or not)")
+            self._console.print(f"  {'unconfirmed':<25}{viewers.indeterminate.total():>12,}  (may be counted or not)")
         for vod_id, (expected, found) in list(wrong.items())[:10]:
             self._console.print(f"  [red]{escape(vod_id)}: expected {expected:,}, found {found:,}[/]")
         self._console.print()
-        told_kills = f"worker killed {kills} time(s)"
+        killed = "worker killed " + ("once" if kills == 1 else f"{kills} times")
         if wrong or pending or code:
             self._console.print(
-                f"[bold red]DIFFERENT[/]: {len(wrong)} ids differ; {told_kills}, it ended with exit code {code}."
+                f"[bold red]DIFFERENT[/]: ids that differ: {len(wrong)} of {len(viewers.reported_by):,}; "
+                f"{killed}, last exit code {code}."
             )
             return False
-        self._console.print(f"[bold green]EXACT[/]: each view counted once; {len(exact):,} ids compared, {told_kills}.")
+        compared = f"{len(exact):,} {'id' if len(exact) == 1 else 'ids'} compared"
+        self._console.print(f"[bold green]EXACT[/]: each view counted once; {compared}, {killed}.")
         missed = _of(viewers.acknowledged, best_effort) - _of(gained, best_effort)
         self._console.print(
-            f"Messages are heard at most once: of the views that were only published, {missed:,} were missed."
+            f"Messages are delivered at most once; views that were only published and missed: {missed:,}."
         )
         return True
 
@@ -174,19 +179,19 @@ class Demo:
 
     async def _pending(self, client: aioredis.Redis) -> Counter[str]:
         ids = self._audience.ids
-        values = await client.mget([PREFIX + vod_id for vod_id in ids])
+        values = await client.mget([DEFAULT_PREFIX + vod_id for vod_id in ids])
         return +Counter({vod_id: int(value or 0) for vod_id, value in zip(ids, values, strict=True)})
 
     async def _sample(
         self, viewers: Viewers, database: Database, client: aioredis.Redis, before: Counter[str]
     ) -> Sample:
-        """Redis first, then Postgres: in this order their sum never misses a view that is just being moved."""
-        ids = viewers.ids(Told.BOTH, Told.INCR)
-        surely = _of(viewers.acknowledged, ids)
+        """Read Redis first, then Postgres: in this order the sum never misses views that a flush is moving."""
+        ids = viewers.ids(Reported.BOTH, Reported.INCR)
+        confirmed = _of(viewers.acknowledged, ids)
         pending = _of(await self._pending(client), ids)
         stored = _of(await self._totals(database), ids) - _of(before, ids)
         sent = _of(viewers.sent, ids)
-        return Sample(sent, stored, pending, max(0, surely - pending - stored), max(0, stored - sent))
+        return Sample(sent, stored, pending, max(0, confirmed - pending - stored), max(0, stored - sent))
 
     def _live(self, sample: Sample) -> None:
         line = (
@@ -199,20 +204,20 @@ class Demo:
         else:
             self._console.print(line)
 
-    def _say(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str, style: str | None = None) -> None:
         if self._console.is_terminal:
             self._clear_line()
         self._console.print(text, style=style)
 
     def _clear_line(self) -> None:
-        # Not by print(): that takes a carriage return out of the text.
+        # Not with print(): it removes carriage returns.
         self._console.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
 
-    def _say_where(self, valkey: Server, postgres: Server, worker: WorkerProcess) -> None:
-        self._say(f"  Redis     {valkey.url}")
-        self._say(f"  Postgres  {postgres.url}")
-        self._say(f"  worker    {worker.url}/health   /metrics   log: {_relative(worker.log)}")
-        self._say(f"  settings  {_relative(worker.env_file)}")
+    def _print_addresses(self, valkey: Server, postgres: Server, worker: WorkerProcess) -> None:
+        self._print(f"  Redis     {valkey.url}")
+        self._print(f"  Postgres  {postgres.url}")
+        self._print(f"  worker    {worker.url}/health   /metrics   log: {_relative(worker.log)}")
+        self._print(f"  settings  {_relative(worker.env_file)}")
 
     def _start(self, stack: AsyncExitStack, server: Server) -> Server:
         server.start()

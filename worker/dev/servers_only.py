@@ -1,4 +1,4 @@
-"""`viewer-worker dev --servers-only`: a Redis and a Postgres to play with, until Ctrl-C."""
+"""`viewer-worker dev --servers-only`: runs a Redis and a Postgres until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep it for this process. Raises ViewerWorkerError when another one has it."""
+    """Create the folder and lock it. Raises ViewerWorkerError when another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ViewerWorkerError(f"another `viewer-worker dev` is at work in {folder}") from None
+            raise ViewerWorkerError(f"another `viewer-worker dev` is running in {folder}") from None
         yield
 
 
-async def run_servers(folder: Path, say: Callable[[str], None]) -> None:
-    """Start both in `folder`, and say how to use them. Raises ViewerWorkerError."""
+async def run_servers(folder: Path, print_line: Callable[[str], None]) -> None:
+    """Start both servers in `folder`, print how to use them, and wait for Ctrl-C. Raises ViewerWorkerError."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -40,6 +40,6 @@ async def run_servers(folder: Path, say: Callable[[str], None]) -> None:
             server.start()
             stack.callback(server.stop)
         for name, server in zip(("REDIS_URL", "DATABASE_URL"), servers, strict=True):
-            say(f"export {name}={server.url}")
-        say("# Type these two lines in each terminal. The servers end with Ctrl-C here; their data stay.")
+            print_line(f"export {name}={server.url}")
+        print_line("# Run these two lines in each terminal. Ctrl-C here stops the servers; their data is kept.")
         await stop.wait()

@@ -1,4 +1,4 @@
-"""Demo viewers: traffic with a known truth."""
+"""Generates views for the demo, and keeps count of them by id."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ TICK_S = 0.02
 ZIPF_EXPONENT = 1.1
 
 
-class Told(Enum):
-    """How the views of an id are told. Each way counts each view once; by message alone it is at most once."""
+class Reported(Enum):
+    """How the views of an id are reported. Each view counts once; with PUBLISH only, at most once."""
 
     BOTH = "INCR and PUBLISH"
     INCR = "INCR only"
     PUBLISH = "PUBLISH only"
 
 
-# Of ten ids, six, three and one.
-SHARES = (Told.BOTH,) * 6 + (Told.INCR,) * 3 + (Told.PUBLISH,)
+# How ten ids in a row are reported: six, three and one of them.
+SHARES = (Reported.BOTH,) * 6 + (Reported.INCR,) * 3 + (Reported.PUBLISH,)
 
 
 class Audience(Protocol):
-    """What is watched. `ids` are all that may be."""
+    """Chooses the ids that are viewed. `ids` are all that it may choose."""
 
     @property
     def ids(self) -> Sequence[str]: ...
 
     def next(self, views: int) -> list[str]:
-        """The ids of the next so many views."""
+        """Return the ids of the next views, one id for each of `views`."""
 
 
 class Popular:
-    """A thousand ids, the popular ones watched far more often than the rest (Zipf)."""
+    """A thousand ids. A few popular ones get most of the views (Zipf distribution)."""
 
     def __init__(self, rng: random.Random) -> None:
         self.ids = [f"demo_{number:04}" for number in range(1, 1001)]
@@ -61,10 +61,10 @@ class Popular:
 
 
 class Recorded:
-    """The paths of an access log, in its order, over and over again."""
+    """The paths of an access log, in the order of the log, repeated without end."""
 
     def __init__(self, log: Path) -> None:
-        """Raises ViewerWorkerError when there is no request in the file, or no file."""
+        """Raises ViewerWorkerError when the file cannot be read or has no request."""
         try:
             with log.open("rb") as stream:
                 lines = [line for line in read_access_log(stream) if not isinstance(line, MalformedLine)]
@@ -81,9 +81,10 @@ class Recorded:
 
 
 class Viewers:
-    """Sends `rate` views a second.
+    """Sends `rate` views per second.
 
-    `acknowledged` is what Redis confirmed, by id; `indeterminate` what was sent and not confirmed: it may have counted.
+    Views by id: `sent`, `acknowledged` (Redis confirmed them) and `indeterminate` (not confirmed: they may be counted
+    or not).
     """
 
     def __init__(self, redis: Redis, prefix: str, channel: str, audience: Audience, rate: int) -> None:
@@ -92,14 +93,14 @@ class Viewers:
         self._channel = channel
         self._audience = audience
         self._rate = rate
-        self.told = dict(zip(audience.ids, itertools.cycle(SHARES), strict=False))
+        self.reported_by = dict(zip(audience.ids, itertools.cycle(SHARES), strict=False))
         self.sent: Counter[str] = Counter()
         self.acknowledged: Counter[str] = Counter()
         self.indeterminate: Counter[str] = Counter()
 
-    def ids(self, *told: Told) -> list[str]:
-        """The ids whose views are told in one of these ways."""
-        return [vod_id for vod_id, how in self.told.items() if how in told]
+    def ids(self, *reported: Reported) -> list[str]:
+        """Return the ids whose views are reported in one of these ways."""
+        return [vod_id for vod_id, how in self.reported_by.items() if how in reported]
 
     async def run(self, stop: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -115,10 +116,10 @@ class Viewers:
         self.sent.update(views)
         pipeline = self._redis.pipeline(transaction=False)
         for vod_id in views:
-            told = self.told[vod_id]
-            if told is not Told.PUBLISH:
+            reported = self.reported_by[vod_id]
+            if reported is not Reported.PUBLISH:
                 pipeline.incr(self._prefix + vod_id)
-            if told is not Told.INCR:
+            if reported is not Reported.INCR:
                 pipeline.publish(self._channel, json.dumps({"vodId": vod_id, "count": 1}))
         try:
             await pipeline.execute()

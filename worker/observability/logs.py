@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     """Send all logs of the process to `stream`: console lines when it is a terminal, else one JSON object a line.
 
-    Logs go to stderr, so that what a command prints stays clean on stdout.
+    Logs go to stderr; stdout is for what a command prints.
     """
     terminal = stream.isatty()
     shared: list[Processor] = [structlog.stdlib.add_log_level]
@@ -36,7 +36,7 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # What these have to say at info is of interest only when debugging them.
+    # Their info lines help only to debug these libraries.
     for chatty in ("sqlalchemy", "asyncio", "aiohttp", "alembic"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
@@ -44,14 +44,14 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
 def _last_steps(terminal: bool) -> list[Processor]:
     strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if terminal:
-        # No local variables in tracebacks: they hold connection parameters, and with them passwords.
+        # No local variables in tracebacks: they may hold passwords.
         plain = structlog.dev.plain_traceback
         return [strip, structlog.dev.ConsoleRenderer(exception_formatter=plain)]
     return [strip, structlog.processors.format_exc_info, _first_things_first, structlog.processors.JSONRenderer()]
 
 
 def _first_things_first(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """When, how bad, what, and then the rest: a line is read from the left."""
+    """Time, level and event come first: a line is read from the left."""
     leading = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
     return {**leading, **event}
 

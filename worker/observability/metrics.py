@@ -1,6 +1,6 @@
 """The table of metrics: every name that this worker exports, with its meaning.
 
-Names come from the public contract. Labels never carry an id, so the number of series does not grow with the data.
+The names are a public contract. No label is an id, so the number of series does not grow with the data.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ class Metrics:
         )
         self.target_skipped = self._counter(
             "view_count_target_skipped_total",
-            "Views that the application's own table was not given: it lacks the id, or its row refuses.",
+            "Views not added to the application's own table: it lacks the id, or its row refuses.",
             "reason",
         )
-        self.updates = self._counter("view_count_updates_total", "Messages that announced views.")
-        self.updates_invalid = self._counter(
-            "view_count_updates_invalid_total", "Messages that say nothing that can be counted.", "reason"
+        self.messages = self._counter("view_count_updates_total", "Messages that were counted.")
+        self.invalid_messages = self._counter(
+            "view_count_updates_invalid_total", "Messages that cannot be counted.", "reason"
         )
         self.announced_dropped = self._counter(
             "view_count_announced_dropped_total",
-            "Views announced by messages and not written (lease lost, too many ids): lost unless INCRed too.",
+            "Views announced by messages and never written (lease lost, too many ids): lost unless INCRed too.",
         )
         self.subscription_gaps = self._counter(
             "view_count_subscription_gaps_total",
-            "Times in which messages may have been missed: reconnects, and takeovers of the lease.",
+            "Gaps in which messages may have been missed: reconnects, and takeovers of the lease.",
         )
         self.settle_replays = self._counter(
             "view_count_settle_replays_total",
-            "Flushes settled from the ledger: Redis did not know of them yet (crash, lost reply, old snapshot).",
+            "Flushes settled from the ledger, since Redis had not settled them (crash, lost reply, old snapshot).",
         )
         self.marker_losses = self._counter(
-            "view_count_marker_losses_total", "Markers that were lost in Redis and written anew, by evidence."
+            "view_count_marker_losses_total", "Markers that were lost in Redis and created again, by evidence."
         )
         self.pending_keys = self._gauge("view_count_pending_keys", "Counter keys found and not flushed yet.")
         self.oldest_pending_seconds = self._gauge(
-            "view_count_oldest_pending_seconds", "Seconds since the oldest of the pending keys was found."
+            "view_count_oldest_pending_seconds", "Seconds since the oldest pending key was found."
         )
         self.last_agreement = self._gauge(
             "view_count_last_agreement_timestamp_seconds",
-            "When everything that was pending was last flushed, and Redis and Postgres agreed. Unix time.",
+            "Unix time of the last moment at which nothing was pending and Redis and Postgres agreed.",
         )
         self.holds = self._gauge("view_count_holds", "1 while flushing is on hold; /health says why. Else 0.")
         self.quarantined_keys = self._gauge(
-            "view_count_quarantined_keys", "Counter keys left alone: their id or value cannot be counted."
+            "view_count_quarantined_keys", "Counter keys left as they are: their id or value cannot be counted."
         )
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:

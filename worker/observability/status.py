@@ -1,4 +1,4 @@
-"""What the worker knows of its own state. Loops write it as they learn; `/health` and the metrics only read it."""
+"""The worker's own state. Loops write it; `/health` and the metrics only read it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
-    from worker.runtime.clock import Clock
+    from collections.abc import Callable
 
 log = get_logger(__name__)
 
 
-# Seconds; longer than any single step of a loop may take with all its timeouts.
+# Longer than any single step of a loop may take with all its timeouts.
 STEP_LIMIT_S = 300.0
+
+# Names of the checks. A loop has the name of its check.
+REDIS = "redis"
+POSTGRES = "postgres"
+SCHEMA = "schema"
+MESSAGES = "messages"
+VIEW_COUNTS = "view_counts"
+# What every loop that moves data needs.
+SERVERS = (REDIS, POSTGRES, SCHEMA)
 
 
 class State(StrEnum):
@@ -28,7 +37,7 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Check:
-    """One thing that must hold for the worker to do its job. `since` is monotonic seconds."""
+    """One condition for the worker to do its job. `since` is monotonic seconds."""
 
     name: str
     since: float
@@ -39,14 +48,17 @@ class Check:
 
 
 class Status:
-    """The named checks of one worker, and an event that wakes whoever waits for them."""
+    """The named checks of one worker, and an event that wakes the loops that wait for them.
 
-    def __init__(self, clock: Clock, names: tuple[str, ...]) -> None:
-        self._clock = clock
+    `monotonic` is a clock, in seconds.
+    """
+
+    def __init__(self, monotonic: Callable[[], float], names: tuple[str, ...]) -> None:
+        self._monotonic = monotonic
         self._changed = asyncio.Event()
         self._beats: dict[str, float] = {}
         self.stopping = False
-        self.checks = {name: Check(name, clock.monotonic()) for name in names}
+        self.checks = {name: Check(name, monotonic()) for name in names}
 
     def ok(self, name: str, **facts: object) -> None:
         if self._enter(name, State.OK, "", "", facts):
@@ -64,7 +76,7 @@ class Status:
         return all(self.checks[name].state is State.OK for name in names)
 
     def seconds_in_state(self, name: str) -> float:
-        return self._clock.monotonic() - self.checks[name].since
+        return self._monotonic() - self.checks[name].since
 
     def stop(self) -> None:
         self.stopping = True
@@ -72,25 +84,25 @@ class Status:
 
     @property
     def changed(self) -> asyncio.Event:
-        """An event that is set at the next change of any check's state. Ask for it anew each time."""
+        """An event that is set at the next change of any check's state; each change has its own event."""
         return self._changed
 
     def expect_beat(self, loop: str, within: float) -> None:
-        """A loop turned, and promises to turn again within so many seconds."""
-        self._beats[loop] = self._clock.monotonic() + within
+        """A loop made a step, and promises the next one within so many seconds."""
+        self._beats[loop] = self._monotonic() + within
 
     def late_loops(self) -> list[str]:
-        """Loops that broke their promise: they are stuck."""
-        now = self._clock.monotonic()
+        """Loops whose next step is overdue: they are stuck."""
+        now = self._monotonic()
         return [loop for loop, due in self._beats.items() if now > due]
 
     def _enter(self, name: str, state: State, cause: str, remedy: str, facts: dict[str, object]) -> bool:
-        """True when this is news: another state, or another hold. A cause that varies while failing is not."""
+        """True when this is worth a log line: another state, or another hold. Another cause of a failure is not."""
         check = self.checks[name]
         news = check.state is not state or (state is State.HOLD and check.cause != cause)
         check.cause, check.remedy, check.facts = cause, remedy, facts
         if check.state is not state:
-            check.state, check.since = state, self._clock.monotonic()
+            check.state, check.since = state, self._monotonic()
             self._wake()
         return news
 

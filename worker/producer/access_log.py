@@ -1,4 +1,4 @@
-"""Access logs in the *combined* format of Apache and nginx, read line by line in constant memory."""
+"""Reads access logs in the *combined* format of Apache and nginx, line by line in constant memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_LINE_BYTES = 65_536
 EXCERPT_LENGTH = 64
 
 _QUOTED = r'"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
-# What may follow the last field (nginx's $http_x_forwarded_for, say) is passed over.
+# Anything after the last field, such as nginx's $http_x_forwarded_for, is ignored.
 _FIELDS = {
     "address": r"(\S+)",
-    # Of bounded length: what would match in some way must not be looked for in every way.
-    "identity and user": r" \S{1,1024} .{1,1024}?(?= \[)",
+    # Bounded in length, to limit backtracking on a line that could match in many ways.
+    "identity or user": r" \S{1,1024} .{1,1024}?(?= \[)",
     "time": r" \[([^\[\]]{1,64})\]",
     "request": " " + _QUOTED,
     "status": r" (\d{3})",
@@ -33,7 +33,7 @@ _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line. `path` is as the log has it, without the query; a `-` is None; `ip` may be a host's name."""
+    """One line. `path` is as in the log, without the query. A `-` becomes None. `ip` may be a host name."""
 
     time: datetime
     ip: str | None
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class MalformedLine:
-    """`number` counts from 1; `excerpt` is its beginning, escaped, at most 64 characters."""
+    """`number` counts from 1; `excerpt` is the line's beginning, escaped, at most 64 characters."""
 
     number: int
     reason: str
@@ -57,7 +57,7 @@ class MalformedLine:
 
 
 def read_access_log(stream: BinaryIO, first_line: int = 1) -> Iterator[Request | MalformedLine]:
-    """One item for each line from `first_line` on, in order. Bytes that are not UTF-8 become `\\xhh`.
+    """Yield one item for each line from `first_line` on, in order. Bytes that are not UTF-8 become `\\xhh`.
 
     Raises OSError when the stream does.
     """
@@ -70,7 +70,7 @@ def read_access_log(stream: BinaryIO, first_line: int = 1) -> Iterator[Request |
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines without their ends; of one that is too long only the beginning, one byte more than a line may have."""
+    """Yield the lines without their line ends. A line that is too long is cut to one byte more than the limit."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
         rest = line
         while rest and not rest.endswith(b"\n"):
@@ -79,11 +79,11 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_line(line: bytes) -> Request:
-    """Raises ValueError saying what is wrong with it."""
+    """Parse one line. Raises ValueError saying what is wrong with it."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES:,} bytes")
     if b"\x00" in line:
-        raise ValueError("a NUL byte")
+        raise ValueError("it has a NUL byte")
     text = line.decode(errors="backslashreplace")
     match = _LINE.match(text)
     if match is None:

@@ -1,8 +1,7 @@
-"""The client library: an application records its views with it, and is never hurt by a Redis that is slow or gone."""
+"""The client library: records views without harm to the application when Redis is slow or out of reach."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -13,19 +12,18 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from worker.contract.ids import InvalidId, check_id
-from worker.contract.keys import Keys
+from worker.contract.keys import DEFAULT_PREFIX, Keys
+from worker.contract.message import DEFAULT_CHANNEL, MAX_COUNT, encode_message
 from worker.errors import InvalidView, ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
+from worker.observability.throttle import Throttle
 from worker.producer.transaction import BlockingTransactions, Command, Transactions
 from worker.redis.address import parse_redis_url
 from worker.redis.connection import connect, connect_blocking
 from worker.runtime.clock import Clock, SystemClock
 
-PREFIX = "vod:views:"
-CHANNEL = "view_count_updates"
 TIMEOUT_S = 0.5
 MAX_CONNECTIONS = 16
-MAX_COUNT = 10**9
-QUIET_S = 60.0
+LOG_PERIOD_S = 60.0
 CLOSED = "the producer is closed"
 
 Views = Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
@@ -34,12 +32,12 @@ log = logging.getLogger("worker.producer")
 
 
 class Outcome(Enum):
-    """What became of a view, or of all views of one call."""
+    """The result of a call, for all of its views."""
 
     RECORDED = "recorded"
     """Redis confirmed all of it."""
     NOT_RECORDED = "not recorded"
-    """Surely nothing of it was applied. It may be sent again."""
+    """Nothing was applied. It may be sent again."""
     INDETERMINATE = "indeterminate"
     """It was sent and not confirmed: it may have counted or not. Sending it again may count it twice."""
 
@@ -48,18 +46,19 @@ class ViewProducer:
     """Records views from asyncio code, on one event loop.
 
     `redis` is a URL (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`), or a `redis.asyncio.Redis` of the
-    application, which stays open; nothing is repeated, whatever its retry setting says. `timeout` (seconds) is for each
-    call as a whole. With `raise_errors` a call raises ViewNotRecorded or ViewIndeterminate instead of returning those.
+    application, which stays open; commands are never repeated, whatever its retry setting. `timeout` (seconds) is for
+    each call as a whole. With `raise_errors` a call raises ViewNotRecorded or ViewIndeterminate instead of returning
+    the outcome.
 
-    Raises ValueError for what is no such URL, without quoting it, and TypeError for any other client.
+    Raises ValueError for an invalid URL, without quoting it, and TypeError for any other client.
     """
 
     def __init__(
         self,
         redis: str | AsyncRedis,
         *,
-        prefix: str = PREFIX,
-        channel: str = CHANNEL,
+        prefix: str = DEFAULT_PREFIX,
+        channel: str = DEFAULT_CHANNEL,
         timeout: float = TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
         raise_errors: bool = False,
@@ -76,11 +75,11 @@ class ViewProducer:
         self._closed = False
 
     async def record(self, vod_id: str | int, count: int = 1) -> Outcome:
-        """Count `count` views, 1 … 10^9, of an id: 1 to 256 bytes of UTF-8 without NUL, or an int for its decimals."""
+        """Record `count` views (1 … 10^9) of an id: 1 to 256 bytes of UTF-8 without NUL, or an int for its decimals."""
         return await self._send(lambda: self._views.of_one(vod_id, count))
 
     async def record_many(self, views: Views) -> Outcome:
-        """Count the views of many ids, some thousands at most, in one step: where one is invalid, nothing is sent."""
+        """Record views of many ids, some thousands at most, in one transaction; if one is invalid, nothing is sent."""
         return await self._send(lambda: self._views.of_many(views))
 
     async def _send(self, make: Callable[[], list[Command]]) -> Outcome:
@@ -117,8 +116,8 @@ class SyncViewProducer:
         self,
         redis: str | Redis,
         *,
-        prefix: str = PREFIX,
-        channel: str = CHANNEL,
+        prefix: str = DEFAULT_PREFIX,
+        channel: str = DEFAULT_CHANNEL,
         timeout: float = TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
         raise_errors: bool = False,
@@ -167,14 +166,14 @@ class SyncViewProducer:
 
 
 class _ViewCommands:
-    """A view is INCRBY of its counter and a message on the channel, in this order."""
+    """A view is INCRBY of its counter, then a message on the channel."""
 
     def __init__(self, prefix: str, channel: str) -> None:
         self._keys = Keys(prefix.encode())
         self._channel = channel
 
     def of_many(self, views: object) -> list[Command]:
-        """Raises InvalidView for the first that cannot be recorded."""
+        """Raises InvalidView for the first invalid view."""
         if not isinstance(views, Mapping):
             raise InvalidView(f"views are a mapping of ids to counts, not a {type(views).__name__}")
         return [command for vod_id, count in views.items() for command in self.of_one(vod_id, count)]
@@ -187,24 +186,21 @@ class _ViewCommands:
             raise InvalidView(str(error)) from error
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
             raise InvalidView(f"a count is an int from 1 to {MAX_COUNT:,}")
-        message = json.dumps({"vodId": text, "count": count}, ensure_ascii=False, separators=(",", ":"))
+        message = encode_message(text, count)
         return [("INCRBY", self._keys.counter(text), count), ("PUBLISH", self._channel, message)]
 
 
 class Failures:
-    """Raises them, or logs each kind once a minute."""
+    """Raises the errors of calls, or logs each kind once a minute."""
 
     def __init__(self, raise_errors: bool, clock: Clock) -> None:
         self._raise_errors = raise_errors
-        self._clock = clock
-        self._quiet_until: dict[object, float] = {}
+        self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic)
 
     def outcome(self, error: ViewerWorkerError) -> Outcome:
         if self._raise_errors:
             raise error
         outcome = Outcome.INDETERMINATE if isinstance(error, ViewIndeterminate) else Outcome.NOT_RECORDED
-        kind, now = (type(error), type(error.__cause__)), self._clock.monotonic()
-        if now >= self._quiet_until.get(kind, now):
-            self._quiet_until[kind] = now + QUIET_S
+        if self._throttle.allows((type(error), type(error.__cause__))):
             log.warning("a view is %s: %s (similar failures are not logged for a minute)", outcome.value, error)
         return outcome

@@ -1,4 +1,4 @@
-"""Publishing the views of an access log: batch by batch, so that it can stop anywhere and go on from there."""
+"""Records the views of an access log in batches, so that an interrupted run can resume where it stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_MALFORMED = 5
 
 @dataclass(slots=True)
 class Tally:
-    """How far it has come: every line before `next_line` is done, and those up to `last_tried` were tried.
+    """The progress: every line before `next_line` is done, and every line up to `last_tried` was tried.
 
     `ids` grows with the number of different ids; nothing else grows with the log.
     """
@@ -47,9 +47,10 @@ def publish_log(
     tally: Tally,
     deferred: AbstractContextManager[None],
 ) -> None:
-    """A view for every request, as of now. `producer` raises errors; each batch happens inside of `deferred`.
+    """Record a view for every request, with the current time. Each batch is recorded inside `deferred`.
 
-    Raises ViewNotRecorded or ViewIndeterminate for the lines from `next_line` to `last_tried`.
+    `producer` must be one with `raise_errors`. Raises ViewNotRecorded or ViewIndeterminate for the lines from
+    `next_line` to `last_tried`.
     """
     for batch in _batches(iter(lines)):
         with deferred:

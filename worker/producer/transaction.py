@@ -1,8 +1,8 @@
-"""MULTI … EXEC, sent once and at once on one connection, and what the replies prove.
+"""Sends MULTI … EXEC once, as one write on one connection, and works out what the replies prove.
 
-The library's own pipeline raises the same errors before the first byte was sent as after the last. Whether a view was
-recorded hangs on that, so here a connection is taken first and then written to. By that no setting of a client makes it
-repeat the commands either.
+The library's own pipeline raises the same errors before the first byte is sent as after the last. Whether a view was
+recorded depends on that, so this module first takes a connection and then writes to it. For the same reason, no setting
+of the client can make it repeat the commands.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from worker.redis.errors import describe, redact
 
 Command = tuple[str | bytes | int, ...]
 
-# What the library and the system raise. Anything else is the application's own, such as the time limit of a task, which
-# a signal may raise anywhere.
+# Errors of the library and the system. Any other error is the application's own, such as a task's time limit, which a
+# signal handler may raise anywhere.
 ERRORS = (RedisError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 class Transactions:
-    """Through `client`, at most `max_connections` at a time; `timeout` (seconds) is for each as a whole."""
+    """Runs at most `max_connections` transactions at a time. `timeout` (seconds) limits each as a whole."""
 
     def __init__(self, client: aioredis.Redis, timeout: float, max_connections: int) -> None:
         self._pool: Any = client.connection_pool
@@ -39,14 +39,14 @@ class Transactions:
     async def execute(self, commands: Sequence[Command]) -> None:
         """Returns when every command was applied.
 
-        Raises ViewNotRecorded when surely none was, ViewIndeterminate when that is not known.
+        Raises ViewNotRecorded when certainly none was, ViewIndeterminate when that is not known.
         """
         sent = answered = False
         try:
             async with asyncio.timeout(self._timeout), self._free:
                 connection = await self._pool.get_connection()
                 try:
-                    # A pool with maintenance notifications hands out connections that hold unread data, or an end.
+                    # A pool with maintenance notifications hands out connections with unread data or already closed.
                     if await connection.can_read():
                         await connection.disconnect()
                         await connection.connect()
@@ -56,7 +56,7 @@ class Transactions:
                     replies = await _replies(connection, len(commands) + 2)
                     answered = True
                 finally:
-                    if sent and not answered:  # the next would take these replies for its own
+                    if sent and not answered:  # the next user of the connection would read these replies
                         await connection.disconnect(nowait=True)
                     await self._pool.release(connection)
         except ERRORS as error:
@@ -75,7 +75,7 @@ async def _replies(connection: Any, expected: int) -> list[object]:
 
 
 class BlockingTransactions:
-    """`Transactions` for threads. `timeout` is for a free connection; `client` limits the waits for Redis."""
+    """`Transactions` for threads. `timeout` limits the wait for a free connection; `client` limits those for Redis."""
 
     def __init__(self, client: redis.Redis, timeout: float, max_connections: int) -> None:
         self._pool: Any = client.connection_pool
@@ -83,7 +83,7 @@ class BlockingTransactions:
         self._permits = Permits(max_connections)
 
     def execute(self, commands: Sequence[Command]) -> None:
-        """As in `Transactions`."""
+        """As `Transactions.execute`."""
         permit = self._permits.take(self._timeout)
         if permit is None:
             raise ViewNotRecorded("no connection became free in time")
@@ -111,10 +111,11 @@ class BlockingTransactions:
 
 
 class Permits:
-    """So many calls at a time. A call that is cut off at any point gives its permit back; a forked child has them all.
+    """Limits the number of concurrent calls. A forked child starts with all permits.
 
-    A semaphore of `threading` is written in Python: an exception out of a signal handler can leave its lock taken for
-    ever. This queue is not, and may be used in a destructor.
+    A call that is interrupted at any point gives its permit back. A semaphore of `threading` is written in Python: an
+    exception from a signal handler can leave its lock taken for ever. This queue is written in C, and is safe to use in
+    a destructor.
     """
 
     def __init__(self, number: int) -> None:
@@ -128,7 +129,7 @@ class Permits:
             self._free.put(_Permit(self._free))
 
     def take(self, timeout: float) -> _Permit | None:
-        """None when none became free within `timeout` seconds."""
+        """A permit, or None when none became free within `timeout` seconds."""
         if self._process != os.getpid():
             self._refill()
         try:
@@ -138,7 +139,7 @@ class Permits:
 
 
 class _Permit:
-    """To be given back once; when it is not, because the call was cut off, it gives itself back."""
+    """Give it back once. If the call is interrupted before that, the destructor does it."""
 
     def __init__(self, free: SimpleQueue[_Permit]) -> None:
         self._free = weakref.ref(free)
@@ -164,7 +165,7 @@ def _blocking_replies(connection: Any, expected: int) -> list[object]:
 
 
 def _is_last(replies: Sequence[object]) -> bool:
-    """After any other error than a plain refusal the connection is closed."""
+    """True after any error other than a refusal by Redis: the connection is closed then."""
     return bool(replies) and isinstance(replies[-1], Exception) and not isinstance(replies[-1], ResponseError)
 
 
@@ -174,9 +175,9 @@ def _failure(error: Exception, sent: bool) -> ViewerWorkerError:
 
 
 def raise_unless_applied(replies: Sequence[object], commands: int) -> None:
-    """What the replies to MULTI, `commands` and EXEC prove; an exception that ends them early is the last of them.
+    """Raise unless the replies to MULTI, `commands` and EXEC prove that every command was applied.
 
-    Raises as `Transactions.execute`.
+    If an exception ended the replies early, it is the last of them. Raises as `Transactions.execute`.
     """
     if _each_ran_by_itself(replies, commands):
         return
@@ -191,7 +192,7 @@ def raise_unless_applied(replies: Sequence[object], commands: int) -> None:
 
 
 def _each_ran_by_itself(replies: Sequence[object], commands: int) -> bool:
-    """Where the user may not MULTI, the commands are applied one by one, and EXEC is refused, too."""
+    """True if the user lacks the right to MULTI and EXEC: both are refused, and the commands are applied one by one."""
     if len(replies) != commands + 2:
         return False
     multi, *results, exec_ = replies
@@ -199,7 +200,7 @@ def _each_ran_by_itself(replies: Sequence[object], commands: int) -> bool:
 
 
 def _nothing_was_applied(replies: Sequence[object], commands: int) -> bool:
-    """A command that is refused while it is queued aborts all; but where MULTI was refused, each ran by itself."""
+    """True if nothing ran. A command that is refused while queued aborts all; without MULTI, each runs by itself."""
     multi, *queued = replies[: commands + 1]
     if isinstance(multi, Exception):
         return all(map(_is_refusal, replies))
@@ -207,9 +208,9 @@ def _nothing_was_applied(replies: Sequence[object], commands: int) -> bool:
 
 
 def _is_refusal(reply: object) -> bool:
-    """Did the server say this error? Some of its errors (LOADING, NOAUTH) are connection errors to the library."""
+    """True if the server sent this error. The library makes some of them (LOADING, NOAUTH) connection errors."""
     if not isinstance(reply, RedisError):
         return False
-    told = isinstance(reply, ResponseError) or getattr(reply, "status_code", None) is not None
-    # Behind Sentinel a READONLY comes as a lost connection.
-    return told or isinstance(reply.__context__, ReadOnlyError)
+    from_server = isinstance(reply, ResponseError) or getattr(reply, "status_code", None) is not None
+    # Behind Sentinel, the library turns READONLY into a lost connection.
+    return from_server or isinstance(reply.__context__, ReadOnlyError)

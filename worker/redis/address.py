@@ -1,4 +1,4 @@
-"""Where Redis is, from `REDIS_URL`."""
+"""Redis's address, from `REDIS_URL`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class RedisAddress:
 
 
 def parse_redis_url(text: str) -> RedisAddress:
-    """Read `redis://`, `rediss://`, `unix://` or `redis+sentinel://h:p,h:p/master[/db]`.
+    """Parse `redis://`, `rediss://`, `unix://` or `redis+sentinel://h:p,h:p/master[/db]`.
 
     TLS options are read from the query (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`, `ssl_cert_reqs`).
-    Raises ValueError saying what is wrong, never quoting the URL.
+    Raises ValueError that says what is wrong without quoting the URL.
     """
     parts = split_url(text)
     location, _, query = parts.rest.partition("?")

@@ -1,4 +1,4 @@
-"""The connection to Redis: only the commands this worker needs, each tried once, errors translated."""
+"""The Redis client: only the commands that the worker needs. Each is sent once, and errors are translated."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from worker.redis.scripts import LuaScript
     from worker.redis.subscriber import Subscription
 
-# Below the time for which Postgres lets a transaction idle: a Redis that falls silent must not cost the row lock.
+# Shorter than the time that Postgres lets a transaction idle, so that a silent Redis does not cost us the row lock.
 COMMAND_TIMEOUT_S = 4.0
 CONNECT_TIMEOUT_S = 3.0
-# Keys that one SCAN looks at: about a millisecond of Redis's time.
+# Keys that one SCAN reads: about a millisecond of Redis's time.
 SCAN_COUNT = 1000
 REPLID_LENGTH = 40
 
@@ -32,8 +32,8 @@ REPLID_LENGTH = 40
 class History:
     """`replid` stays the same while a Redis runs and changes with every restart and every promotion of a replica.
 
-    `started_empty` is true only where everything says that it started without data and never was a replica; when that
-    is said by its AOF (`by_its_aof`), only if it `writes_a_base`.
+    `started_empty` is true only if all that Redis reports means that it started without data and never was a replica.
+    If part of that evidence is its AOF (`by_its_aof`), it counts only if Redis `writes_a_base`.
     """
 
     replid: str | None
@@ -42,9 +42,9 @@ class History:
 
 
 class RedisClient:
-    """Raises RedisUnavailable from every method when Redis cannot do what is asked, for whatever reason.
+    """Every method raises RedisUnavailable when Redis cannot do what is asked, for any reason.
 
-    The library would repeat a command whose reply was late, and so apply it twice; here every command is sent once.
+    The library would repeat a command whose reply was late, and so apply it twice. Here every command is sent once.
     """
 
     def __init__(self, address: RedisAddress) -> None:
@@ -52,7 +52,7 @@ class RedisClient:
         self._redis, self._sentinels = connect(address, COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S)
 
     async def probe(self) -> str | None:
-        """Ask for a sign of life. Returns `master_replid`, the name of the data set's history; None if it is hidden."""
+        """Check that Redis answers. Returns `master_replid`, the id of the data set's history; None if it is hidden."""
         with redis_errors():
             try:
                 replication: dict[str, Any] = await self._redis.info("replication")
@@ -62,7 +62,7 @@ class RedisClient:
         return _text(replication, "master_replid")
 
     async def history(self) -> History | None:
-        """Where the data set comes from, as far as Redis tells; None if INFO is forbidden."""
+        """Where the data set comes from, as far as Redis reports it; None if INFO is forbidden."""
         with redis_errors():
             try:
                 facts: dict[str, Any] = await self._redis.info("replication")
@@ -75,14 +75,14 @@ class RedisClient:
                 facts.get("role") == "master"
                 and set(_text(facts, "master_replid2") or "?") == {"0"}
                 and facts.get("rdb_last_load_keys_loaded") == 0
-                # After an AOF was loaded, no keys count as loaded either; but then its base has a size.
+                # After loading an AOF, Redis reports no loaded keys either. But then the AOF's base has a size.
                 and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)
             ),
             by_its_aof=facts.get("aof_enabled") != 0,
         )
 
     async def writes_a_base(self) -> bool:
-        """Whether its AOF begins with a snapshot, as is usual. False where Redis does not tell."""
+        """Whether its AOF begins with a snapshot, which is the default. False if Redis does not report it."""
         with redis_errors():
             try:
                 found: dict[Any, Any] = await self._redis.config_get("aof-use-rdb-preamble")
@@ -103,7 +103,7 @@ class RedisClient:
                 await self._redis.ping()
 
     async def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values of all keys at one instant, None where a key is missing or is not a string.
+        """The values of all keys at one instant; None for a key that is missing or not a string.
 
         MGET is a single read-only command: atomic like a script, and allowed when Redis is at maxmemory.
         """
@@ -127,7 +127,7 @@ class RedisClient:
         return [kind.decode() for kind in kinds]
 
     async def scan(self, pattern: bytes) -> AsyncGenerator[list[bytes]]:
-        """Keys that match, page by page; a page may be empty, a key may come twice."""
+        """Yield the keys that match, page by page. A page may be empty; a key may occur twice."""
         cursor = 0
         while True:
             with redis_errors():
@@ -137,12 +137,12 @@ class RedisClient:
                 return
 
     async def overwrite(self, key: bytes, value: bytes) -> None:
-        """Set a key, whatever type it had."""
+        """Set a key. A value of any other type is replaced."""
         with redis_errors():
             await self._redis.set(key, value)
 
     async def run(self, script: LuaScript, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
-        """Run a script by its digest; it is sent whole when the server does not have it.
+        """Run a script by its digest. If the server does not have it, send its source.
 
         Before Redis 7 a script may not begin with `#!lua flags=…`; such a server gets it without that line.
         """
@@ -163,7 +163,7 @@ class RedisClient:
             return await self._redis.eval(source, len(keys), *keys, *args)
 
     def subscription(self, channel: str) -> AbstractAsyncContextManager[Subscription]:
-        """A subscription on a connection of its own, for the time of the block."""
+        """Subscribe on a separate connection, which is closed when the block ends."""
         return subscription(self._redis.connection_pool, channel)
 
     async def close(self) -> None:
@@ -173,7 +173,7 @@ class RedisClient:
 
 
 def _text(facts: dict[str, Any], name: str) -> str | None:
-    """A fact as text: replication ids that happen to be all digits come parsed as numbers."""
+    """A fact as text. The library parses a replication id that has only digits as a number."""
     value = facts.get(name)
     if isinstance(value, int):
         return str(value).zfill(REPLID_LENGTH)

@@ -1,4 +1,4 @@
-"""How a connection to Redis is made, for asyncio and for threads."""
+"""Creates Redis clients, for asyncio and for threads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from worker.redis.address import RedisAddress
 def connect(
     address: RedisAddress, timeout: float | None, connect_timeout: float
 ) -> tuple[aioredis.Redis, list[aioredis.Redis]]:
-    """The client, and those it asks where the master is (they are not closed with it). Nothing is sent twice.
+    """The client, and the Sentinel clients that find its master (close them separately). Nothing is sent twice.
 
-    `timeout` (seconds) limits each wait for Redis; None: whoever calls limits it.
+    `timeout` (seconds) limits each wait for Redis. With None the caller has to limit it.
     """
     options = _options(address, timeout, connect_timeout, AsyncRetry(NoBackoff(), 0))
     if address.master is None:
@@ -34,7 +34,7 @@ def connect(
 def connect_blocking(
     address: RedisAddress, timeout: float, connect_timeout: float
 ) -> tuple[redis.Redis, list[redis.Redis]]:
-    """`connect` for threads."""
+    """`connect`, but for threads."""
     options = _options(address, timeout, connect_timeout, Retry(NoBackoff(), 0))
     if address.master is None:
         return redis.Redis(**_place(address), **options), []
@@ -54,9 +54,9 @@ def _options(
         "socket_timeout": timeout,
         "socket_connect_timeout": connect_timeout,
         "retry": retry,
-        # Else each connection sends CLIENT SETINFO, which a user of few rights may not and an older server cannot.
+        # Otherwise each connection sends CLIENT SETINFO, which needs a right and which older servers do not know.
         "driver_info": None,
-        # With these notifications the pool hands out connections that hold unread data: another reply's, or an end.
+        # With these notifications the pool hands out connections with unread data (another reply) or already closed.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
 

@@ -1,4 +1,4 @@
-"""Errors of the Redis library are translated here and nowhere else."""
+"""Translates the errors of the Redis library. No other module does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ECHO = ", with args beginning with"
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Raise RedisUnavailable for whatever keeps Redis from doing what is asked."""
+    """Raise RedisUnavailable for any error that keeps Redis from doing what is asked."""
     try:
         yield
     except (RedisError, OSError) as error:  # OSError includes TimeoutError
@@ -27,7 +27,7 @@ def redis_errors() -> Iterator[None]:
 
 def _remedy(error: BaseException) -> str | None:
     if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
-        return "Let the user of REDIS_URL run it; deploy/redis/users.acl has all that the worker needs."
+        return "Give the user of REDIS_URL the right to run it; deploy/redis/users.acl has all that the worker needs."
     return "Check user and password in REDIS_URL." if isinstance(error, AuthenticationError) else None
 
 
@@ -38,7 +38,7 @@ def describe(error: BaseException) -> str:
 
 
 def redact(error: BaseException | None) -> None:
-    """Take out of an error, and of its causes, what Redis repeats of an unknown command: AUTH has a password."""
+    """Remove from an error and its causes the arguments of a command that Redis repeats: AUTH's contain a password."""
     while error is not None:
         error.args = tuple(str(arg).partition(ECHO)[0] if ECHO in str(arg) else arg for arg in error.args)
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Lua scripts, each in a file of its own beside the code that uses it."""
+"""Loads Lua scripts. Each is a file next to the code that uses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ScriptText:
 
 @dataclass(frozen=True, slots=True)
 class LuaScript:
-    """`flagged` begins with the shebang that Redis 7 understands, `plain` is the same without it."""
+    """`flagged` begins with the shebang that Redis 7 understands, `plain` is the same script without it."""
 
     flagged: ScriptText
     plain: ScriptText
@@ -33,5 +33,5 @@ class LuaScript:
         shebang, _, rest = source.partition("\n")
         if not shebang.startswith("#!lua"):
             raise ValueError(f"{path.name} must begin with #!lua flags=…")
-        # An empty first line keeps the line numbers in error messages true.
+        # An empty first line keeps the line numbers in error messages correct.
         return cls(ScriptText(source), ScriptText("\n" + rest))

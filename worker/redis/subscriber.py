@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
 READ_BYTES = 64 * 1024
-# A link that says nothing for so long is asked for a sign of life, and given up after as long again.
+# After this long without data, PING is sent. After as long again without an answer, the connection counts as lost.
 SILENCE_S = 5.0
 CONFIRM_S = 4.0
 
 
 REFUSED = (
-    "Let the user of REDIS_URL subscribe to VIEW_CHANNEL; deploy/redis/users.acl has all that the worker needs. "
-    "Counters are swept meanwhile; views that are only published are missed."
+    "Give the user of REDIS_URL the right to subscribe to VIEW_CHANNEL; deploy/redis/users.acl has all that the worker "
+    "needs. Counters are swept meanwhile; views that are only published are lost."
 )
 
 
 class Subscription:
-    """Raises RedisUnavailable from every method when the link is lost; what was published since is gone then.
+    """Every method raises RedisUnavailable when the connection is lost. Messages published after that are lost too.
 
-    The library makes the connection (TLS, log-in, Sentinel). Reading through it, message by message, is several times
-    slower than taking all that has arrived at once.
+    The library opens the connection (TLS, log-in, Sentinel). Reading through the library, message by message, is
+    several times slower than reading all data that has arrived at once.
     """
 
     def __init__(self, connection: AbstractConnection, channel: bytes) -> None:
@@ -49,9 +49,9 @@ class Subscription:
         self.ended = False
 
     async def read(self) -> list[bytes]:
-        """The messages that have arrived, in order; waits for some, but returns none after a while.
+        """The messages that have arrived, in order. Waits for some, but at most `SILENCE_S`, and then returns none.
 
-        Sets `ended` when the subscription was ended by `unsubscribe`: there are no more messages then.
+        Sets `ended` when Redis has confirmed `unsubscribe`: no more messages follow.
         """
         if self._early:
             early, self._early = self._early, []
@@ -69,22 +69,22 @@ class Subscription:
                 else:
                     self._note(reply)
         except hiredis.ProtocolError as error:
-            raise RedisUnavailable(f"it does not speak Redis's protocol: {error}") from error
+            raise RedisUnavailable(f"the reply is not valid in Redis's protocol: {error}") from error
         return messages
 
     async def unsubscribe(self) -> None:
-        """Ask for the end: what was published before this is still read."""
+        """Ask Redis to end the subscription. Messages that were published before are still read."""
         await self._send("UNSUBSCRIBE", self._channel)
 
     async def close(self) -> None:
-        """At once: TLS would wait for the other side's goodbye, and `read` with it."""
+        """Abort the connection. A clean TLS close would wait for the other side, and `read` with it."""
         self._closed = True
         if (writer := self._connection._writer) is not None:
             writer.transport.abort()
         await self._connection.disconnect(nowait=True)
 
     async def _subscribe(self) -> None:
-        """Returns when Redis has confirmed it."""
+        """Subscribe. Returns when Redis has confirmed it."""
         await self._send("SUBSCRIBE", self._channel)
         with redis_errors():
             async with asyncio.timeout(CONFIRM_S):
@@ -108,7 +108,7 @@ class Subscription:
         return data
 
     def _note(self, reply: Any) -> None:
-        """Everything that is no message: confirmations, answers to PING, refusals."""
+        """Handle a reply that is not a message: a confirmation, an answer to PING, a refusal."""
         if isinstance(reply, hiredis.ReplyError):
             raise RedisUnavailable(str(reply), REFUSED)
         if isinstance(reply, list) and reply[0] == b"subscribe":
@@ -117,7 +117,7 @@ class Subscription:
             self.ended = True
 
     async def _send(self, *command: str | bytes) -> None:
-        if self._closed:  # the library would connect anew, without a subscription
+        if self._closed:  # the library would reconnect, without a subscription
             raise RedisUnavailable("the connection was closed")
         with redis_errors():
             await self._connection.send_command(*command, check_health=False)
@@ -128,7 +128,7 @@ _NOTHING = object()
 
 @asynccontextmanager
 async def subscription(pool: ConnectionPool, channel: str) -> AsyncIterator[Subscription]:
-    """A connection of its own, subscribed; closed when the block ends. Raises RedisUnavailable."""
+    """Subscribe on a separate connection, and close it when the block ends. Raises RedisUnavailable."""
     with redis_errors():
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
     subscribed = Subscription(connection, channel.encode())

@@ -1,4 +1,4 @@
-"""How long to wait before trying again."""
+"""How long to wait before the next try."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 
 class Backoff:
-    """Capped exponential backoff with jitter, so that replicas do not knock in step.
+    """Capped exponential backoff with jitter, so that replicas do not retry at the same moment.
 
     `first` and `cap` are seconds. A delay lies between half and the whole of the exponential step.
     """
@@ -19,7 +19,7 @@ class Backoff:
 
     def next(self) -> float:
         """Seconds to wait before the next try."""
-        # 2 ** 30 is past every cap in use; the bound keeps the power from growing for days of outage.
+        # 2 ** 30 is above every cap in use; without the bound the power would grow for days of outage.
         step = min(self._cap, self._first * 2.0 ** min(self._tries, 30))
         self._tries += 1
         return step * self._rng.uniform(0.5, 1.0)

@@ -1,4 +1,4 @@
-"""Time as an argument: whoever decides by time is given a clock, so that tests can hold it."""
+"""Time as an argument: code that decides by time takes a clock, so that tests control it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Protocol
 
 class Clock(Protocol):
     def monotonic(self) -> float:
-        """Seconds since an arbitrary start; never jumps. For every decision."""
+        """Seconds since an arbitrary start; never jumps. For all decisions."""
 
     def now(self) -> datetime:
-        """Wall-clock time in UTC. For people to read, never for a decision."""
+        """Wall-clock time in UTC. To show, never for a decision."""
 
 
 class SystemClock:

@@ -1,4 +1,4 @@
-"""Runs the named loops of the worker, and ends them in good order."""
+"""Runs the named loops of the worker, and drains them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CANCEL_TRIES = 10
 
 
 class Loop(Protocol):
-    """A long-running part of the worker. It returns soon after `stop` is set, having finished what it must."""
+    """A long-running part of the worker. It returns soon after `stop` is set, with its work finished."""
 
     async def run(self, stop: asyncio.Event) -> None: ...
 
@@ -28,8 +28,8 @@ class Loop(Protocol):
 class Supervisor:
     """Starts the loops, watches them, and drains them within one deadline.
 
-    `drain_timeout` is seconds. A loop that ends before it was asked to is a failure of the whole worker: it is better
-    restarted by its platform than left running with a part missing.
+    `drain_timeout` is seconds. A loop that ends before `stop` is a failure of the whole worker: the process ends, so
+    that its platform restarts it, instead of running with a part missing.
     """
 
     def __init__(self, drain_timeout: float, on_stop: Callable[[], None] = lambda: None) -> None:
@@ -69,12 +69,12 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT asks to drain; the second ends the process at once with 128 + its number."""
+        """The first SIGTERM or SIGINT starts the drain; the second ends the process at once with 128 + its number."""
         event_loop = asyncio.get_running_loop()
 
         def received(number: signal.Signals) -> None:
             if self._stop.is_set():
-                log.warning("second signal, leaving at once", signal=number.name)
+                log.warning("second signal, exiting now", signal=number.name)
                 os._exit(128 + number)
             log.info("stopping", signal=number.name, timeout_s=self._drain_timeout)
             self.stop()
@@ -89,7 +89,7 @@ class Supervisor:
 
 
 async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
-    """Cancel until it takes: up to Python 3.11 `wait_for`, which drivers use, may swallow a cancellation."""
+    """Cancel repeatedly: up to Python 3.11 `wait_for`, which drivers use, may swallow a cancellation."""
     for _ in range(CANCEL_TRIES):
         for task in tasks:
             task.cancel()

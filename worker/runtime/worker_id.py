@@ -1,4 +1,4 @@
-"""The name of a worker: in the lease, in the ledger."""
+"""The name of a worker, in the lease and in the ledger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 
-# No restart repeats it, though it may repeat host and process id: in a container every worker is process 1.
+# Differs after each restart. Host and process id may not: in a container every worker is process 1.
 _PROCESS = secrets.token_hex(4)
 _workers = itertools.count(1)
 
@@ -18,7 +18,7 @@ def new_worker_id() -> str:
 
 
 def has_died_here(worker_id: str) -> bool:
-    """True when the worker was one of this host, and its process is gone."""
+    """True when the worker ran on this host and its process is gone."""
     host, _, rest = worker_id.rpartition(":")[0].rpartition(":")
     process = worker_id.rpartition(":")[2].partition(".")[0]
     if host != socket.gethostname() or not rest.isdecimal():

@@ -1,4 +1,4 @@
-"""Reads the settings from the environment, from `.env` and from `<NAME>_FILE`."""
+"""Reads the settings from the environment, `.env` and `<NAME>_FILE`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from worker.contract.urls import MASK
 from worker.errors import InvalidSettings, SettingProblem
 from worker.settings.model import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings
 
-# BATCH_INTERVAL is as much like BATCH_INTERVAL_MS; DB_USERNAME, which an application may use itself, is not DB_USER.
+# Names this similar count as misspelt. BATCH_INTERVAL is this similar to BATCH_INTERVAL_MS. DB_USERNAME, which an
+# application may use itself, is less similar to DB_USER.
 ALIKE = 0.87
 _SHORT_NUMBER = re.compile("[0-9]{1,9}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
@@ -25,18 +26,18 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 def load_settings(
     env_file: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: str | None
 ) -> Settings:
-    """Read the settings: `overrides` (flags) before `environ` before `env_file` (default `.env`, if it is there).
+    """Read the settings. `overrides` (flags) win over `environ`, which wins over `env_file` (default: `.env`, if any).
 
     Raises InvalidSettings naming every variable that is wrong.
     """
     if env_file is not None and not env_file.is_file():
-        raise InvalidSettings([SettingProblem("--env-file", str(env_file), "a file that exists")])
+        raise InvalidSettings([SettingProblem("--env-file", str(env_file), "an existing file")])
     dotenv = read_dotenv(env_file)
     given = {name: value for name, value in overrides.items() if value is not None}
     nearer = _collect(os.environ if environ is None else environ)
     further = _collect(dotenv)
     if any(field in nearer for field in DATABASE_GROUP):
-        further.pop("database_url", None)  # which would win over the group, as it does at the same place
+        further.pop("database_url", None)  # it wins over the group only when both are in the same place
     raw = further | nearer | given
     _follow(raw, "batch_size", "batch_size_max", more=True)
     _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
@@ -47,7 +48,7 @@ def load_settings(
 
 
 def read_dotenv(env_file: Path | None) -> dict[str, str]:
-    """The variables of a file, by default of `.env`, if it is there. Raises InvalidSettings."""
+    """The variables of `env_file`, by default of `.env` if it exists. Raises InvalidSettings."""
     path = env_file or Path(".env")
     try:
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
@@ -57,13 +58,13 @@ def read_dotenv(env_file: Path | None) -> dict[str, str]:
 
 
 def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """For a worker that is to read a file, over which the settings of the surrounding shell would win."""
+    """The environment without settings, for a worker that reads them from a file: the environment's would win."""
     own = {field.upper() for field in Settings.model_fields}
     return {name: value for name, value in environ.items() if name.removesuffix("_FILE") not in own}
 
 
 def misspelt(names: Collection[str]) -> dict[str, str]:
-    """Variables that are no settings, each with the one that it resembles and that is not given."""
+    """Variables that are not settings, each with the unset setting that it resembles."""
     settings = {field.upper() for field in Settings.model_fields}
     settings |= {f"{name}_FILE" for name in settings}
     missing = sorted(settings.difference(names))
@@ -72,14 +73,14 @@ def misspelt(names: Collection[str]) -> dict[str, str]:
 
 
 def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
-    """A default that a given value leaves behind moves along with it."""
+    """If the value given for one setting lies beyond the default of the other, use it for the other too."""
     value, default = raw.get(given, ""), Settings.model_fields[other].default
     if _SHORT_NUMBER.fullmatch(value) and (int(value) > default) is more and int(value) != default:
         raw.setdefault(other, value)
 
 
 def _collect(given: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are ours. An empty one that has no default of its own counts as unset."""
+    """The variables that are settings. An empty one without a default counts as unset."""
     raw: dict[str, str] = {}
     for field, info in Settings.model_fields.items():
         name = field.upper()
@@ -89,7 +90,7 @@ def _collect(given: Mapping[str, str]) -> dict[str, str]:
                 raise InvalidSettings([SettingProblem(f"{name}_FILE", path, f"only one of {name} and {name}_FILE")])
             value = _read_file(f"{name}_FILE", path)
             if value == "":
-                raise InvalidSettings([SettingProblem(f"{name}_FILE", path, "a file that is not empty")])
+                raise InvalidSettings([SettingProblem(f"{name}_FILE", path, "a non-empty file")])
         if value is not None and (value != "" or info.default is not None):
             raw[field] = value
     return raw
@@ -114,7 +115,10 @@ def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
 
 
 def _show_wrong(field: str, value: str) -> str:
-    """Of a secret that is no URL nobody can tell where the password stands; and one may stand in the wrong setting."""
+    """The value, or only its scheme and a mask if it may contain a secret.
+
+    A URL in a setting that is not a secret may be a secret in the wrong place.
+    """
     if field in SECRETS or "@" in value or "://" in value:
         scheme = _SCHEME.match(value)
         return f"{scheme[0]}{MASK}" if scheme else MASK

@@ -17,14 +17,15 @@ from pydantic import (
 )
 
 from worker.contract.durations import format_duration, parse_duration
+from worker.contract.keys import DEFAULT_PREFIX, OWN_KEYS
+from worker.contract.message import DEFAULT_CHANNEL
 from worker.contract.urls import MASK, mask_url
 from worker.db.address import DatabaseAddress, parse_database_url
 from worker.db.counters.count_source import CountSource
 from worker.db.target.names import TargetNames, parse_target
 from worker.redis.address import RedisAddress, parse_redis_url
 
-PIPELINES = ("view_counts", "view_events", "chunk_requests", "bars_1m", "metrics", "session_events")
-AVAILABLE_PIPELINES = ("view_counts",)
+PIPELINES = ("view_counts",)
 
 
 def _duration(value: object) -> object:
@@ -49,32 +50,27 @@ def _redis_url(value: SecretStr) -> SecretStr:
 
 def _host(value: str) -> str:
     if "://" in value or "@" in value:
-        raise ValueError("the name or address of a host, without anything else")
+        raise ValueError("only the name or address of a host")
     return value
 
 
 def _is_utf8(value: str) -> bool:
-    """Bytes of the environment that are not come as surrogates."""
+    """Bytes of the environment that are not UTF-8 arrive as surrogates."""
     return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _key_prefix(value: str) -> str:
     if not value or "\x00" in value or not _is_utf8(value):
-        raise ValueError("a key prefix in UTF-8 that is not empty, such as vod:views:")
+        raise ValueError("a non-empty key prefix in UTF-8, such as vod:views:")
     if OWN_KEYS.startswith(value) or value.startswith(OWN_KEYS):
-        raise ValueError(f"a prefix under which the worker's own keys ({OWN_KEYS}…) do not fall")
+        raise ValueError(f"a prefix that does not overlap the worker's own keys ({OWN_KEYS}…)")
     return value
 
 
 def _pipelines(value: object) -> object:
     names = tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-    for name in names if isinstance(names, tuple) else ():
-        if name not in PIPELINES:
-            raise ValueError(f"a comma-separated list of {', '.join(PIPELINES)}")
-        if name not in AVAILABLE_PIPELINES:
-            raise ValueError(f"a pipeline that this version has ({', '.join(AVAILABLE_PIPELINES)}); {name} comes later")
-    if not names:
-        raise ValueError(f"at least one of {', '.join(AVAILABLE_PIPELINES)}")
+    if not isinstance(names, tuple) or not names or not set(names) <= set(PIPELINES):
+        raise ValueError(f"one or more of {', '.join(PIPELINES)}, separated by commas")
     return names
 
 
@@ -83,14 +79,11 @@ def _level(value: object) -> object:
     return "warning" if level == "warn" else level
 
 
-# Every key of the worker that is not a counter begins with this.
-OWN_KEYS = "viewer-worker:"
-
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
 class ConflictingSettings(ValueError):
-    """A rule between settings is broken: `field` is the one to change, `expected` says to what."""
+    """Settings contradict each other. `field` is the one to change, `expected` says to what."""
 
     def __init__(self, field: str, expected: str) -> None:
         super().__init__(expected)
@@ -99,7 +92,7 @@ class ConflictingSettings(ValueError):
 
 
 class Settings(BaseModel):
-    """Field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
+    """The field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -126,8 +119,8 @@ class Settings(BaseModel):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_level)] = Field("info")
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
 
-    view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field("vod:views:")
-    view_channel: str = Field("view_count_updates", min_length=1)
+    view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field(DEFAULT_PREFIX)
+    view_channel: str = Field(DEFAULT_CHANNEL, min_length=1)
     view_totals_channel: str = Field("view_counts", min_length=1)
     view_source_name: str = Field("default", min_length=1, max_length=63)
     view_count_source: CountSource = Field("both")
@@ -143,17 +136,17 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.batch_size > self.batch_size_max:
-            raise ConflictingSettings("batch_size_max", "a number that is not below BATCH_SIZE")
+            raise ConflictingSettings("batch_size_max", "BATCH_SIZE or more")
         if self.db_max_idle_conns > self.db_max_connections:
-            raise ConflictingSettings("db_max_idle_conns", "a number that is not above DB_MAX_CONNECTIONS")
+            raise ConflictingSettings("db_max_idle_conns", "DB_MAX_CONNECTIONS or less")
         if self.view_channel == self.view_totals_channel:
-            raise ConflictingSettings("view_totals_channel", "another channel than VIEW_CHANNEL")
+            raise ConflictingSettings("view_totals_channel", "a channel other than VIEW_CHANNEL")
         target = ("view_target_table", "view_target_key", "view_target_column")
         missing = [name for name in target if getattr(self, name) is None]
         if 0 < len(missing) < len(target):
-            raise ConflictingSettings(missing[0], "a value: VIEW_TARGET_TABLE, _KEY and _COLUMN go together")
+            raise ConflictingSettings(missing[0], "a value: set all of VIEW_TARGET_TABLE, _KEY and _COLUMN, or none")
         if self.view_target_column is not None and self.view_target_column == self.view_target_key:
-            raise ConflictingSettings("view_target_column", "another column than VIEW_TARGET_KEY")
+            raise ConflictingSettings("view_target_column", "a column other than VIEW_TARGET_KEY")
         try:
             _ = self.view_target
         except ValueError as error:
@@ -183,17 +176,20 @@ class Settings(BaseModel):
 
     @property
     def listens(self) -> bool:
-        """Counted by their keys alone, views are found by sweeping; the channel would say nothing new."""
+        """Whether to subscribe to VIEW_CHANNEL. With `counters` the sweep finds every view without messages."""
         return self.view_count_source != "counters"
 
     @property
     def channels(self) -> list[str]:
-        """Those that are used: where new totals are published, and where messages are heard."""
+        """The channels in use: the one for new totals and, if the worker listens, the one for messages."""
         return [self.view_totals_channel, *([self.view_channel] if self.listens else [])]
 
     @property
     def may_hear_of_other_keys(self) -> bool:
-        """A channel is of the whole Redis server: the usual one may have messages about another database or prefix."""
+        """True if the channel may carry messages about the keys of another database or prefix.
+
+        A channel belongs to the whole Redis server, so sources that keep the default channel share it.
+        """
         usual = type(self).model_fields
         if not self.listens or self.view_channel != usual["view_channel"].default:
             return False
@@ -201,13 +197,13 @@ class Settings(BaseModel):
 
     @property
     def view_target(self) -> TargetNames | None:
-        """The application's own table; None when there is none to be kept up to date."""
+        """The application's own table, or None if it is not set."""
         if self.view_target_table is None:
             return None
         return parse_target(self.view_target_table, str(self.view_target_key), str(self.view_target_column))
 
     def redacted(self) -> dict[str, str]:
-        """Variable → effective value as it may be printed. Secrets are masked."""
+        """Variable → effective value, safe to print: secrets are masked."""
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
         values["DB_PASSWORD"] = MASK if self.db_password else ""
         if self.database_url is None:
@@ -216,7 +212,7 @@ class Settings(BaseModel):
 
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
-# Say together where the database is, where DATABASE_URL does not.
+# Together they are the database's address if DATABASE_URL is not set.
 DATABASE_GROUP = ("db_host", "db_port", "db_user", "db_password", "db_name", "db_ssl_mode")
 SECRETS = {"database_url", "redis_url", "db_password"}
 

@@ -1,4 +1,4 @@
-"""What every endpoint but /metrics answers with."""
+"""The answer of every endpoint except /metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiohttp import web
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP status code and a JSON document, which nobody keeps a copy of."""
+    """An HTTP status code and a JSON document. Caches are asked not to store it."""
 
     code: int
     body: Mapping[str, object]

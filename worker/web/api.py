@@ -1,4 +1,4 @@
-"""Numbers for pages and people: `/v1/views` and `/v1/top`. Bounded, and nothing here changes anything."""
+"""Serves view counts: `/v1/views` and `/v1/top`. Requests are bounded and read-only."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 MAX_IDS = 100
 MAX_LIMIT = 100
 _LIMIT = re.compile("[0-9]{1,3}")
-# Bytes of a URL that are not UTF-8 are kept, so that such an id is refused; read as something else it would be another.
+# Keep bytes of a URL that are not UTF-8, so that the id is refused. Replacing them would give the count of another id.
 UNCHANGED = "surrogateescape"
 
 
 class BadRequest(ViewerWorkerError):
-    """A question that cannot be answered; the text says what is expected."""
+    """The request is invalid; the message says what is expected."""
 
 
 class Numbers(Protocol):
-    """Where the numbers come from. Raises Unavailable, DatabaseRefused."""
+    """Reads the numbers. Raises Unavailable, DatabaseRefused."""
 
     async def views(self, ids: Sequence[str]) -> Sequence[Shown]: ...
     async def top(self, window: timedelta, limit: int) -> Top: ...
@@ -84,7 +84,7 @@ def _id(text: str) -> str:
 
 
 def _answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:
-    """400 for a question that cannot be answered, 503 while a server cannot be asked; both say why."""
+    """Answer 400 to an invalid request and 503 while a server cannot be asked; the body has the reason."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:

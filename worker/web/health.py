@@ -1,4 +1,4 @@
-"""What `/health`, `/livez` and `/readyz` say, made from the status alone: no query is sent for an answer."""
+"""Answers `/health`, `/livez` and `/readyz` from the worker's status. Sends no query to Redis or Postgres."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Health:
         self._quarantined = quarantined
 
     def health(self) -> Answer:
-        """`healthy`; `degraded` (200) while a check fails for less than the grace or is on hold; `unhealthy` (503)."""
+        """`healthy` (200), `degraded` (200: a check is on hold, or fails within the grace) or `unhealthy` (503)."""
         checks = self._status.checks.values()
         broken = any(self._is_down(check) and self._seconds(check) > self._grace for check in checks)
         well = all(check.state is State.OK for check in checks)
@@ -46,7 +46,7 @@ class Health:
         return Answer(503 if broken else 200, body)
 
     def live(self) -> Answer:
-        """200 while the loops turn, whatever Redis and Postgres do; a restart would mend what 503 tells of."""
+        """200 while the loops run, in any state of Redis and Postgres; 503 when a loop is stuck: restart the worker."""
         late = self._status.late_loops()
         body = self._body("stuck" if late else "alive")
         if late:

@@ -1,4 +1,4 @@
-"""The HTTP server of the worker. It only reads: nothing on this port changes anything."""
+"""The worker's HTTP server. All endpoints are read-only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from worker.web.health import Health
 
 MAX_REQUEST_BYTES = 1024
-# Beyond so many, the oldest is closed: whoever keeps connections open without asking must not keep out a probe.
+# Above this number the oldest connection is closed, so that idle clients cannot lock out a probe.
 MAX_CONNECTIONS = 200
 
 
 class WebServer:
-    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics` and `/v1/…` on `host`:`port` (0 takes a free port)."""
+    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics` and `/v1/…` on `host`:`port` (0: a free port)."""
 
     def __init__(self, health: Health, api: Api, registry: CollectorRegistry, host: str, port: int) -> None:
         self._registry = registry
@@ -51,12 +51,12 @@ class WebServer:
 
     @property
     def url(self) -> str:
-        assert self._listener is not None  # it was started  # noqa: S101
+        assert self._listener is not None  # set by start()  # noqa: S101
         host, port = self._listener.sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def start(self) -> None:
-        """Raises OSError when the address is taken or not ours."""
+        """Listen. Raises OSError when the address is in use or not an address of this host."""
         await self._runner.setup()
         self._listener = await asyncio.get_running_loop().create_server(
             self._accept, self._host, self._port, reuse_address=True, backlog=128
@@ -69,7 +69,7 @@ class WebServer:
 
     def _accept(self) -> asyncio.Protocol:
         server = self._runner.server
-        assert server is not None  # set up before it listens  # noqa: S101
+        assert server is not None  # set before we listen  # noqa: S101
         connections = server.connections
         for oldest in connections[: max(0, len(connections) - MAX_CONNECTIONS + 1)]:
             oldest.force_close()
@@ -88,5 +88,5 @@ def _answers(answer: Callable[[], Answer]) -> Handler:
 
 
 def _is_our_mistake(record: logging.LogRecord) -> bool:
-    """Not what cannot be read as HTTP: whoever knocks could fill the log with it."""
+    """Drop malformed requests: they would flood the log."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))

@@ -1,4 +1,4 @@
-"""How many keys one flush takes."""
+"""The number of keys in one flush."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ SLOW_S = 2.0
 class BatchSize:
     """Between `smallest` and `largest` keys: doubled while there is a backlog and flushes are quick, halved when slow.
 
-    A small transaction holds its locks briefly and loses little when it fails; a large one carries a backlog faster.
+    A small transaction holds its locks briefly and repeats little work when it fails; a large one carries a backlog
+    faster.
     """
 
     def __init__(self, smallest: int, largest: int) -> None:
@@ -27,5 +28,5 @@ class BatchSize:
             self.keys = self._smallest
 
     def failed(self) -> None:
-        """A flush failed, perhaps for its size: begin small again."""
+        """A flush failed, perhaps because of its size: start small again."""
         self.keys = self._smallest

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import UUID
+
+if TYPE_CHECKING:
+    from worker.db.counters.ledger import Flush
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +17,10 @@ class Marker:
     lineage: UUID
     flush_id: int
     nonce: UUID
+
+    def after(self, flush: Flush) -> Marker:
+        """The marker once `flush`, the next one of this lineage, is settled."""
+        return Marker(self.lineage, flush.flush_id, flush.nonce)
 
     def encode(self) -> bytes:
         return f"{self.lineage}:{self.flush_id}:{self.nonce}".encode()

@@ -1,4 +1,4 @@
-"""What Redis says at one instant: the marker, and the counters of some ids."""
+"""Reads the marker and the counters of some ids at one instant."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LONG_VALUE = 100
 
 @dataclass(slots=True)
 class Reading:
-    """`counted`: what can be taken, id → views above zero. `unusable`: ids whose value is no count, id → bytes it has.
+    """`counted`: id → views to flush, above zero. `unusable`: id → bytes of a value that is not a count.
 
-    `absent`: ids without a value, because they were settled or reset since they were found, or the key is no string.
+    `absent`: ids without a string value. They were settled or reset since they were found, or have another type.
     """
 
     marker: bytes | None
@@ -31,7 +31,7 @@ class Reading:
 
 
 class CounterReader:
-    """Reads counters, and quarantines those that hold no count."""
+    """Reads counters, and quarantines those that do not hold a count."""
 
     def __init__(self, redis: RedisClient, keys: Keys, quarantine: Quarantine) -> None:
         self._redis = redis
@@ -53,9 +53,9 @@ class CounterReader:
         return reading
 
     async def report(self, reading: Reading, announced: Collection[str]) -> None:
-        """Quarantine what cannot be counted. Who was announced need not have a counter. Raises RedisUnavailable."""
+        """Quarantine what cannot be counted. Announced ids need not have a counter. Raises RedisUnavailable."""
         for vod_id, size in reading.unusable.items():
-            # What is far too long for a number is not fetched again every time.
+            # A value far too long for a number is not fetched again each time.
             self._quarantine.report(
                 self._keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1", rest=size > LONG_VALUE
             )

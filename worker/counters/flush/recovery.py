@@ -1,4 +1,4 @@
-"""What to do when the marker in Redis does or does not fit the ledger in Postgres. docs/protocol.md has the table."""
+"""Brings Redis and Postgres together where `judge` does not find them in agreement."""
 
 from __future__ import annotations
 
@@ -9,148 +9,89 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from worker.counters.flush.marker import Marker
-from worker.counters.intake.quarantine import printable
+from worker.counters.flush.verdict import Agreed, Behind, Hold, Missing, Verdict
 from worker.observability.logs import get_logger
-from worker.observability.status import STEP_LIMIT_S
+from worker.observability.status import STEP_LIMIT_S, VIEW_COUNTS
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
-    from worker.contract.keys import Keys
     from worker.counters.flush.settle import Settler
-    from worker.db.counters.ledger import Ledger
-    from worker.db.counters.source_row import Source, SourceRow
-    from worker.db.session import Database, Transaction
+    from worker.counters.stores import Stores
+    from worker.db.counters.source_row import SourceState
+    from worker.db.session import Transaction
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
-    from worker.redis.client import History, RedisClient
+    from worker.redis.client import History
 
 log = get_logger(__name__)
 
 PROBE = LuaScript.load(Path(__file__).with_name("probe.lua"))
-BIRTH = LuaScript.load(Path(__file__).with_name("birth.lua"))
-REMEDY = "Nothing is lost: views keep accumulating in Redis. `viewer-worker adopt` shows both sides and the ways out."
-
-
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """Redis and Postgres name the same last flush: the next one may follow."""
-
-    marker: Marker
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """There is no marker. Whether one may be written is a matter of evidence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Behind:
-    """Postgres has flushes that Redis has not settled yet: settle them from the ledger."""
-
-    marker: Marker
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Not certain what happened: stop flushing, stay up, say why. `refused` is a marker to be remembered."""
-
-    cause: str
-    remedy: str = REMEDY
-    refused: str | None = None
-
-
-Verdict = Agreed | Missing | Behind | Hold
+CREATE_MARKER = LuaScript.load(Path(__file__).with_name("create_marker.lua"))
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Why a missing marker may be written anew, and the data set (`identity`) that this was found out about."""
+    """Why a missing marker may be created, and the data set that this was established for."""
 
     reason: str
-    identity: str | None
-
-
-def judge(raw: bytes | None, source: Source) -> Verdict:
-    """Compare the marker, as read under the row lock, with the source row."""
-    if raw is None:
-        if source.refused is not None:
-            return Hold(f"this database refused a marker before ({source.refused}); now there is none")
-        return Missing()
-    marker = Marker.parse(raw)
-    if marker is None:
-        return Hold("the marker in Redis cannot be read", refused=printable(raw) or "(empty)")
-    if marker.lineage != source.lineage:
-        return Hold(
-            "the marker in Redis belongs to another database (or this one was created anew)", refused=printable(raw)
-        )
-    ahead = marker.flush_id - source.last_flush_id
-    if ahead > 0:
-        return Hold(f"Postgres lacks {ahead} flushes that Redis has settled (restored, failed over or cloned)")
-    if ahead < 0:
-        return Behind(marker)
-    if marker.nonce != source.last_nonce:
-        return Hold(f"Redis settled another flush {marker.flush_id} than the one Postgres has")
-    return Agreed(marker)
+    data_set_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """Brings Redis to where the ledger is: gives birth to the marker, replays settles.
+    """Creates a missing marker, and replays settles.
 
     With `trust_lost_marker` (VIEW_ON_LOST_MARKER=fresh) a missing marker always means a new data set.
     """
 
-    database: Database
-    ledger: Ledger
-    source_row: SourceRow
-    redis: RedisClient
-    keys: Keys
+    stores: Stores
     settler: Settler
     metrics: Metrics
     status: Status
     trust_lost_marker: bool = False
 
-    async def resolve(self, verdict: Verdict, source: Source) -> Hold | None:
-        """Do what the verdict asks for. None when that was done, or is being done by somebody else: look again."""
+    async def resolve(self, verdict: Verdict, row: SourceState) -> Hold | None:
+        """Do what the verdict requires. None: it was done, or another worker is doing it; look again."""
         match verdict:
             case Agreed():
                 return None
             case Behind(marker):
-                return await self.replay(marker, source.last_flush_id)
+                return await self.replay(marker, row.last_flush_id)
             case Missing():
-                return await self.give_birth(source)
+                return await self.create_marker(row)
             case Hold():
                 return verdict
 
     async def replay(self, marker: Marker, last_flush_id: int, *, rehearse: bool = False) -> Hold | None:
         """Settle, in order, every flush after `marker`. Runs without the row lock: each settle names its predecessor.
 
-        None when there is nothing left to settle from here, or when somebody else moved the marker meanwhile. With
-        `rehearse`, only find out whether the ledger is complete.
+        None when nothing is left to settle, or when another worker moved the marker meanwhile. With `rehearse`, only
+        find out whether the ledger is complete.
         """
         for flush_id in range(marker.flush_id + 1, last_flush_id + 1):
-            self.status.expect_beat("view_counts", within=STEP_LIMIT_S)
-            async with self.database.transaction() as tx:
-                flush = await self.ledger.read_flush(tx, flush_id)
+            self.status.expect_beat(VIEW_COUNTS, within=STEP_LIMIT_S)
+            async with self.stores.database.transaction() as tx:
+                flush = await self.stores.ledger.read_flush(tx, flush_id)
             if flush is None:
                 return Hold(f"flush {flush_id} is no longer complete in the ledger, and Redis has not settled it")
             if flush.prev_nonce != marker.nonce:
                 return Hold(f"Redis settled another flush {marker.flush_id} than the one before {flush_id} in Postgres")
-            settled = Marker(marker.lineage, flush_id, flush.nonce)
+            settled = marker.after(flush)
             if not rehearse and not await self.settler.settle(marker, settled, flush.counted, replay=True):
                 return None
             marker = settled
         return None
 
-    async def give_birth(self, judged: Source) -> Hold | None:
-        """Write a marker where there is none, if the evidence allows it.
+    async def create_marker(self, judged: SourceState) -> Hold | None:
+        """Create the missing marker, if the evidence allows it.
 
-        None when it is written, or when somebody else is at it: look again.
+        None when it was created, or when another worker is creating one: look again.
         """
-        # The probe first: a copy that is put in place after this has none, and birth then fails.
+        # The probe first: a copy of the data that is put in place after this has none, and the creation then fails.
         nonce = uuid4().hex.encode()
-        await self.redis.run(PROBE, (self.keys.probe,), (nonce,))
-        kind = await self.redis.type_of(self.keys.marker)
+        keys, redis = self.stores.keys, self.stores.redis
+        await redis.run(PROBE, (keys.probe,), (nonce,))
+        kind = await redis.type_of(keys.marker)
         if kind == "string":
             return None
         if kind != "none":
@@ -160,33 +101,33 @@ class Recovery:
             return evidence
         if judged.last_flush_id > 0:
             self.metrics.marker_losses.inc()
-            log.error("marker lost", flushes=judged.last_flush_id, going_on_because=evidence.reason)
-        # The identity is that of the evidence: asked for anew, it could be that of a copy put in place since, and the
-        # next look would take the copy for a data set whose marker was deleted in place.
-        marker = await self._start_lineage(judged, evidence.identity)
+            log.error("marker lost", flushes=judged.last_flush_id, evidence=evidence.reason)
+        # The id comes with the evidence: asked for again, it could be that of a copy put in place since, and the next
+        # look would take the copy for a data set whose marker was deleted in place.
+        marker = await self._start_lineage(judged, evidence.data_set_id)
         if not isinstance(marker, Marker):
             return marker
-        outcome: bytes = await self.redis.run(BIRTH, (self.keys.marker, self.keys.probe), (nonce, marker.encode()))
-        if outcome == b"born":
-            log.info("marker born", lineage=str(marker.lineage), flush_id=marker.flush_id)
+        outcome: bytes = await redis.run(CREATE_MARKER, (keys.marker, keys.probe), (nonce, marker.encode()))
+        if outcome == b"created":
+            log.info("marker created", lineage=str(marker.lineage), flush_id=marker.flush_id)
         return None
 
-    async def evidence(self, judged: Source) -> Hold | Evidence:
-        """Why it is certain that what is pending was not counted, although there is no marker; a hold if it is not."""
-        history = await self.redis.history()
-        identity = self.keys.identity(history.replid) if history is not None else None
-        reason = await self._reason(judged, history, identity)
+    async def evidence(self, judged: SourceState) -> Hold | Evidence:
+        """Why pending views are certainly not counted yet, although there is no marker; a hold if it is not certain."""
+        history = await self.stores.redis.history()
+        data_set_id = self.stores.keys.data_set_id(history.replid) if history is not None else None
+        reason = await self._reason(judged, history, data_set_id)
         if reason is not None:
-            return Evidence(reason, identity)
+            return Evidence(reason, data_set_id)
         return Hold(
             f"the marker is missing in Redis, and Postgres has {judged.last_flush_id} flushes; "
             "pending counters may or may not be counted already"
         )
 
-    async def _reason(self, judged: Source, history: History | None, identity: str | None) -> str | None:
+    async def _reason(self, judged: SourceState, history: History | None, data_set_id: str | None) -> str | None:
         if judged.last_flush_id == 0:
             return "nothing was ever flushed"
-        if identity is not None and identity == judged.identity:
+        if data_set_id is not None and data_set_id == judged.data_set_id:
             return "Redis is the same as at the last flush: the marker was deleted in place (FLUSHALL, DEL, eviction)"
         if history is not None and await self._started_empty(history):
             return "Redis started without any data"
@@ -197,47 +138,49 @@ class Recovery:
         return None
 
     async def _started_empty(self, history: History) -> bool:
-        return history.started_empty and (not history.by_its_aof or await self.redis.writes_a_base())
+        return history.started_empty and (not history.by_its_aof or await self.stores.redis.writes_a_base())
 
     async def _any_counter(self) -> bool:
-        async with aclosing(self.redis.scan(self.keys.pattern)) as pages:
+        async with aclosing(self.stores.redis.scan(self.stores.keys.pattern)) as pages:
             async for page in pages:
                 if page:
                     return True
         return False
 
-    async def _start_lineage(self, judged: Source, identity: str | None) -> Marker | Hold | None:
-        """Commit the lineage that the new marker will name, at the last flush that is known to be settled.
+    async def _start_lineage(self, judged: SourceState, data_set_id: str | None) -> Marker | Hold | None:
+        """Commit the lineage of the new marker, which starts at the last flush that is known to be settled.
 
-        What follows that flush is replayed: if the marker alone was lost, it may not be settled yet. The lineage is
-        always a new one, or two data sets could share it. Two workers cannot end up with two: who founds later left its
-        probe before, and with that took the birth from who founded earlier.
+        The flushes after that one are replayed: if only the marker was lost, they may not be settled yet. The lineage
+        is always a new one, or two data sets could share it. Two workers cannot end up with two lineages: the one that
+        starts its lineage later wrote its probe before, which invalidated the probe of the other. None: the source row
+        changed meanwhile.
         """
-        async with self.database.transaction() as tx:
-            source = await self.source_row.lock(tx)
-            if source != judged:
+        source_row = self.stores.source_row
+        async with self.stores.database.transaction() as tx:
+            row = await source_row.lock(tx)
+            if row != judged:
                 return None
-            lineage, nonce, last_nonce = uuid4(), uuid4(), source.last_nonce
-            if source.last_flush_id == 0:
+            lineage, nonce, last_nonce = uuid4(), uuid4(), row.last_nonce
+            if row.last_flush_id == 0:
                 last_nonce = nonce
             else:
-                settled_nonce = await self._nonce_of(tx, source)
+                settled_nonce = await self._settled_nonce(tx, row)
                 if settled_nonce is None or last_nonce is None:
-                    return Hold(f"flush {source.settled_id + 1} is no longer complete in the ledger")
+                    return Hold(f"flush {row.settled_id + 1} is no longer complete in the ledger")
                 nonce = settled_nonce
-            await self.source_row.start_lineage(tx, lineage, last_nonce, source.settled_id, identity)
-        return Marker(lineage, source.settled_id, nonce)
+            await source_row.start_lineage(tx, lineage, last_nonce, row.settled_id, data_set_id)
+        return Marker(lineage, row.settled_id, nonce)
 
-    async def _nonce_of(self, tx: Transaction, source: Source) -> UUID | None:
-        """The nonce of the last settled flush."""
-        if source.settled_id == source.last_flush_id:
-            return source.last_nonce
-        following = await self.ledger.read_flush(tx, source.settled_id + 1)
+    async def _settled_nonce(self, tx: Transaction, row: SourceState) -> UUID | None:
+        """The nonce of the last settled flush; None when the ledger no longer has it."""
+        if row.settled_id == row.last_flush_id:
+            return row.last_nonce
+        following = await self.stores.ledger.read_flush(tx, row.settled_id + 1)
         return None if following is None else following.prev_nonce
 
     async def _refuse(self, cause: str, marker: str) -> Hold | None:
-        async with self.database.transaction() as tx:
-            if await self.source_row.lock(tx) is None:
+        async with self.stores.database.transaction() as tx:
+            if await self.stores.source_row.lock(tx) is None:
                 return None
-            await self.source_row.refuse(tx, marker)
+            await self.stores.source_row.refuse(tx, marker)
         return Hold(cause)

@@ -2,9 +2,9 @@
 -- Subtracts one committed flush from the counters and moves the marker to it. All of it, or nothing.
 --
 -- KEYS[1] marker            ARGV[1] marker of the flush before    ARGV[2] marker of this flush
--- KEYS[2…] counters         ARGV[3…] views the flush took from each of them
+-- KEYS[2…] counters         ARGV[3…] views that the flush took from each counter
 --
--- Returns {'settled', left out, clamped} with the positions (1 = KEYS[2]) of counters that hold no count and are left
+-- Returns {'settled', left out, clamped} with the positions (1 = KEYS[2]) of counters that do not hold a count and stay
 -- as they are, and of counters that held less than was taken; {'already'} when the marker names this flush;
 -- {'moved', marker} when it names any other.
 --
@@ -26,7 +26,7 @@ local marker = redis.call('GET', KEYS[1])
 if marker == ARGV[2] then return {'already'} end
 if marker ~= ARGV[1] then return {'moved', marker} end
 
--- Look at every counter first. A script that fails after its first write leaves what it wrote behind.
+-- Look at every counter first: a script that fails after its first write leaves that write behind.
 local left_out, clamped, take, zero = {}, {}, {}, {}
 for first = 2, #KEYS, 1000 do
   local last = math.min(first + 999, #KEYS)
@@ -34,7 +34,7 @@ for first = 2, #KEYS, 1000 do
   for i = first, last do
     local value, taken = values[i - first + 1], ARGV[i + 1]
     if value == false then
-      -- Missing: somebody reset it, there is nothing to subtract. Of another type: not ours to touch.
+      -- Missing: it was reset, there is nothing to subtract. Another type: leave it alone.
       local kind = redis.call('TYPE', KEYS[i]).ok
       table.insert(kind == 'none' and clamped or left_out, i - 1)
     elseif not is_count(value) then
@@ -49,11 +49,11 @@ for first = 2, #KEYS, 1000 do
   end
 end
 
--- The first call of each kind of write must be one that changes nothing if it, or the next kind, is refused.
+-- The first call of each kind of write changes nothing, in case this kind or the next is refused.
 redis.call('SET', KEYS[1], ARGV[1])
 for _, counter in ipairs(take) do redis.call('DECRBY', counter[1], counter[2]) end
 redis.call('SET', KEYS[1], ARGV[2])
--- Counters are at zero by now: a DEL that is refused leaves a zero, not a count.
+-- The counters are at zero now: a DEL that is refused leaves a zero, not a count.
 for first = 1, #zero, 1000 do
   redis.call('DEL', unpack(zero, first, math.min(first + 999, #zero)))
 end

@@ -1,12 +1,12 @@
-"""Settling: subtracting a committed flush from the counters in Redis."""
+"""Settling: subtracts a committed flush from the counters in Redis."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.counters.intake.quarantine import printable
 from worker.observability.logs import get_logger
+from worker.observability.printable import excerpt
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SETTLE = LuaScript.load(Path(__file__).with_name("settle.lua"))
 
 
 class Settler:
-    """Runs `settle.lua`, which holds the rules."""
+    """Runs `settle.lua`, which has the rules."""
 
     def __init__(self, redis: RedisClient, keys: Keys, metrics: Metrics) -> None:
         self._redis = redis
@@ -33,7 +33,7 @@ class Settler:
     async def settle(self, before: Marker, settled: Marker, deltas: Mapping[str, int], *, replay: bool = False) -> bool:
         """Subtract `deltas` and move the marker from `before` to `settled`; idempotent.
 
-        False when the marker names neither: somebody else went on, or Redis is another one. Assume nothing then.
+        False when the marker names neither: another worker went on, or Redis is another one. Assume nothing then.
         """
         counters = [self._keys.counter(vod_id) for vod_id in deltas]
         amounts = [b"%d" % taken for taken in deltas.values()]
@@ -52,9 +52,9 @@ class Settler:
 
     def _report(self, settled: Marker, counters: list[bytes], *, left_out: list[int], clamped: list[int]) -> None:
         for event, positions in (
-            ("settle left out counters that hold no count", left_out),
+            ("settle left out counters that do not hold a count", left_out),
             ("settle found counters below what was flushed", clamped),
         ):
             if positions:
-                some = [printable(counters[position - 1]) for position in positions[:5]]
+                some = [excerpt(counters[position - 1]) for position in positions[:5]]
                 log.warning(event, flush_id=settled.flush_id, keys=len(positions), some=some)

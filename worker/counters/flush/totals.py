@@ -1,4 +1,4 @@
-"""New totals, published after the commit for live pages."""
+"""Publishes new totals after the commit, for live pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 PUBLISH = LuaScript.load(Path(__file__).with_name("publish.lua"))
-# While a script runs, Redis serves nobody else: about a millisecond's worth.
+# While a script runs, Redis serves no other client: this many take about a millisecond.
 MESSAGES_AT_ONCE = 500
 
 
@@ -35,7 +35,7 @@ class NewTotal(msgspec.Struct, rename="camel"):
 
 
 class TotalsChannel:
-    """Best effort: nobody has to listen, and a message that cannot be sent is not sent again."""
+    """Best effort: a message that cannot be sent is not sent again."""
 
     def __init__(self, redis: RedisClient, channel: str) -> None:
         self._redis = redis

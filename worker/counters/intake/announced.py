@@ -1,7 +1,8 @@
-"""The views that messages announced and that are not in Postgres yet, summed in memory."""
+"""Sums of the views that messages announced and that are not in Postgres yet; in memory."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,15 +11,17 @@ if TYPE_CHECKING:
 
     from worker.observability.metrics import Metrics
 
-# Ids kept at most, about 30 MB. Views of further ids are dropped, and measured.
+# About 30 MB. Views of further ids are dropped, and measured.
 ID_LIMIT = 200_000
 
 
 class Announced:
-    """Sums of the holder of the lease, of one epoch: whoever takes the lease over begins with none.
+    """Sums of one epoch of the lease: a worker that takes the lease over starts with none.
 
-    What a flush sends is kept until it is known whether the commit took place. That is found out from the source row
-    *under its lock*: an earlier transaction of this worker, which held that lock, can no longer come in late.
+    What a flush writes is kept until it is known whether its commit took place. The source row says so, read *under
+    its lock*: an earlier transaction of this worker, which held that lock, can no longer commit late.
+
+    `ended` is set when no more messages come: the listener has stopped, or there is none.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -26,22 +29,23 @@ class Announced:
         self._epoch: int | None = None
         self._sums: dict[str, int] = {}
         self._sent: tuple[UUID, Mapping[str, int]] | None = None
+        self.ended = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._sums)
 
     def ids(self) -> list[str]:
-        """Ids with views to write, those that wait longest first."""
+        """Ids with views to write, the longest waiting first."""
         return list(self._sums)
 
     def begin(self, epoch: int) -> None:
-        """Listening begins, or goes on, in this epoch of the lease. The sums of another are nobody's: dropped."""
+        """Listen in this epoch of the lease. The sums of another epoch are dropped."""
         if epoch != self._epoch:
             self.drop()
             self._epoch = epoch
 
     def drop(self) -> None:
-        """What was not written by now will not be; each view of it is lost unless it was also INCRed."""
+        """Drop all sums: a view in them is lost unless it was also INCRed."""
         if self._sent is not None:
             self.confirm(None)
         self._metrics.announced_dropped.inc(sum(self._sums.values()))
@@ -58,17 +62,17 @@ class Announced:
                 self._metrics.announced_dropped.inc(count)
 
     def copy(self, ids: Iterable[str], epoch: int) -> dict[str, int]:
-        """The sums of these ids; none if they are of another epoch than the one that the source row names."""
+        """The sums of these ids; empty unless `epoch`, from the source row, is the epoch of the sums."""
         if epoch != self._epoch:
             return {}
         return {vod_id: self._sums[vod_id] for vod_id in ids if vod_id in self._sums}
 
     def sending(self, nonce: UUID, sums: Mapping[str, int]) -> None:
-        """These are about to be committed, by the flush with this nonce."""
+        """The flush with this nonce is about to commit these sums."""
         self._sent = nonce, sums
 
     def confirm(self, written: UUID | None) -> None:
-        """The source row says that the flush with the nonce `written` was the last to write sums: ours, or not."""
+        """`written` is the nonce, in the source row, of the last flush that wrote sums: ours or another."""
         if self._sent is None:
             return
         (nonce, sums), self._sent = self._sent, None

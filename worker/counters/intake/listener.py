@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from worker.db.lease import NEEDS
 from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
+from worker.observability.status import MESSAGES
 from worker.redis.subscriber import SILENCE_S
 from worker.runtime.backoff import Backoff
 from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from worker.counters.intake.announced import Announced
-    from worker.counters.intake.messages import Updates
+    from worker.counters.intake.messages import MessageSummer
     from worker.db.lease import Lease
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
@@ -26,17 +24,26 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CHECK = "messages"
-GOODBYE_S = 1.0
+UNSUBSCRIBE_S = 1.0
 # So many ids with unwritten sums do not wait for the interval.
 FLUSH_AT_IDS = 50_000
 BEAT_S = 4 * SILENCE_S + 60.0
 
 
-class Listener:
-    """`missed` is called when messages may have been missed, `full` when the sums should be flushed soon.
+class Flushing(Protocol):
+    """The loop that flushes what is heard."""
 
-    `ended` is set after the stop, when everything that was published before it is in the sums.
+    def sweep_soon(self) -> None:
+        """Messages may have been missed."""
+
+    def flush_soon(self) -> None:
+        """There are many sums to write."""
+
+
+class Listener:
+    """Adds what it hears to `announced`.
+
+    It sets `announced.ended` after the stop, when everything that was published before the stop is in the sums.
     """
 
     def __init__(
@@ -46,49 +53,40 @@ class Listener:
         channel: str,
         lease: Lease,
         announced: Announced,
-        updates: Updates,
+        messages: MessageSummer,
+        flushing: Flushing,
         status: Status,
         metrics: Metrics,
-        missed: Callable[[], None],
-        full: Callable[[], None],
-        ended: asyncio.Event,
     ) -> None:
         self._redis = redis
         self._channel = channel
         self._lease = lease
         self._announced = announced
-        self._updates = updates
+        self._messages = messages
+        self._flushing = flushing
         self._status = status
         self._metrics = metrics
-        self._missed = missed
-        self._full = full
-        self._ended = ended
         self._backoff = Backoff(first=0.1, cap=5.0)
         self._heard_before = False
 
     async def run(self, stop: asyncio.Event) -> None:
         try:
-            while not stop.is_set():
-                await self._wait_for_lease(stop)
-                if (epoch := self._lease.epoch) is None or stop.is_set():
+            while await self._lease.wait(stop, MESSAGES, self._standing_by):
+                if (epoch := self._lease.epoch) is None:
                     continue
                 try:
                     await self._listen(epoch, stop)
                 except RedisUnavailable as error:
-                    self._status.failing(CHECK, str(error), error.remedy)
+                    self._status.failing(MESSAGES, str(error), error.remedy)
                     await wait_first(self._backoff.next(), stop)
         finally:
-            self._ended.set()
+            self._announced.ended.set()
 
-    async def _wait_for_lease(self, stop: asyncio.Event) -> None:
-        while not stop.is_set() and not (self._lease.epoch is not None and self._status.is_ok(*NEEDS)):
-            if self._lease.epoch is None and self._status.is_ok(*NEEDS):
-                self._status.ok(CHECK, role="standing by")
-            self._status.expect_beat(CHECK, within=BEAT_S)
-            await wait_first(5.0, stop, self._status.changed, self._lease.changed)
+    def _standing_by(self) -> None:
+        self._status.ok(MESSAGES, role="standing by")
 
     async def _listen(self, epoch: int, stop: asyncio.Event) -> None:
-        """Subscribe, and sum up what comes, until stopped or until the lease is another's."""
+        """Subscribe, and sum what comes, until stopped or until another worker has the lease."""
         self._announced.begin(epoch)
         async with self._redis.subscription(self._channel) as subscription:
             self._subscribed(epoch)
@@ -96,32 +94,32 @@ class Listener:
             try:
                 while not subscription.ended:
                     messages = await subscription.read()
-                    self._status.expect_beat(CHECK, within=BEAT_S)
+                    self._status.expect_beat(MESSAGES, within=BEAT_S)
                     if messages:
-                        self._take(messages)
+                        self._add(messages)
             except RedisUnavailable:
-                # After a goodbye without an answer the link was closed here.
+                # When UNSUBSCRIBE was not answered, `_leave` closed the connection.
                 if not self._is_over(epoch, stop):
                     raise
             finally:
                 leave.cancel()
 
     def _subscribed(self, epoch: int) -> None:
-        # Whoever held the lease before heard messages up to some moment; what came after it, nobody did.
+        # The former holder of the lease heard messages up to some moment; nobody heard those between then and now.
         gap = self._heard_before or epoch > 1
         log.info("listening", channel=self._channel, gap=gap)
         if gap:
             self._metrics.subscription_gaps.inc()
-            self._missed()
+            self._flushing.sweep_soon()
         self._heard_before = True
         self._backoff.reset()
-        self._status.ok(CHECK, role="listening")
+        self._status.ok(MESSAGES, role="listening")
 
-    def _take(self, messages: list[bytes]) -> None:
+    def _add(self, messages: list[bytes]) -> None:
         before = len(self._announced)
-        self._announced.add(self._updates.sum(messages))
+        self._announced.add(self._messages.sum(messages))
         if before < FLUSH_AT_IDS <= len(self._announced):
-            self._full()
+            self._flushing.flush_soon()
 
     def _is_over(self, epoch: int, stop: asyncio.Event) -> bool:
         return stop.is_set() or self._lease.epoch != epoch
@@ -131,5 +129,5 @@ class Listener:
             await wait_first(3600.0, stop, self._lease.changed)
         with contextlib.suppress(RedisUnavailable):
             await subscription.unsubscribe()
-            await asyncio.sleep(GOODBYE_S)
+            await asyncio.sleep(UNSUBSCRIBE_S)
         await subscription.close()

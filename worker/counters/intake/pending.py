@@ -1,4 +1,4 @@
-"""Which counters have views that are not in Postgres yet, and the sweep that finds them."""
+"""The counters that have views to flush, and the sweep that finds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SWEEP_SHARE = 0.05
 
 
 class Pending:
-    """Ids of counters to flush, with the time each was found. Keeps the order in which they were found."""
+    """Ids to flush, with the time at which each was found, in that order."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -31,7 +31,7 @@ class Pending:
             self._found.setdefault(vod_id, now)
 
     def oldest(self, count: int) -> list[str]:
-        """At most `count` ids, those that wait longest, sorted (every writer locks rows in the same order)."""
+        """The `count` longest waiting ids, sorted: every writer locks rows in the same order."""
         return sorted(itertools.islice(self._found, count))
 
     def remove(self, ids: Iterable[str]) -> None:
@@ -42,13 +42,13 @@ class Pending:
         self._found.clear()
 
     def oldest_seconds(self) -> float:
-        """How long the oldest has been waiting; 0 when there is none."""
+        """Age of the oldest id; 0 when there is none."""
         first = next(iter(self._found.values()), None)
         return 0.0 if first is None else self._clock.monotonic() - first
 
 
 class Sweep:
-    """Finds the counters by SCAN. Stretches its own pauses, so that it scans at most 5 % of the time."""
+    """Finds the counters by SCAN. Its pauses grow with its duration, so that it scans at most 5 % of the time."""
 
     def __init__(self, redis: RedisClient, keys: Keys, clock: Clock) -> None:
         self._redis = redis
@@ -57,7 +57,7 @@ class Sweep:
         self._not_before = clock.monotonic()
 
     def request(self) -> None:
-        """Make the next sweep due now: something may have been missed."""
+        """Make the next sweep due now."""
         self._not_before = self._clock.monotonic()
 
     @property

@@ -1,4 +1,4 @@
-"""Counters that cannot be counted: reported, left as they are, in nobody's way."""
+"""Counters that cannot be counted: reported, left as they are, without blocking other ids."""
 
 from __future__ import annotations
 
@@ -7,44 +7,40 @@ from typing import TYPE_CHECKING
 from cachetools import TTLCache
 
 from worker.observability.logs import get_logger
+from worker.observability.printable import excerpt
+from worker.observability.throttle import Throttle
 
 if TYPE_CHECKING:
     from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 
-# Beyond this many, keys are only counted: a mistake can fill Redis with a million of them, but not this process.
+# Further keys are only counted: a mistake can fill Redis with a million of them, but not this process.
 REMEMBERED_KEYS = 10_000
 REMEMBERED_BYTES = 512
 REPORTED_KEYS = 100
 LOGGED_KEYS = 100
-LOG_AGAIN_S = 3600.0
+LOG_PERIOD_S = 3600.0
 REST_S = 600.0
 
 
-def printable(key: bytes) -> str:
-    """At most 64 characters of a key, everything unusual escaped."""
-    return key[:64].decode("utf-8", "backslashreplace").encode("unicode_escape").decode()[:64]
-
-
 class Quarantine:
-    """The keys found bad by the current and the last sweep. A key that is mended or deleted is gone with the next."""
+    """The bad keys of the current and the last sweep. A key that is fixed or deleted disappears with the next sweep."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
         self._current: dict[bytes, str] = {}
         self._previous: dict[bytes, str] = {}
         self._beyond = 0
-        self._logged: dict[bytes, float] = {}
+        self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic, max_topics=LOGGED_KEYS)
         self._resting: TTLCache[bytes, str] = TTLCache(REMEMBERED_KEYS, REST_S, clock.monotonic)
 
     def __len__(self) -> int:
         return len(self._previous.keys() | self._current.keys()) + self._beyond
 
     def report(self, key: bytes, reason: str, *, rest: bool = False) -> None:
-        """Remember that `key` was left alone; logged once an hour, for the first hundred.
+        """Remember that `key` was left as it is; logged once an hour, for the first hundred keys.
 
-        With `rest`, it is costly to look at and not tried again for ten minutes.
+        With `rest`, the key is costly to look at: `skip` it for ten minutes.
         """
         key = key[:REMEMBERED_BYTES]
         if rest:
@@ -53,14 +49,11 @@ class Quarantine:
             self._beyond += 1
             return
         self._current[key] = reason
-        now = self._clock.monotonic()
-        seen = self._logged.get(key)
-        if (seen is None and len(self._logged) < LOGGED_KEYS) or (seen is not None and now - seen >= LOG_AGAIN_S):
-            self._logged[key] = now
-            log.warning("counter quarantined", key=printable(key), reason=reason)
+        if self._throttle.allows(key):
+            log.warning("counter quarantined", key=excerpt(key), reason=reason)
 
-    def is_resting(self, key: bytes) -> bool:
-        """True when `key` is not to be tried now; it is reported anew."""
+    def skip(self, key: bytes) -> bool:
+        """True when `key` rests; it is then reported again."""
         reason = self._resting.get(key[:REMEMBERED_BYTES])
         if reason is None:
             return False
@@ -68,11 +61,11 @@ class Quarantine:
         return True
 
     def next_sweep(self) -> None:
-        """A sweep was finished: what it did not report again is no longer bad."""
+        """A sweep was finished: keys that it did not report are no longer bad."""
         self._previous, self._current, self._beyond = self._current, {}, 0
-        self._logged = {key: at for key, at in self._logged.items() if key in self._previous}
+        self._throttle.keep(self._previous)
 
     def listed(self) -> dict[str, str]:
-        """The first hundred: key → reason, printable."""
+        """The first hundred: printable key → reason."""
         merged = self._previous | self._current
-        return {printable(key): merged[key] for key in list(merged)[:REPORTED_KEYS]}
+        return {excerpt(key): merged[key] for key in list(merged)[:REPORTED_KEYS]}

@@ -1,4 +1,4 @@
-"""How the two witnesses of a view, its INCR and its message, make one number."""
+"""How the two sources of a view, its INCR and its message, make one number (`VIEW_COUNT_SOURCE`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 CountSource = Literal["both", "counters", "messages", "sum"]
 
-# (counted, announced) → views. The ledger says the same in SQL.
+# (counted, announced) → views. The ledger has the same rules in SQL.
 VIEWS: dict[CountSource, Callable[[int, int], int]] = {
     "both": max,
     "counters": lambda counted, _: counted,

@@ -1,4 +1,4 @@
-"""The SQL of a flush: the ledger, the totals, the hourly history. One statement a table, whatever the batch."""
+"""The SQL of a flush: ledger, totals and hourly history, written by one statement for any batch size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """A flush: what it took from each counter (`counted`) and from messages (`announced`), id → views above zero."""
+    """What one flush takes from counters (`counted`) and from messages (`announced`): id → views, above zero."""
 
     flush_id: int
     nonce: UUID
@@ -34,20 +34,20 @@ class Flush:
 
     @property
     def ids(self) -> list[str]:
-        """All ids of the flush, sorted: every writer locks rows in the same order."""
+        """All ids of the flush, sorted, so that every writer locks rows in the same order."""
         return sorted(self.counted.keys() | self.announced.keys())
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a flush did to the total of one id: `views` were added (above zero), `total` is what it is now."""
+    """A flush's change to one id: `views` (above zero) were added, `total` is the new total."""
 
     vod_id: str
     views: int
     total: int
 
 
-# (counted, announced) → views: `witnesses.VIEWS` in SQL.
+# (counted, announced) → views, as `count_source.VIEWS` but in SQL.
 _VIEWS: dict[CountSource, Callable[[Any, Any], ColumnElement[int]]] = {
     "both": func.greatest,
     "counters": lambda counted, _: counted,
@@ -58,10 +58,10 @@ _TAKEN = ("vod_id", "counted", "announced")
 
 
 def _recording(count_source: CountSource) -> Select[str, int, int]:
-    """One statement for the whole flush: totals, ledger, hourly history, header. Yields the changes.
+    """One statement for the whole flush: totals, ledger, hourly history, header. It returns the changes.
 
-    Arrays instead of rows: the number of parameters does not grow with the batch. The change of `views` is the
-    difference of what the two witnesses say with and without this flush, so it needs no look at the row before.
+    It takes arrays instead of rows, so that the number of parameters does not grow with the batch. `views` changes by
+    the difference between the result with this flush and the result without it, so the old row is not read first.
     """
     views = _VIEWS[count_source]
     batch = select(
@@ -140,14 +140,14 @@ _READ_DELTAS = (
     .where(
         _delta.source == bindparam("name"),
         _delta.flush_id == bindparam("flush_id"),
-        # The same instant as the header's; with it a hypertable looks into one chunk only.
+        # The same time as the header's. With this condition a hypertable reads one chunk only.
         _delta.flushed_at == bindparam("flushed_at"),
     )
     .order_by(_delta.vod_id)
 )
 
 
-# Flushes that no marker can need any more: settled, and older than what snapshots of Redis are kept for.
+# Flushes that no marker can need any more: settled, and older than any snapshot of Redis that may be restored.
 _PRUNABLE = (
     select(func.max(_flush.flush_id))
     .where(_flush.source == bindparam("name"), _flush.flush_id < bindparam("settled"))
@@ -163,7 +163,7 @@ _PRUNE_FLUSHES = delete(view_count_flushes).where(
 
 
 def _forgetting() -> Select[int]:
-    """What was counted for the id is taken back in the ledger, so that its rows still add up: to nothing."""
+    """Delete the id's rows and add a compensating row to the ledger, so that the id's rows there add up to zero."""
     vod_id = bindparam("vod_id", type_=Text)
     gone = delete(view_counts).where(view_counts.c.vod_id == vod_id).returning(view_counts).cte("gone")
     stored = func.coalesce(select(gone.c.views).scalar_subquery(), 0)
@@ -181,7 +181,7 @@ _FORGET = _forgetting()
 
 
 class Ledger:
-    """What was flushed from one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
+    """The flushes of one source (`VIEW_SOURCE_NAME`). Every method runs in the caller's transaction."""
 
     def __init__(self, source: str, worker_id: str, count_source: CountSource = "both") -> None:
         self._name = source
@@ -189,7 +189,7 @@ class Ledger:
         self._record = _recording(count_source)
 
     async def record(self, tx: AsyncConnection, flush: Flush) -> list[Change]:
-        """Write the flush: header, ledger, totals, hourly history. Returns the ids whose `views` it changed."""
+        """Write the flush: header, ledger, totals, hourly history. Returns a change for each id with new `views`."""
         ids = flush.ids
         batch = {
             "ids": ids,
@@ -208,12 +208,12 @@ class Ledger:
         }
 
     async def forget(self, tx: AsyncConnection, flush: Flush, vod_id: str) -> int:
-        """Write a flush that brings the total of one id to nothing, and delete its rows. Returns the views it had."""
+        """Delete one id's rows, and write a flush that cancels its views in the ledger. Returns the views it had."""
         parameters = self._header(flush) | {"vod_id": vod_id, "pending": flush.counted.get(vod_id, 0)}
         return int((await tx.execute(_FORGET, parameters)).scalar_one())
 
     async def read_flush(self, tx: AsyncConnection, flush_id: int) -> Flush | None:
-        """A flush as it was recorded, without `announced`: nothing of that is to be settled in Redis.
+        """A flush as it was recorded, without `announced`: messages are not settled in Redis.
 
         None when the ledger no longer has all of it (retention, manual deletes).
         """
@@ -228,9 +228,10 @@ class Ledger:
         return Flush(flush_id, nonce, prev_nonce, {row.vod_id: row.counted for row in rows if row.counted})
 
     async def prune(self, tx: AsyncConnection, settled_id: int, age: timedelta, at_most: int) -> int:
-        """Delete the oldest flushes, at most so many, that are below `settled_id` and older than `age`.
+        """Delete the oldest flushes that are below `settled_id` and older than `age`, but no more than `at_most`.
 
-        Header and rows of a flush go together, oldest first: what is left is always gapless. Returns how many went.
+        A flush's header and rows are deleted together, oldest first, so the rest has no gaps. Returns the number of
+        deleted flushes.
         """
         name = {"name": self._name}
         last = (await tx.execute(_PRUNABLE, {**name, "settled": settled_id, "age": age})).scalar()

@@ -1,4 +1,4 @@
-"""What is read for people: totals of some ids, and who was viewed most."""
+"""Reads the totals of some ids, and the most-viewed ids."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-# A reader is given up before it becomes a burden.
+# Cancel slow reads before they slow down the database.
 _LIMITS = select(func.set_config("statement_timeout", "2s", True), func.set_config("lock_timeout", "1s", True))
 
 _ids = bindparam("ids", type_=ARRAY(Text))
 _total, _delta, _source = view_counts.c, view_count_deltas.c, view_count_sources.c
-# Flushes after the marker: what they took is in the totals, and was in the counters too when those were read.
+# Flushes after the marker: what they took is in the totals, and was still in the counters when those were read.
 _unsettled = (
     select(_delta.vod_id, func.sum(_delta.counted).label("counted"))
     .join_from(view_count_deltas, view_count_sources, _delta.source == _source.source)
@@ -56,9 +56,9 @@ TOP = (
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The row of one id in `view_counts`; all zeros when there is none.
+    """An id's row in `view_counts`; all zeros if it has none.
 
-    `unsettled` of `counted` were in the counter still when it was read.
+    `unsettled` is the part of `counted` that was still in the counter when the counter was read.
     """
 
     vod_id: str
@@ -70,7 +70,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """`views` flushed since the beginning of the window."""
+    """`views` is the number flushed since the start of the window."""
 
     vod_id: str
     views: int
@@ -78,7 +78,7 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """`views` is the number to show; `pending` is what its counter holds, and `stored` the total in Postgres."""
+    """`views` is the number to show, `pending` the counter's value, `stored` the total in Postgres."""
 
     vod_id: str
     views: int
@@ -88,7 +88,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class TopEntry:
-    """`views` since the beginning of the window, as of the last flush; `total` is the number to show now."""
+    """`views` is the number since the start of the window, as of the last flush; `total` is the number to show now."""
 
     vod_id: str
     views: int
@@ -104,9 +104,9 @@ class Top:
 async def read_totals(
     tx: AsyncConnection, ids: Sequence[str], source: str, lineage: UUID | None, settled: int
 ) -> dict[str, Stored]:
-    """The totals of these ids, every one of them, beside counters that were read when `settled` was the marker's flush.
+    """The totals of all these ids, to combine with counters that were read when the marker named flush `settled`.
 
-    Another lineage than the source's says nothing about what is unsettled. In the caller's transaction.
+    If `lineage` is not the source's, `unsettled` is zero. Runs in the caller's transaction.
     """
     await tx.execute(_LIMITS)
     rows = await tx.execute(TOTALS, {"ids": list(ids), "source": source, "lineage": lineage, "settled": settled})
@@ -114,7 +114,7 @@ async def read_totals(
 
 
 async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, list[Ranked]]:
-    """Since when, and who was viewed most since then. The history is by the hour: the first hour counts whole."""
+    """The start of the window and the most-viewed ids since. The history is hourly: the first hour counts in full."""
     await tx.execute(_LIMITS)
     since = (await tx.execute(select(_since), {"window": window})).scalar_one()
     rows = await tx.execute(TOP, {"window": window, "at_most": limit})

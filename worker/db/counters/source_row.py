@@ -1,4 +1,4 @@
-"""The source row: the database's side of the agreement with one Redis data set, its lock, and the lease on it."""
+"""The source row: Postgres's side of the agreement with one Redis data set, with its lock and its lease."""
 
 from __future__ import annotations
 
@@ -10,55 +10,46 @@ from uuid import UUID
 from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from worker.db.lease import LEASE_TTL, LeaseState
 from worker.db.tables import view_count_sources
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-# By the database's clock. A holder that renews every two seconds is given up after eight.
-LEASE_TTL = timedelta(seconds=8)
-
 # Local to the transaction that holds the row lock. A worker that freezes in it loses the lock and the transaction
-# together; a commit that later steps rely on is on disk when it is confirmed, whatever the database's default.
+# together; a confirmed commit, which later steps rely on, is on disk even where the database's default is weaker.
 LOCAL_SETTINGS = {
     "synchronous_commit": "on",
     "lock_timeout": "5s",
     "statement_timeout": "30s",
     "idle_in_transaction_session_timeout": "8s",
-    # A flush is planned for the batch it has: for one of unknown size, Postgres would join its rows one by one.
+    # Plan a flush for the size of its batch: for an unknown size, Postgres would join its rows one by one.
     "plan_cache_mode": "force_custom_plan",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceState:
     """A source row, read under its lock. `last_nonce` is set as soon as `lineage` is.
 
-    `settled_id` is the last flush that is known to be settled; `identity` (column `replid`) what the data set was
-    recognised by then: its `master_replid` and the key prefix; `refused` what a marker said that did not belong here;
-    `announced_nonce` the nonce of the last flush that wrote sums of messages.
+    `settled_id`: the last flush that is known to be settled. `data_set_id`: the Redis data set at that time (its
+    `master_replid` and the key prefix). `refused`: a marker that did not belong to this database. `announced_nonce`:
+    the nonce of the last flush that wrote sums of messages.
     """
 
     lineage: UUID | None
     last_flush_id: int
     last_nonce: UUID | None
     settled_id: int
-    identity: str | None
+    data_set_id: str | None
     refused: str | None
     announced_nonce: UUID | None
     lease_holder: str | None
     lease_epoch: int
 
 
-# As a row that was just inserted.
-NEW_SOURCE = Source(None, 0, None, 0, None, None, None, None, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseState:
-    holder: str | None
-    epoch: int
-
+# A row that was just inserted.
+NEW_ROW = SourceState(None, 0, None, 0, None, None, None, None, 0)
 
 _row = view_count_sources.c
 _COLUMNS = (
@@ -66,18 +57,18 @@ _COLUMNS = (
     _row.last_flush_id,
     _row.last_nonce,
     _row.settled_id,
-    _row.replid,
+    _row.data_set_id,
     _row.refused,
     _row.announced_nonce,
     _row.lease_holder,
     _row.lease_epoch,
 )
 _this = _row.source == bindparam("name")
-# The time of the statement, not of its transaction's begin: a lease must not be short by what the flush took.
+# The time of the statement, not of the transaction's begin: the flush's duration must not shorten the lease.
 _now = func.clock_timestamp()
 _until = _now + literal(LEASE_TTL, Interval)
 
-# Looked for first: ON CONFLICT alone waits for whoever is just updating the row.
+# Look for the row first: ON CONFLICT alone waits for a session that is updating it.
 _ENSURE = (
     upsert(view_count_sources)
     .from_select(
@@ -102,7 +93,7 @@ _ADVANCE = (
         last_flush_id=bindparam("flush_id"),
         last_nonce=bindparam("nonce"),
         settled_id=bindparam("settled"),
-        replid=bindparam("new_replid"),
+        data_set_id=bindparam("new_data_set_id"),
         announced_nonce=func.coalesce(bindparam("new_announced_nonce", type_=Uuid), _row.announced_nonce),
         refused=None,
         lease_until=_until,
@@ -122,7 +113,7 @@ _START_LINEAGE = (
         lineage=bindparam("new_lineage"),
         last_nonce=bindparam("new_nonce"),
         settled_id=bindparam("settled"),
-        replid=bindparam("new_replid"),
+        data_set_id=bindparam("new_data_set_id"),
         refused=None,
     )
 )
@@ -131,14 +122,14 @@ _mine = _row.lease_holder == bindparam("me")
 _free = or_(
     _row.lease_holder.is_(None),
     _row.lease_until <= _now,
-    # The clock was set back since, or is another's: no lease is that long.
+    # The clock was set back since, or is another server's: no lease is that long.
     _row.lease_until > _now + literal(2 * LEASE_TTL, Interval),
     _mine,
     _row.lease_holder == bindparam("dead"),
 )
 _TAKE_LEASE = (
     update(view_count_sources)
-    # A row that is locked is at work: whoever waited for it here would only stand in the way.
+    # A locked row is in use by a flush: do not wait for it here.
     .where(_row.source == select(_row.source).where(_this, _free).with_for_update(skip_locked=True).scalar_subquery())
     .values(
         lease_holder=bindparam("me"),
@@ -151,9 +142,9 @@ _RELEASE_LEASE = update(view_count_sources).where(_this, _mine).values(lease_hol
 
 
 async def lock_all_sources(tx: AsyncConnection) -> None:
-    """Keep every worker from flushing until the end of the transaction; wait for those that are at it."""
+    """Keep every worker from flushing until the end of the transaction; wait for flushes that are running."""
     await tx.execute(_LIMIT)
-    # Not the rows one by one: a worker that starts for the first time brings a new one.
+    # The table and not its rows: a worker that starts for the first time inserts a row.
     await tx.execute(_LOCK_ALL)
 
 
@@ -164,25 +155,25 @@ class SourceRow:
         self.name = name
 
     async def ensure(self, tx: AsyncConnection) -> None:
-        """Insert the row unless it is there. Does not wait for whoever holds its lock."""
+        """Insert the row unless it exists. Does not wait for its lock."""
         await tx.execute(_LIMIT)
         await tx.execute(_ENSURE, {"name": self.name})
 
-    async def read(self, tx: AsyncConnection) -> Source | None:
-        """The row without its lock: for people to look at, not to act upon."""
+    async def read(self, tx: AsyncConnection) -> SourceState | None:
+        """The row without its lock: to show, not to act upon."""
         row = (await tx.execute(_READ, {"name": self.name})).one_or_none()
-        return None if row is None else Source(*row)
+        return None if row is None else SourceState(*row)
 
-    async def lock(self, tx: AsyncConnection, *, wait: bool = False) -> Source | None:
-        """Lock the row until the end of the transaction. None: another worker has it (or it is missing).
+    async def lock(self, tx: AsyncConnection, *, wait: bool = False) -> SourceState | None:
+        """Lock the row until the end of the transaction. None: another worker has the lock, or the row is missing.
 
-        With `wait`, wait for the other, for at most the lock timeout.
+        With `wait`, wait for the other worker, at most the lock timeout.
         """
         row = (await tx.execute(_LOCK_PATIENTLY if wait else _LOCK, {"name": self.name})).one_or_none()
-        return None if row is None else Source(*row[: len(_COLUMNS)])
+        return None if row is None else SourceState(*row[: len(_COLUMNS)])
 
     async def allow_idling(self, tx: AsyncConnection, duration: timedelta) -> None:
-        """Keep the lock although nothing is asked of the database for so long."""
+        """Keep the lock although no statement is sent for so long."""
         idle = f"{int(duration.total_seconds())}s"
         await tx.execute(select(func.set_config("idle_in_transaction_session_timeout", idle, True)))
 
@@ -194,40 +185,39 @@ class SourceRow:
         nonce: UUID,
         settled: int,
         announced_nonce: UUID | None,
-        identity: str | None,
+        data_set_id: str | None,
     ) -> None:
-        """A flush was written; `settled` is the one before it. Renews the lease.
+        """Record that a flush was written; `settled` is the one before it. Renews the lease.
 
-        `announced_nonce` is the flush's own if it wrote sums of messages, else None: it stays as it is then.
+        `announced_nonce` is the flush's nonce if it wrote sums of messages; None leaves the column as it is.
         """
-        values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_replid": identity}
+        values = {"flush_id": flush_id, "nonce": nonce, "settled": settled, "new_data_set_id": data_set_id}
         values["new_announced_nonce"] = announced_nonce
         await tx.execute(_ADVANCE, {"name": self.name, **values})
 
     async def revoke_lease(self, tx: AsyncConnection) -> None:
-        """Whoever holds the lease has to take it anew, under another epoch."""
+        """The holder has to take the lease again, under another epoch."""
         await tx.execute(_REVOKE_LEASE, {"name": self.name})
 
     async def confirm(self, tx: AsyncConnection) -> None:
-        """The marker was read under the lock and names the last flush: it is settled."""
+        """Record that the last flush is settled: the marker, read under the lock, names it."""
         await tx.execute(_CONFIRM, {"name": self.name})
 
     async def refuse(self, tx: AsyncConnection, marker: str) -> None:
-        """Remember a marker that does not belong to this database: from now on only `adopt` may give birth."""
+        """Remember a marker that does not belong to this database: from now on only `adopt` may create one."""
         await tx.execute(_REFUSE, {"name": self.name, "marker": marker})
 
     async def start_lineage(
-        self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int, identity: str | None
+        self, tx: AsyncConnection, lineage: UUID, nonce: UUID, settled: int, data_set_id: str | None
     ) -> None:
-        """From now on this lineage says that a Redis data set (`identity`) and this database belong together."""
-        values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_replid": identity}
+        """From now on this lineage names the Redis data set that belongs to this database."""
+        values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_data_set_id": data_set_id}
         await tx.execute(_START_LINEAGE, {"name": self.name, **values})
 
     async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState | None:
-        """Take the lease if it is free, expired or our own. Returns who has it now; None: there is no row.
+        """Take the lease if it is free, expired, our own, or held by `dead`. Returns who has it now; None: no row.
 
-        A holder that is known to be `dead` need not be waited for. Taking it over raises the epoch, renewing it does
-        not. A row that is locked is left as it is.
+        A takeover raises the epoch, a renewal does not. A locked row stays as it is.
         """
         # A worker that freezes right after this must not keep the row locked.
         await tx.execute(_LIMIT)

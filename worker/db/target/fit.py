@@ -1,4 +1,4 @@
-"""Whether the application's own table can be kept up to date, and how ids become its keys."""
+"""Checks whether the worker can update the application's own table, and how ids become its keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """How ids become keys: they are sent as `kind` and compared as `cast`, the type of the key column itself."""
+    """How ids become keys: they are sent as `kind` and compared as `cast`, the key column's type."""
 
     kind: TypeEngine[Any]
     cast: str
@@ -46,14 +46,14 @@ class Key:
 
 
 async def fit(tx: AsyncConnection, names: TargetNames) -> Key:
-    """Look whether the table is there and fits. Raises TargetUnusable saying what does not, and what to do."""
+    """Check that the table exists and fits. Raises TargetUnusable with the problem and its fix."""
     found = (
         await tx.execute(_LOOK, {"target": names.regclass, "key": names.key, "column": names.column, "own": OWN})
     ).one()
     if problem := _problem(names, found):
         raise TargetUnusable(*problem)
     if found.key_category == "S":
-        # To cast to "character" is to cut down to one.
+        # A cast to "character" would cut ids down to one character.
         return Key(Text(), "pg_catalog.bpchar" if found.key_name == "character" else found.key_name)
     return Key(Uuid(), "uuid") if found.key_name == "uuid" else Key(BigInteger(), "bigint")
 
@@ -75,12 +75,12 @@ _LOOK = text(
            ) AS is_unique,
            has_column_privilege(c.oid, k.attnum, 'SELECT') AND has_column_privilege(c.oid, v.attnum, 'SELECT')
                AND has_column_privilege(c.oid, v.attnum, 'UPDATE') AS allowed,
-           -- A row that is seen but may not be changed looks as if somebody had it locked.
+           -- A row that is visible but may not be changed looks as if it were locked.
            row_security_active(c.oid) AND NOT (
                EXISTS (
                    SELECT FROM pg_policy p
                    WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd = '*'
-                     -- Only a constant may be shown without its table, and so without waiting for a lock on it.
+                     -- Only a constant can be printed without its table, and so without waiting for a lock on it.
                      AND CASE WHEN p.polqual::text LIKE '{CONST %' THEN pg_get_expr(p.polqual, 0) = 'true' END
                      AND CASE
                              WHEN p.polwithcheck IS NULL THEN true
@@ -93,7 +93,7 @@ _LOOK = text(
     LEFT JOIN pg_class c ON c.oid = named.oid
     LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = :key AND NOT k.attisdropped AND k.attnum > 0
     LEFT JOIN LATERAL (
-        -- A domain may be one of another domain.
+        -- A domain may be based on another domain.
         WITH RECURSIVE base AS (
             SELECT oid, typbasetype, typcategory FROM pg_type WHERE oid = k.atttypid
             UNION ALL
@@ -108,26 +108,26 @@ _LOOK = text(
 
 
 def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
-    """What does not fit, and what to do about it."""
+    """The problem and its fix, or None if the table fits."""
     shown = str(names)
     if found.relkind is None:
-        return f"there is no table {shown}", "Set VIEW_TARGET_TABLE to its name, as it is written."
+        return f"there is no table {shown}", "Set VIEW_TARGET_TABLE to the table's exact name."
     if found.is_own:
         return f"{shown} is the worker's own table", "Set VIEW_TARGET_TABLE to a table of the application."
     if found.relkind not in ("r", "p"):
         return f"{shown} is not a table", "Set VIEW_TARGET_TABLE to a table of this database."
     if found.key_number is None:
-        return f"{shown} has no column {names.key}", "Set VIEW_TARGET_KEY to its key column, as it is written."
+        return f"{shown} has no column {names.key}", "Set VIEW_TARGET_KEY to the exact name of its key column."
     if found.column_number is None:
-        return f"{shown} has no column {names.column}", "Set VIEW_TARGET_COLUMN to its column, as it is written."
+        return f"{shown} has no column {names.column}", "Set VIEW_TARGET_COLUMN to the exact name of its total column."
     if found.column_type not in INTEGERS or found.generated:
         kind = "generated" if found.generated else found.column_type
-        return f"{shown}.{names.column} is {kind}, not an integer", "Make it an integer or a bigint."
-    # A name would be cut down to 63 bytes, and then be another's.
+        return f"{shown}.{names.column} is {kind}, not an integer", "Change the column's type to integer or bigint."
+    # The type `name` would cut an id down to 63 bytes, and so to another id's key.
     if (found.key_category != "S" or found.key_name == "name") and found.key_name not in KEY_TYPES:
-        return f"{shown}.{names.key} is {found.key_name}", "The key must be a text, an integer or a uuid."
+        return f"{shown}.{names.key} is {found.key_name}", "The key must be of type text, integer or uuid."
     if not found.is_unique:
-        return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on it alone."
+        return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on this column alone."
     return _problem_of_rights(names, found)
 
 
@@ -135,7 +135,8 @@ def _problem_of_rights(names: TargetNames, found: Row[Any]) -> tuple[str, str] |
     if not found.allowed:
         return (
             f"the worker may not read and update {names}",
-            f"GRANT SELECT ({names.key}, {names.column}), UPDATE ({names.column}) on it to the worker's user.",
+            f"GRANT SELECT ({names.key}, {names.column}), UPDATE ({names.column}) ON {names.regclass} "
+            "TO the worker's user.",
         )
     if found.rows_may_hide:
         return (

@@ -1,4 +1,4 @@
-"""The names of the application's own table, as `VIEW_TARGET_*` has them."""
+"""The names of the application's own table and its columns, from `VIEW_TARGET_*`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAME = re.compile(rf"(?:(?P<schema>{_PART})\.)?(?P<table>{_PART})")
 
 @dataclass(frozen=True, slots=True)
 class TargetNames:
-    """Bare names, as the catalog has them; without a `schema` the search path decides."""
+    """Names without quotes, as in Postgres's catalog. Without a `schema`, the search path decides."""
 
     schema: str | None
     table: str
@@ -23,16 +23,19 @@ class TargetNames:
 
     @property
     def regclass(self) -> str:
-        """The table as `to_regclass` reads it."""
+        """The table's quoted name, as `to_regclass` reads it."""
         parts = [self.table] if self.schema is None else [self.schema, self.table]
         return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
 
 
 def parse_target(table: str, key: str, column: str) -> TargetNames:
-    """`Vod`, `app.Vod`, or `"odd.name"` (quotes keep a dot in a name). Raises ValueError saying what is expected."""
+    """Parse `Vod`, `app.Vod` or `"odd.name"` (quotes keep a dot in a name).
+
+    Raises ValueError saying what is expected.
+    """
     match = _NAME.fullmatch(table)
     if match is None:
-        raise ValueError("a table such as Vod or app.Vod, written as it is")
+        raise ValueError("the exact name of a table, such as Vod or app.Vod")
     return TargetNames(_bare(match["schema"]), str(_bare(match["table"])), key, column)
 
 

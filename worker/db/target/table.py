@@ -1,4 +1,4 @@
-"""The application's own table: its column of totals is kept up to date beside ours, in the same transaction."""
+"""Adds views to the application's own table, in the same transaction as to the worker's totals."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Why views of an id are not added: no row has it as its key; it cannot be such a key; the row takes no such total.
+# Why views of an id are not added: no row has it as its key; it cannot be a key; its row refuses the new total.
 UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
-# Each row that refuses is found by a dozen tries: once found, it is not tried again for a while.
+# Finding a row that refuses takes a dozen statements. Once found, the row is skipped for this long.
 REST_S = 600.0
 RESTING_IDS = 50_000
-TABLE_LOCKED = "Views stay in Redis until CREATE INDEX, ALTER TABLE or VACUUM FULL is done with it."
+TABLE_LOCKED = "Wait for the CREATE INDEX, ALTER TABLE or VACUUM FULL that locks it. Views stay in Redis meanwhile."
 _WAIT_BRIEFLY = text("SET LOCAL lock_timeout = '200ms'")
 _CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Rows that were looked at (`last_key` is the last of them); of `ids` of them, `views` were imported."""
+    """One imported page: `rows` were read, up to `last_key`, and `views` were imported for `ids` of them."""
 
     last_key: Any
     rows: int
@@ -69,7 +69,7 @@ class Page:
 
 
 class TargetTable:
-    """Each method runs in the caller's transaction. What it cannot add is left out there, and never an error."""
+    """Every method runs in the caller's transaction. Views that cannot be added are skipped, never an error."""
 
     def __init__(self, names: TargetNames, clock: Clock) -> None:
         self.names = names
@@ -77,16 +77,16 @@ class TargetTable:
         self._refused: TTLCache[str, None] = TTLCache(RESTING_IDS, REST_S, clock.monotonic)
 
     async def check(self, tx: AsyncConnection) -> Key:
-        """How ids become its keys. Raises TargetUnusable when the table is not there or does not fit."""
+        """How ids become the table's keys. Raises TargetUnusable when the table is missing or does not fit."""
         self._key = await fit(tx, self.names)
         return self._key
 
     async def lock_rows(self, tx: AsyncConnection, ids: Sequence[str]) -> set[str]:
-        """Lock the rows of these ids, in order, without waiting. Returns the ids whose row somebody else has locked.
+        """Lock the rows of these ids, in order, without waiting. Returns the ids whose rows are locked by others.
 
         Raises TargetUnusable when the table does not fit.
         """
-        # Each time: the application may change its table, and a key of another type must not be guessed.
+        # Check every time: the application may have altered its table, and with it the key's type.
         key = await self.check(tx)
         keys = {vod_id: value for vod_id in ids if (value := key.of(vod_id)) is not None}
         if not keys:
@@ -99,11 +99,11 @@ class TargetTable:
         except DBAPIError as error:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
-            # Locked rows are not waited for, so this is the table; smaller batches would wait as long, each of them.
+            # Locked rows are skipped, so the lock is on the table. Smaller batches would each wait as long.
             raise DatabaseUnavailable(f"the table {self.names} is locked", TABLE_LOCKED) from None
 
     async def _enter(self, tx: AsyncConnection, statements: _Statements) -> None:
-        """Wait for whoever has the whole table locked. A trigger on statements may refuse; then each row will."""
+        """Wait for a lock on the whole table. Ignore a statement trigger that refuses: `add` handles it row by row."""
         try:
             async with tx.begin_nested():
                 await tx.execute(statements.enter())
@@ -112,7 +112,7 @@ class TargetTable:
                 raise
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
-        """Add each change to its row. Returns the views that were not added, by reason."""
+        """Add the views of each change to its row. Returns the views that were not added, by reason."""
         key = self._key or await self.check(tx)
         skipped: Counter[str] = Counter()
         batch = []
@@ -137,9 +137,9 @@ class TargetTable:
             log.warning("rows of the application's table refuse views", table=table, rows=len(refusals), cause=cause)
 
     async def import_page(self, tx: AsyncConnection, after: Any | None, rows: int) -> Page:
-        """Write the totals of the next `rows` rows, in the order of the key, into ours; each id's once.
+        """Import the totals of the next `rows` rows, in key order, into `view_counts`. Each id is imported only once.
 
-        An id's total becomes what the application shows. Where ours is above that already, it stays.
+        An id's total is raised to the application's total. If it is already higher, it stays.
         """
         key = self._key or await self.check(tx)
         statement = _Statements(self.names, key).import_page(first=after is None)
@@ -148,9 +148,10 @@ class TargetTable:
 
 @dataclass(frozen=True, slots=True)
 class _Adding:
-    """Adds changes to rows, each batch in a savepoint. `skipped`: views that were not added, by reason.
+    """Adds changes to rows, each batch in a savepoint.
 
-    `refusals`: ids whose row does not take it, with what Postgres says.
+    `skipped` counts the views that were not added, by reason. `refusals` has the ids whose rows refuse the change,
+    with Postgres's message.
     """
 
     tx: AsyncConnection
@@ -159,15 +160,15 @@ class _Adding:
     refusals: dict[str, str] = field(default_factory=dict)
 
     async def add(self, batch: list[tuple[str, Any, int]]) -> None:
-        """Id, key and views of each change. A row that refuses is found by halving."""
+        """Add a batch of (id, key, views). A row that refuses is found by halving."""
         ids, keys, views = (list(column) for column in zip(*batch, strict=True))
         try:
             async with self.tx.begin_nested():
-                # The rows are ours; what a trigger waits for may be the application's, which must not wait for us.
+                # A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
                 await self.tx.execute(_WAIT_BRIEFLY)
                 found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
                 added = set(found.scalars())
-                # A constraint that is checked at the commit would refuse our own totals, too.
+                # A deferred constraint would otherwise fail at the commit and undo our own totals too.
                 await self.tx.execute(_CHECK_NOW)
         except DBAPIError as error:
             if not is_refused_by_row(error):
@@ -203,7 +204,7 @@ class _Statements:
         self._after = cast(bindparam("after", type_=key.kind), _Named(key.cast))
 
     def enter(self) -> Update:
-        """Changes nothing, and waits for whoever has the table locked against changes."""
+        """Change nothing, but wait for any lock that keeps the table from being changed."""
         return update(self._target).values({self._total: self._total}).where(false())
 
     def lock_rows(self) -> Select[str]:
@@ -212,7 +213,7 @@ class _Statements:
             select(self._key.label("key"))
             .where(self._key.in_(select(wanted.c.key)))
             .order_by(self._key)
-            # What refers to the row by a foreign key is no hindrance.
+            # Foreign keys that refer to the row lock it for key share, which does not block this lock.
             .with_for_update(key_share=True, skip_locked=True)
             .cte("free")
         )
@@ -224,7 +225,7 @@ class _Statements:
 
     def add(self) -> Select[str]:
         wanted = select(*self._named, self._views).cte("wanted")
-        # Several ids may mean one row (07 and 7, upper and lower case): it gets their sum.
+        # Several ids may map to one row (07 and 7, upper and lower case): add their sum.
         sums = (
             select(self._key.label("key"), func.sum(wanted.c.views).label("views"))
             .join_from(wanted, self._target, self._key == wanted.c.key)
@@ -269,7 +270,7 @@ class _Statements:
 
 
 class _Named(UserDefinedType[Any]):
-    """A type of the database by its name. Without a length: one would cut longer ids down to another's key."""
+    """A database type by its name. It has no length, because a cast would cut longer ids down to another id's key."""
 
     cache_ok = True
 

@@ -1,4 +1,4 @@
-"""Importing the totals that the application's own table already has."""
+"""Imports the totals that the application's own table already has."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ ROWS_AT_ONCE = 5000
 
 
 async def import_totals(database: Database, target: TargetTable) -> AsyncIterator[Page]:
-    """Page by page. May be repeated and broken off: an id is imported once. Raises Unavailable, TargetUnusable."""
+    """Import page by page. Safe to interrupt and repeat: each id is imported once.
+
+    Raises Unavailable, TargetUnusable.
+    """
     last_key: Any = None
     while True:
         async with database.transaction() as tx:
-            # No flush may come between the reading of the table, which it adds to, and the writing of ours.
+            # A flush adds to the application's table: none may run between reading that table and writing ours.
             await lock_all_sources(tx)
             page = await target.import_page(tx, last_key, ROWS_AT_ONCE)
         yield page

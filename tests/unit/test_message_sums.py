@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from tests.support.fakes import FakeClock
 from worker.counters.intake.announced import Announced
-from worker.counters.intake.messages import InvalidUpdate, Updates, parse_update
+from worker.counters.intake.messages import InvalidMessage, MessageSummer, parse_message
 from worker.observability.metrics import Metrics
 
 
@@ -30,7 +30,7 @@ from worker.observability.metrics import Metrics
     ],
 )
 def test_messages_that_count(raw: bytes, expected: tuple[str, int]) -> None:
-    assert parse_update(raw) == expected
+    assert parse_message(raw) == expected
 
 
 BAD = {
@@ -68,25 +68,25 @@ BAD = {
 
 @pytest.mark.parametrize(("kind", "raw"), [(kind, raw) for kind, raws in BAD.items() for raw in raws])
 def test_messages_that_do_not_count_say_why(kind: str, raw: bytes) -> None:
-    with pytest.raises(InvalidUpdate, match=f"^{kind}$"):
-        parse_update(raw)
+    with pytest.raises(InvalidMessage, match=f"^{kind}$"):
+        parse_message(raw)
 
 
 def test_number_too_long_for_python_in_a_field_that_is_ignored_hinders_nobody() -> None:
     number = b'"n":' + b"1" * 5000
-    assert parse_update(b'{"vodId":"a","count":1,"x":{"count":0},' + number + b"}") == ("a", 1)
+    assert parse_message(b'{"vodId":"a","count":1,"x":{"count":0},' + number + b"}") == ("a", 1)
 
 
 def test_lone_surrogate_is_no_id() -> None:
-    with pytest.raises(InvalidUpdate):
-        parse_update(b'{"vodId":"\\ud800","count":1}')
+    with pytest.raises(InvalidMessage):
+        parse_message(b'{"vodId":"\\ud800","count":1}')
 
 
 @given(st.binary())
 def test_no_bytes_do_more_than_be_refused(raw: bytes) -> None:
     try:
-        vod_id, count = parse_update(raw)
-    except InvalidUpdate:
+        vod_id, count = parse_message(raw)
+    except InvalidMessage:
         return
     assert vod_id
     assert 1 <= count <= 10**9
@@ -97,19 +97,19 @@ SCALARS = st.none() | st.booleans() | st.floats() | st.text()
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_no_json_does_more_than_be_refused(value: object) -> None:
-    with pytest.raises(InvalidUpdate):
-        parse_update(json.dumps(value).encode())
+    with pytest.raises(InvalidMessage):
+        parse_message(json.dumps(value).encode())
 
 
 def test_bad_messages_are_measured_and_logged_once_and_hinder_nobody() -> None:
     metrics, clock = Metrics(), FakeClock()
-    updates = Updates(metrics, clock)
+    messages = MessageSummer(metrics, clock)
     good = b'{"vodId":"a","count":2}'
     with capture_logs() as logs:
         for _ in range(3):
-            assert updates.sum([b"junk\n\x1b[31m" + b"x" * 100, good, b"junk", good, good]) == {"a": 6}
+            assert messages.sum([b"junk\n\x1b[31m" + b"x" * 100, good, b"junk", good, good]) == {"a": 6}
         clock.advance(61)
-        assert updates.sum([b"junk"]) == {}
+        assert messages.sum([b"junk"]) == {}
     value = metrics.registry.get_sample_value
     assert value("view_count_updates_invalid_total", {"reason": "not_json"}) == 7
     assert value("view_count_updates_total") == 9

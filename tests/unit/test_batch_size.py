@@ -1,0 +1,25 @@
+"""The number of keys in a flush follows the backlog."""
+
+from __future__ import annotations
+
+from worker.counters.flush.batch_size import BatchSize
+
+
+def test_batches_grow_under_backlog_shrink_when_slow_and_go_back() -> None:
+    size = BatchSize(100, 1000)
+    grown = []
+    for _ in range(5):
+        size.flushed(0.01, left=100_000)
+        grown.append(size.keys)
+    assert grown == [200, 400, 800, 1000, 1000]
+    size.flushed(3.0, left=100_000)
+    assert size.keys == 500
+    size.flushed(1.0, left=100_000)
+    assert size.keys == 500
+    size.flushed(0.01, left=50)
+    assert size.keys == 100
+    size.flushed(9.0, left=100_000)
+    assert size.keys == 100
+    size.flushed(0.01, left=100_000)
+    size.failed()
+    assert size.keys == 100

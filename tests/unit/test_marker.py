@@ -1,0 +1,76 @@
+"""The marker: its form, and every row of the table that compares it with the source row."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.contract.keys import MAX_COUNTER
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.verdict import Agreed, Behind, Hold, Missing, judge
+from worker.db.counters.source_row import SourceState
+
+
+@given(st.uuids(), st.integers(0, MAX_COUNTER), st.uuids())
+def test_marker_is_read_as_it_is_written(lineage: UUID, flush_id: int, nonce: UUID) -> None:
+    marker = Marker(lineage, flush_id, nonce)
+    assert Marker.parse(marker.encode()) == marker
+
+
+@given(st.binary())
+def test_anything_else_is_no_marker(raw: bytes) -> None:
+    marker = Marker.parse(raw)
+    assert marker is None or marker.encode() == raw
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{u}:1", "{u}:-1:{u}", "{u}:01:{u}", "{u}:1:{u} ", "{u}:1:{u}:", "{u}:x:{u}", "x:1:{u}", "{U}:1:{u}", "{u}:²:{u}"],
+)
+def test_near_misses_are_no_marker(text: str) -> None:
+    assert Marker.parse(text.format(u=uuid4(), U=str(uuid4()).upper().replace("0", "A")).encode()) is None
+
+
+LINEAGE, NONCE, OTHER = UUID(int=1), UUID(int=2), UUID(int=3)
+
+
+def row(last: int = 7, **changes: Any) -> SourceState:
+    values: dict[str, Any] = {
+        "lineage": LINEAGE,
+        "last_flush_id": last,
+        "last_nonce": NONCE,
+        "settled_id": last - 1,
+        "data_set_id": "r",
+        "refused": None,
+        "announced_nonce": None,
+        "lease_holder": "me",
+        "lease_epoch": 1,
+    }
+    return SourceState(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "state", "verdict"),
+    [
+        (None, row(0, lineage=None, last_nonce=None), Missing),
+        (None, row(0), Missing),
+        (None, row(0, refused="someone else's marker"), Hold),
+        (None, row(7), Missing),
+        (None, row(7, refused="someone else's marker"), Hold),
+        (b"garbage", row(), Hold),
+        (b"", row(), Hold),
+        (Marker(LINEAGE, 7, NONCE).encode(), row(), Agreed),
+        (Marker(LINEAGE, 7, OTHER).encode(), row(), Hold),
+        (Marker(LINEAGE, 6, OTHER).encode(), row(), Behind),
+        (Marker(LINEAGE, 0, OTHER).encode(), row(), Behind),
+        (Marker(LINEAGE, 8, NONCE).encode(), row(), Hold),
+        (Marker(OTHER, 7, NONCE).encode(), row(), Hold),
+        (Marker(OTHER, 0, NONCE).encode(), row(0, lineage=None, last_nonce=None), Hold),
+    ],
+)
+def test_marker_table(raw: bytes | None, state: SourceState, verdict: type) -> None:
+    assert isinstance(judge(raw, state), verdict)

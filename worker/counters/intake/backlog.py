@@ -1,0 +1,64 @@
+"""Which ids to flush next: those whose counter the sweep found, and those that messages announced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from worker.contract.ids import InvalidId
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from worker.contract.keys import Keys
+    from worker.counters.intake.announced import Announced
+    from worker.counters.intake.pending import Pending, Sweep
+    from worker.counters.intake.quarantine import Quarantine
+
+# A sweep that finds more lets them be flushed before it goes on.
+PENDING_LIMIT = 50_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """Collects pending ids from both sources; ids in quarantine that rest are left out."""
+
+    pending: Pending
+    sweep: Sweep
+    announced: Announced
+    quarantine: Quarantine
+    keys: Keys
+
+    def add_announced(self) -> None:
+        """Add the ids that messages announced."""
+        skip = self.quarantine.skip
+        self.pending.add(vod_id for vod_id in self.announced.ids() if not skip(self.keys.counter(vod_id)))
+
+    async def sweep_pages(self) -> AsyncIterator[None]:
+        """Sweep if it is due; adds what it finds, and yields after each page. Raises RedisUnavailable."""
+        if not self.sweep.is_due:
+            return
+        async for page in self.sweep.pages():
+            self._add(page)
+            yield
+        self.quarantine.next_sweep()
+
+    def is_overdue(self, interval: float) -> bool:
+        """Whether flushing should not wait for the end of the sweep; `interval` is seconds between two cycles."""
+        return len(self.pending) >= PENDING_LIMIT or self.pending.oldest_seconds() >= interval
+
+    def restart(self) -> None:
+        """Forget what was found, and sweep: another worker held the lease in between."""
+        self.pending.clear()
+        self.sweep.request()
+
+    def _add(self, page: list[bytes]) -> None:
+        ids = []
+        for key in page:
+            if self.quarantine.skip(key):
+                continue
+            try:
+                ids.append(self.keys.vod_id(key))
+            except InvalidId as error:
+                self.quarantine.report(key, str(error))
+        self.pending.add(ids)

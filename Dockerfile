@@ -22,7 +22,7 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
 
 
 FROM python:3.13-slim-bookworm
-# The base image comes without the bytecode of the standard library: compiling it anew would double the time of each start.
+# The base image comes without the bytecode of the standard library: compiling it at each start would double its duration.
 RUN pip uninstall --yes --quiet --root-user-action ignore pip \
     && python -m compileall -q --invalidation-mode unchecked-hash \
        -x '/(site-packages|test|ensurepip|idlelib|pydoc_data|tkinter|turtledemo)/' /usr/local/lib/python3.13

@@ -198,8 +198,8 @@ MUTANTS = (
     Mutant(
         "a row that refuses fails the flush",
         "worker/db/target/table.py",
-        "            if not is_refused_by_row(error):\n                raise\n            if len(batch) == 1:\n",
-        "            raise\n            if len(batch) == 1:\n",
+        "bisect(batch, adding.add, is_refused_by_row, adding.refuse)",
+        "bisect(batch, adding.add, lambda error: False, adding.refuse)",
     ),
     Mutant(
         "an unusual trigger error fails the flush",

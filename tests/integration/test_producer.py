@@ -247,7 +247,7 @@ async def test_redis_out_of_reach_is_not_recorded_and_tells_no_secret(
     }[where]
     assert await produce(url).record("vod_1") is Outcome.NOT_RECORDED
     (record,) = caplog.records
-    assert (record.name, record.levelname) == ("worker.producer.client", "WARNING")
+    assert (record.name, record.levelname) == ("worker.producer", "WARNING")
     assert "a view is not recorded: " in record.getMessage()
     with pytest.raises(ViewNotRecorded) as caught:
         await produce(url, raise_errors=True).record("vod_1")

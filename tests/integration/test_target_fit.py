@@ -139,7 +139,7 @@ async def test_rights_that_are_missing_are_named(world: World, role: str) -> Non
     problem = await problem_of(world, role)
     assert problem is not None
     assert "may not read and update" in str(problem)
-    assert problem.remedy.startswith("GRANT SELECT (id, viewCount), UPDATE (viewCount)")
+    assert problem.remedy.startswith('GRANT SELECT ("id", "viewCount"), UPDATE ("viewCount") ON "Vod"')
 
 
 @pytest.mark.parametrize(

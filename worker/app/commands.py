@@ -101,7 +101,7 @@ async def check(settings: Settings) -> list[Finding]:
     async with open_connections(settings) as (database, redis):
         findings = await _look(POSTGRES, check_postgres(database, make_target_table(settings)))
         findings += await _look(REDIS, check_redis(redis, make_keys(settings), settings.channels))
-        if settings.may_hear_of_other_keys:
+        if settings.shares_usual_channel:
             findings.append(shared_channel(settings.view_channel))
         failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
         if not failed & AGREEMENT_NEEDS:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from worker.contract.urls import MASK, split_url
+from worker.db.quoting import quote_identifier
 
 SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg")
 PRISMA_OPTIONS = ("connection_limit", "connect_timeout", "pool_timeout", "socket_timeout", "pgbouncer", "sslaccept")
@@ -56,7 +57,7 @@ def parse_database_url(text: str) -> DatabaseAddress:
     port = int(place["port"]) if place["port"] else None
     if port is not None and not 0 < port < 65536:
         raise ValueError("the port must be a number from 1 to 65535")
-    options = _without_prisma_s(parse_qsl(place["query"] or "", keep_blank_values=True))
+    options = _translate_prisma_options(parse_qsl(place["query"] or "", keep_blank_values=True))
     for name, value in options:
         if name == "sslmode" and value not in SSL_MODES:
             raise ValueError(f"sslmode must be one of {', '.join(SSL_MODES)}")
@@ -66,11 +67,7 @@ def parse_database_url(text: str) -> DatabaseAddress:
     )
 
 
-def _without_prisma_s(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _translate_prisma_options(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Turn Prisma's `schema` into the search path and drop its pool options, which Postgres does not know."""
     kept = [(name, value) for name, value in options if name not in PRISMA_OPTIONS]
-    return [("search_path", _quote(value)) if name == "schema" else (name, value) for name, value in kept]
-
-
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    return [("search_path", quote_identifier(value)) if name == "schema" else (name, value) for name, value in kept]

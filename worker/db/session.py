@@ -93,7 +93,7 @@ class Database:
                     yield connection
             except BaseException as error:
                 if sqlstate(error) == NO_SUCH_STATEMENT and self._kept_statements:
-                    await self._keep_no_statements()
+                    await self._stop_keeping_statements()
                 if not isinstance(error, Exception) or isinstance(error, TimeoutError):
                     # Cancelled or timed out during a command: the protocol on this connection is in an unknown state.
                     await connection.invalidate()
@@ -108,7 +108,7 @@ class Database:
         except DatabaseUnavailable as error:
             raise DatabaseUnavailable(f"{self._address.place}: {error}", error.remedy) from error
 
-    async def _keep_no_statements(self) -> None:
+    async def _stop_keeping_statements(self) -> None:
         """Stop keeping prepared statements: behind a transaction pooler, the next server connection lacks them."""
         log.warning("connection pooler detected, prepared statements are not kept from now on")
         self._kept_statements = 0

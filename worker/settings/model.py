@@ -134,7 +134,7 @@ class Settings(BaseModel):
     migrate_on_start: bool = Field(False)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.batch_size > self.batch_size_max:
             raise ConflictingSettings("batch_size_max", "BATCH_SIZE or more")
         if self.db_max_idle_conns > self.db_max_connections:
@@ -185,7 +185,7 @@ class Settings(BaseModel):
         return [self.view_totals_channel, *([self.view_channel] if self.listens else [])]
 
     @property
-    def may_hear_of_other_keys(self) -> bool:
+    def shares_usual_channel(self) -> bool:
         """True if the channel may carry messages about the keys of another database or prefix.
 
         A channel belongs to the whole Redis server, so sources that keep the default channel share it.

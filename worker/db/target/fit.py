@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import BigInteger, Text, Uuid, text
 
+from worker.db.quoting import quote_identifier
 from worker.db.tables import metadata
 from worker.errors import TargetUnusable
 
@@ -132,11 +133,11 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
 
 
 def _problem_of_rights(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
+    key, column = quote_identifier(names.key), quote_identifier(names.column)
     if not found.allowed:
         return (
             f"the worker may not read and update {names}",
-            f"GRANT SELECT ({names.key}, {names.column}), UPDATE ({names.column}) ON {names.regclass} "
-            "TO the worker's user.",
+            f"GRANT SELECT ({key}, {column}), UPDATE ({column}) ON {names.regclass} TO the worker's user.",
         )
     if found.rows_may_hide:
         return (

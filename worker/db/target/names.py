@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from worker.db.quoting import quote_identifier
+
 _PART = r'"(?:[^"]|"")+"|[^".]+'
 _NAME = re.compile(rf"(?:(?P<schema>{_PART})\.)?(?P<table>{_PART})")
 
@@ -25,7 +27,7 @@ class TargetNames:
     def regclass(self) -> str:
         """The table's quoted name, as `to_regclass` reads it."""
         parts = [self.table] if self.schema is None else [self.schema, self.table]
-        return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+        return ".".join(map(quote_identifier, parts))
 
 
 def parse_target(table: str, key: str, column: str) -> TargetNames:

@@ -34,6 +34,7 @@ from worker.db.tables import view_counts
 from worker.db.target.fit import fit
 from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
+from worker.runtime.bisect import bisect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -126,7 +127,8 @@ class TargetTable:
                 batch.append((change.vod_id, value, change.views))
         if batch:
             adding = _Adding(tx, _Statements(self.names, key).add(), skipped)
-            await adding.add(batch)
+            async for _ in bisect(batch, adding.add, is_refused_by_row, adding.refuse):
+                pass
             self._remember(adding.refusals)
         return skipped
 
@@ -159,29 +161,22 @@ class _Adding:
     skipped: Counter[str]
     refusals: dict[str, str] = field(default_factory=dict)
 
-    async def add(self, batch: list[tuple[str, Any, int]]) -> None:
-        """Add a batch of (id, key, views). A row that refuses is found by halving."""
+    async def add(self, batch: Sequence[tuple[str, Any, int]]) -> None:
+        """Add a batch of (id, key, views); all of it or nothing."""
         ids, keys, views = (list(column) for column in zip(*batch, strict=True))
-        try:
-            async with self.tx.begin_nested():
-                # A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
-                await self.tx.execute(_WAIT_BRIEFLY)
-                found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
-                added = set(found.scalars())
-                # A deferred constraint would otherwise fail at the commit and undo our own totals too.
-                await self.tx.execute(_CHECK_NOW)
-        except DBAPIError as error:
-            if not is_refused_by_row(error):
-                raise
-            if len(batch) == 1:
-                self.skipped[REFUSED] += views[0]
-                self.refusals[ids[0]] = describe(error)
-                return
-            half = len(batch) // 2
-            await self.add(batch[:half])
-            await self.add(batch[half:])
-        else:
-            self.skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
+        async with self.tx.begin_nested():
+            # A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
+            await self.tx.execute(_WAIT_BRIEFLY)
+            found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
+            added = set(found.scalars())
+            # A deferred constraint would otherwise fail at the commit and undo our own totals too.
+            await self.tx.execute(_CHECK_NOW)
+        self.skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
+
+    def refuse(self, change: tuple[str, Any, int], error: Exception) -> None:
+        vod_id, _, views = change
+        self.skipped[REFUSED] += views
+        self.refusals[vod_id] = describe(error)
 
 
 class _Statements:

@@ -152,7 +152,7 @@ MUTANTS = (
     Mutant(
         "lease epoch not checked under the lock",
         "worker/counters/flush/commit.py",
-        "if not self.lease.covers(row):",
+        "if not self.lease.covers(row.lease_holder, row.lease_epoch):",
         "if False:",
     ),
     Mutant(

@@ -127,7 +127,7 @@ class Actor:
 
     def listen(self) -> None:
         """Subscribe anew, if this worker believes to hold the lease."""
-        epoch = self.worker.counters.lease.epoch
+        epoch = self.worker.counters.lease.token
         self.on_the_way.clear()
         if epoch is not None:
             self.worker.counters.backlog.announced.begin(epoch)

@@ -46,7 +46,7 @@ class ViewCounters:
 
     loop: FlushLoop
     listener: Listener
-    lease: Lease
+    lease: Lease[int]
     retention: Retention
     target: TargetTable | None
     flusher: Flusher
@@ -122,7 +122,7 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Back
 
 
 def _build_flusher(
-    settings: Settings, stores: Stores, lease: Lease, backlog: Backlog, status: Status, metrics: Metrics
+    settings: Settings, stores: Stores, lease: Lease[int], backlog: Backlog, status: Status, metrics: Metrics
 ) -> Flusher:
     settler = Settler(stores.redis, stores.keys, metrics)
     committer = Committer(

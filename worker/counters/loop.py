@@ -37,7 +37,7 @@ class FlushLoop:
     def __init__(
         self,
         *,
-        lease: Lease,
+        lease: Lease[int],
         backlog: Backlog,
         flusher: Flusher,
         batch_size: BatchSize,
@@ -77,7 +77,7 @@ class FlushLoop:
         announced = self._backlog.announced
         if not self._status.is_ok(*SERVERS):
             log.warning("stopping without a last flush: pending views stay in Redis")
-        elif self._lease.epoch is not None:
+        elif self._lease.token is not None:
             await wait_first(INTAKE_END_S, announced.ended)
             self._backlog.sweep.request()
             await self._guarded_cycle(draining=True)
@@ -153,7 +153,7 @@ class FlushLoop:
     def _kept_out(self) -> float:
         now = self._clock.monotonic()
         self._busy_since = self._busy_since or now
-        if now - self._busy_since > BUSY_LIMIT_S and self._lease.epoch is not None:
+        if now - self._busy_since > BUSY_LIMIT_S and self._lease.token is not None:
             self._status.failing(
                 VIEW_COUNTS,
                 "another session keeps the row in view_count_sources locked",

@@ -31,7 +31,7 @@ class Retention:
     A Redis restored from a snapshot older than that can no longer be brought up to date: it is a hold then.
     """
 
-    def __init__(self, stores: Stores, lease: Lease, status: Status, age: timedelta) -> None:
+    def __init__(self, stores: Stores, lease: Lease[int], status: Status, age: timedelta) -> None:
         self._stores = stores
         self._lease = lease
         self._status = status
@@ -39,7 +39,7 @@ class Retention:
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            if self._lease.epoch is not None:
+            if self._lease.token is not None:
                 try:
                     await self.prune(stop)
                 except Unavailable as error:

@@ -1,7 +1,7 @@
 """The lease: of any number of replicas, one works and the others stand by.
 
-It divides the work and guards nothing: if two workers believe that they hold it, the row lock and the epoch that is
-checked under that lock keep the counts right.
+It divides the work and guards nothing: two workers may believe that they hold it. What they write is checked against
+the row's token, which every takeover changes, in the same transaction.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
@@ -33,47 +33,42 @@ STANDBY_S = 1.0
 LOOP = "lease"
 BEAT_S = 60.0
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
-class LeaseState:
+class LeaseState(Generic[T]):
+    """`token` is the fencing token of the holder."""
+
     holder: str | None
-    epoch: int
+    token: T
 
 
-class LeasedRow(Protocol):
+class LeasedRow(Protocol[T]):
     """The row that has the lease. Every method runs in the caller's transaction."""
 
     async def ensure(self, tx: Transaction) -> None:
         """Insert the row unless it exists."""
 
-    async def take_lease(self, tx: Transaction, worker_id: str, dead: str | None = None) -> LeaseState | None:
+    async def take_lease(self, tx: Transaction, worker_id: str, dead: str | None = None) -> LeaseState[T] | None:
         """Take the lease if it is free, expired, our own, or held by `dead`. Returns who has it now."""
 
     async def release_lease(self, tx: Transaction, worker_id: str) -> None: ...
 
 
-class LockedRow(Protocol):
-    """The lease's part of the row, read under the row's lock."""
-
-    @property
-    def lease_holder(self) -> str | None: ...
-    @property
-    def lease_epoch(self) -> int: ...
-
-
-class Lease:
-    """Held when `epoch` is a number.
+class Lease(Generic[T]):
+    """Held when `token` is not None.
 
     A worker that cannot reach both servers must not hold the lease, so it is taken only while it can.
     """
 
-    def __init__(self, database: Database, row: LeasedRow, worker_id: str, status: Status) -> None:
+    def __init__(self, database: Database, row: LeasedRow[T], worker_id: str, status: Status) -> None:
         self._database = database
         self._row = row
         self._worker_id = worker_id
         self._status = status
         self._looked = False
-        self.epoch: int | None = None
+        self.token: T | None = None
         self.changed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -87,7 +82,7 @@ class Lease:
                 except DatabaseRefused as error:
                     # The table is missing for a moment, for example: a restart would not help.
                     log.warning("lease not renewed", cause=str(error))
-            delay = RENEW_S if self.epoch is not None else STANDBY_S * random.uniform(0.5, 1.0)
+            delay = RENEW_S if self.token is not None else STANDBY_S * random.uniform(0.5, 1.0)
             self._status.expect_beat(LOOP, within=delay + BEAT_S)
             await wait_first(delay, stop, self._status.changed)
 
@@ -106,27 +101,27 @@ class Lease:
     @property
     def is_usable(self) -> bool:
         """Held, while both servers can be used."""
-        return self.epoch is not None and self._status.is_ok(*SERVERS)
+        return self.token is not None and self._status.is_ok(*SERVERS)
 
     async def take(self) -> bool:
         """Take or renew it. True when it is held afterwards. Raises DatabaseUnavailable."""
-        if self.epoch is None:
+        if self.token is None:
             async with self._database.transaction() as tx:
                 await self._row.ensure(tx)
         state = await self._take(dead=None)
         if (dead := self._dead_holder(state)) is not None:
             state = await self._take(dead)
         if state is not None and state.holder == self._worker_id:
-            self._become(state.epoch)
+            self._become(state.token)
         else:
             self.lost()
-        return self.epoch is not None
+        return self.token is not None
 
-    async def _take(self, dead: str | None) -> LeaseState | None:
+    async def _take(self, dead: str | None) -> LeaseState[T] | None:
         async with self._database.transaction() as tx:
             return await self._row.take_lease(tx, self._worker_id, dead)
 
-    def _dead_holder(self, state: LeaseState | None) -> str | None:
+    def _dead_holder(self, state: LeaseState[T] | None) -> str | None:
         """The holder, if it was a process of this host that has died: its restart need not wait for the expiry.
 
         Checked once, at the start: where hosts share a name, two workers would take the lease from each other for ever.
@@ -136,9 +131,9 @@ class Lease:
         self._looked = True
         return state.holder if state.holder is not None and has_died_here(state.holder) else None
 
-    def covers(self, row: LockedRow) -> bool:
-        """True when the row, read under its lock, still names this worker and this epoch."""
-        return row.lease_holder == self._worker_id and row.lease_epoch == self.epoch
+    def covers(self, holder: str | None, token: T) -> bool:
+        """True when holder and token in the row, read under its lock, are still this worker's."""
+        return holder == self._worker_id and token == self.token
 
     def lost(self) -> None:
         """Another worker holds it."""
@@ -150,10 +145,10 @@ class Lease:
             await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
 
-    def _become(self, epoch: int | None, event: str = "lease lost") -> None:
-        if epoch == self.epoch:
+    def _become(self, token: T | None, event: str = "lease lost") -> None:
+        if token == self.token:
             return
-        before, self.epoch = self.epoch, epoch
-        log.info("lease taken" if epoch is not None else event, epoch=epoch or before)
+        before, self.token = self.token, token
+        log.info("lease taken" if token is not None else event, token=str(before if token is None else token))
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()

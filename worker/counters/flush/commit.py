@@ -64,7 +64,7 @@ class Committer:
 
     stores: Stores
     target: TargetTable | None
-    lease: Lease
+    lease: Lease[int]
     announced: Announced
     reader: CounterReader
     metrics: Metrics
@@ -78,7 +78,7 @@ class Committer:
             row = await self.stores.source_row.lock(tx)
             if row is None:
                 return Busy()
-            if not self.lease.covers(row):
+            if not self.lease.covers(row.lease_holder, row.lease_epoch):
                 self.lease.lost()
                 return Busy()
             self.announced.confirm(row.announced_nonce)

@@ -51,7 +51,7 @@ class Listener:
         *,
         redis: RedisClient,
         channel: str,
-        lease: Lease,
+        lease: Lease[int],
         announced: Announced,
         messages: MessageSummer,
         flushing: Flushing,
@@ -72,7 +72,7 @@ class Listener:
     async def run(self, stop: asyncio.Event) -> None:
         try:
             while await self._lease.wait(stop, MESSAGES, self._standing_by):
-                if (epoch := self._lease.epoch) is None:
+                if (epoch := self._lease.token) is None:
                     continue
                 try:
                     await self._listen(epoch, stop)
@@ -122,7 +122,7 @@ class Listener:
             self._flushing.flush_soon()
 
     def _is_over(self, epoch: int, stop: asyncio.Event) -> bool:
-        return stop.is_set() or self._lease.epoch != epoch
+        return stop.is_set() or self._lease.token != epoch
 
     async def _leave(self, epoch: int, subscription: Subscription, stop: asyncio.Event) -> None:
         while not self._is_over(epoch, stop):

@@ -214,7 +214,7 @@ class SourceRow:
         values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_data_set_id": data_set_id}
         await tx.execute(_START_LINEAGE, {"name": self.name, **values})
 
-    async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState | None:
+    async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState[int] | None:
         """Take the lease if it is free, expired, our own, or held by `dead`. Returns who has it now; None: no row.
 
         A takeover raises the epoch, a renewal does not. A locked row stays as it is.

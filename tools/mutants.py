@@ -233,8 +233,8 @@ MUTANTS = (
     ),
     Mutant(
         "waits for a lease from a clock that was ahead",
-        "worker/db/counters/source_row.py",
-        "    _row.lease_until > _now + literal(2 * LEASE_TTL, Interval),\n",
+        "worker/db/lease_sql.py",
+        "        row.lease_until > NOW + literal(2 * LEASE_TTL, Interval),\n",
         "",
     ),
     Mutant(

@@ -6,8 +6,10 @@ from sqlalchemy import (
     BigInteger,
     Column,
     DateTime,
+    Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Numeric,
     PrimaryKeyConstraint,
@@ -86,4 +88,43 @@ view_count_sources = Table(
     Column("lease_holder", Text),
     Column("lease_epoch", BigInteger, nullable=False, server_default="0"),
     Column("lease_until", _timestamp),
+)
+
+stream_positions = Table(
+    "stream_positions",
+    metadata,
+    Column("source", Text, nullable=False),
+    Column("stream", Text, nullable=False),
+    Column("pipeline", Text, nullable=False),
+    # The last entry that was carried.
+    Column("last_ms", BigInteger, nullable=False, server_default="0"),
+    Column("last_seq", BigInteger, nullable=False, server_default="0"),
+    # The highest position before Redis went back. NULL: it never did, or all is carried again.
+    Column("high_ms", BigInteger),
+    Column("high_seq", BigInteger),
+    # Of all entries ever added, those up to the position. NULL: not known.
+    Column("entries_read", BigInteger, server_default="0"),
+    Column("lost", BigInteger, nullable=False, server_default="0"),
+    Column("gaps", BigInteger, nullable=False, server_default="0"),
+    # The mark on the stream: the name of our group's consumer.
+    Column("incarnation", Text),
+    Column("carried_at", _timestamp),
+    Column("lease_holder", Text),
+    Column("lease_token", Uuid),
+    Column("lease_until", _timestamp),
+    PrimaryKeyConstraint("source", "stream"),
+)
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("pipeline", Text, nullable=False),
+    Column("received_at", _timestamp, nullable=False, server_default=func.now()),
+    Column("origin", Text, nullable=False),
+    Column("error_class", Text, nullable=False),
+    Column("sqlstate", Text),
+    Column("error", Text, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("dead_letters_pipeline_idx", "pipeline", "id"),
 )

@@ -7,25 +7,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Interval, Text, Uuid, bindparam, case, exists, func, literal, or_, select, text, update
+from sqlalchemy import Text, Uuid, bindparam, case, exists, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from worker.db.lease import LEASE_TTL, LeaseState
+from worker.db.lease import LeaseState
+from worker.db.lease_sql import UNTIL, is_free, is_mine
 from worker.db.tables import view_count_sources
+from worker.db.transaction_settings import APPLY_SETTINGS, SETTINGS
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
-
-# Local to the transaction that holds the row lock. A worker that freezes in it loses the lock and the transaction
-# together; a confirmed commit, which later steps rely on, is on disk even where the database's default is weaker.
-LOCAL_SETTINGS = {
-    "synchronous_commit": "on",
-    "lock_timeout": "5s",
-    "statement_timeout": "30s",
-    "idle_in_transaction_session_timeout": "8s",
-    # Plan a flush for the size of its batch: for an unknown size, Postgres would join its rows one by one.
-    "plan_cache_mode": "force_custom_plan",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +55,6 @@ _COLUMNS = (
     _row.lease_epoch,
 )
 _this = _row.source == bindparam("name")
-# The time of the statement, not of the transaction's begin: the flush's duration must not shorten the lease.
-_now = func.clock_timestamp()
-_until = _now + literal(LEASE_TTL, Interval)
 
 # Look for the row first: ON CONFLICT alone waits for a session that is updating it.
 _ENSURE = (
@@ -79,11 +67,9 @@ _ENSURE = (
 )
 
 _READ = select(*_COLUMNS).where(_this)
-_SETTINGS = [func.set_config(name, value, True) for name, value in LOCAL_SETTINGS.items()]
-_LIMIT = select(*_SETTINGS)
 # The lock and its limits in one round trip.
-_LOCK = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update(skip_locked=True)
-_LOCK_PATIENTLY = select(*_COLUMNS, *_SETTINGS).where(_this).with_for_update()
+_LOCK = select(*_COLUMNS, *SETTINGS).where(_this).with_for_update(skip_locked=True)
+_LOCK_PATIENTLY = select(*_COLUMNS, *SETTINGS).where(_this).with_for_update()
 _LOCK_ALL = text(f"LOCK TABLE {view_count_sources.name} IN EXCLUSIVE MODE")
 
 _ADVANCE = (
@@ -96,7 +82,7 @@ _ADVANCE = (
         data_set_id=bindparam("new_data_set_id"),
         announced_nonce=func.coalesce(bindparam("new_announced_nonce", type_=Uuid), _row.announced_nonce),
         refused=None,
-        lease_until=_until,
+        lease_until=UNTIL,
     )
 )
 _CONFIRM = update(view_count_sources).where(_this).values(settled_id=_row.last_flush_id, refused=None)
@@ -118,15 +104,7 @@ _START_LINEAGE = (
     )
 )
 
-_mine = _row.lease_holder == bindparam("me")
-_free = or_(
-    _row.lease_holder.is_(None),
-    _row.lease_until <= _now,
-    # The clock was set back since, or is another server's: no lease is that long.
-    _row.lease_until > _now + literal(2 * LEASE_TTL, Interval),
-    _mine,
-    _row.lease_holder == bindparam("dead"),
-)
+_mine, _free = is_mine(view_count_sources), is_free(view_count_sources)
 _TAKE_LEASE = (
     update(view_count_sources)
     # A locked row is in use by a flush: do not wait for it here.
@@ -134,7 +112,7 @@ _TAKE_LEASE = (
     .values(
         lease_holder=bindparam("me"),
         lease_epoch=case((_mine, _row.lease_epoch), else_=_row.lease_epoch + 1),
-        lease_until=_until,
+        lease_until=UNTIL,
     )
 )
 _READ_LEASE = select(_row.lease_holder, _row.lease_epoch).where(_this)
@@ -143,7 +121,7 @@ _RELEASE_LEASE = update(view_count_sources).where(_this, _mine).values(lease_hol
 
 async def lock_all_sources(tx: AsyncConnection) -> None:
     """Keep every worker from flushing until the end of the transaction; wait for flushes that are running."""
-    await tx.execute(_LIMIT)
+    await tx.execute(APPLY_SETTINGS)
     # The table and not its rows: a worker that starts for the first time inserts a row.
     await tx.execute(_LOCK_ALL)
 
@@ -156,7 +134,7 @@ class SourceRow:
 
     async def ensure(self, tx: AsyncConnection) -> None:
         """Insert the row unless it exists. Does not wait for its lock."""
-        await tx.execute(_LIMIT)
+        await tx.execute(APPLY_SETTINGS)
         await tx.execute(_ENSURE, {"name": self.name})
 
     async def read(self, tx: AsyncConnection) -> SourceState | None:
@@ -220,11 +198,11 @@ class SourceRow:
         A takeover raises the epoch, a renewal does not. A locked row stays as it is.
         """
         # A worker that freezes right after this must not keep the row locked.
-        await tx.execute(_LIMIT)
+        await tx.execute(APPLY_SETTINGS)
         await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "dead": dead})
         row = (await tx.execute(_READ_LEASE, {"name": self.name})).one_or_none()
         return None if row is None else LeaseState(*row)
 
     async def release_lease(self, tx: AsyncConnection, worker_id: str) -> None:
-        await tx.execute(_LIMIT)
+        await tx.execute(APPLY_SETTINGS)
         await tx.execute(_RELEASE_LEASE, {"name": self.name, "me": worker_id})

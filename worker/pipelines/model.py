@@ -1,0 +1,190 @@
+"""What flows through a pipeline: records in batches. Knows neither Redis nor SQL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from worker.contract.entry_id import EntryId
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class InvalidRecord(Exception):
+    """A document that is not a valid record.
+
+    `error_class` is a label of a few words, such as `not_json`; the text says what is wrong, without values.
+    """
+
+    def __init__(self, error_class: str, text: str) -> None:
+        super().__init__(text)
+        self.error_class = error_class
+
+
+class Column(NamedTuple):
+    """A column of a pipeline's table. `type` is its name in Postgres."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Each record is a row. A record with an `event_id` is inserted once for each (`time`, `event_id`)."""
+
+    time: str = "time"
+    event_id: str = "event_id"
+
+
+Rule: TypeAlias = Append
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The names that a pipeline's settings have, and their defaults. Durations in seconds."""
+
+    batch_size: tuple[str, int]
+    interval: tuple[str, float]
+    max_retries: tuple[str, int]
+    retry_delay: tuple[str, float]
+    accept_past: float = 20 * 365 * 86_400.0
+    accept_future: float = 300.0
+
+
+class Window(NamedTuple):
+    """How far a record's time may lie before and after the arrival of its entry, in seconds."""
+
+    past: float
+    future: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordType(Generic[R]):
+    """A pipeline's record: how it is read from a document, and how it becomes a row.
+
+    `parse` takes a document, the id of its entry, and the accepted window around it; it raises InvalidRecord. `row`
+    returns the values of the columns, in their order.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    rule: Rule
+    parse: Callable[[bytes, EntryId, Window], R]
+    row: Callable[[R], tuple[Any, ...]]
+    defaults: Defaults
+
+
+class Item(NamedTuple, Generic[R]):
+    """A valid record, with the origin and the document to keep if the table refuses it."""
+
+    origin: str
+    payload: bytes
+    record: R
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter: a record that cannot become a row. `origin` says where it came from, such as `stream/1-0`."""
+
+    origin: str
+    error_class: str
+    error: str
+    payload: bytes
+    sqlstate: str | None = None
+
+
+class Claim(Protocol):
+    """Proves, in the transaction that writes the batch, that the batch was not written before."""
+
+    async def take(self, tx: Any) -> bool:
+        """Execute the claim. False: the batch was written already, or is no longer this worker's to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[R]):
+    """Records in their order, and letters for those that are not valid. `full`: more is waiting behind it.
+
+    `oldest` is the arrival of its first record, in seconds since the epoch; None without records.
+    """
+
+    claim: Claim
+    items: Sequence[Item[R]] = ()
+    letters: Sequence[Letter] = ()
+    full: bool = False
+    oldest: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.items) + len(self.letters)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The batch is in the database: `rows` records as rows, `letters` as dead letters."""
+
+    rows: int = 0
+    letters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NotClaimed:
+    """Nothing was written: another attempt wrote the batch, or another worker took over. Drop it, and read again."""
+
+
+WriteOutcome: TypeAlias = Written | NotClaimed
+
+
+class Sink(Protocol[R]):
+    """Writes a batch in one transaction: claim, rows, letters."""
+
+    async def write(self, batch: Batch[R]) -> WriteOutcome:
+        """Raises Unavailable (heals by waiting) and SinkRefused (a hold).
+
+        After Unavailable nobody knows whether the batch was written; its claim finds out.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing to carry now. `cause` is why the source only waits, empty if it is caught up.
+
+    `keep_lease` is False where another replica may see more than this one, on another server for example.
+    """
+
+    cause: str = ""
+    keep_lease: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OnHold:
+    """It is not certain what may be carried: stop, report why. Nothing is lost."""
+
+    cause: str
+    remedy: str
+
+
+ReadOutcome: TypeAlias = "Batch[R] | Idle | OnHold"
+
+
+class Source(Protocol[R]):
+    """Where batches come from. Reads what follows the last batch that was `done`."""
+
+    async def read(self) -> ReadOutcome[R]:
+        """The next batch. Raises Unavailable. Starts again from the last written batch after any error."""
+
+    async def read_ahead(self, batch: Batch[R]) -> Batch[R] | None:
+        """The batch that follows `batch`, which is being written. None where that is not certain; it never raises."""
+
+    def done(self, batch: Batch[R], outcome: WriteOutcome) -> None:
+        """`batch` was written, or not claimed."""
+
+    def reset(self) -> None:
+        """The last batch may or may not be written: forget what was read, and find out by the next `read`."""
+
+    async def wait(self, seconds: float) -> None:
+        """Until there may be more to read; at most so long."""
+
+    async def close(self) -> None: ...

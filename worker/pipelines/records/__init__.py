@@ -1,0 +1,10 @@
+"""The records that this version carries, one file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from worker.pipelines.model import RecordType
+from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS
+
+RECORD_TYPES: dict[str, RecordType[Any]] = {record.name: record for record in (CHUNK_REQUESTS,)}

@@ -1,0 +1,103 @@
+"""Fields that several records have: documents, times, addresses, texts."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from worker.pipelines.model import InvalidRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from worker.contract.entry_id import EntryId
+    from worker.pipelines.model import Window
+
+D = TypeVar("D")
+
+MAX_TEXT_BYTES = 64 * 1024
+MAX_ID_BYTES = 256
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.(\d{1,9}))?(?:[Zz]|[+-]\d\d:\d\d)?", re.ASCII)
+_WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]+)\](?::\d{1,5})?|(?P<ipv4>[\d.]+):\d{1,5}", re.ASCII)
+
+
+def decode(decoder: Callable[[bytes], D], document: bytes) -> D:
+    """Decode a JSON document. Raises InvalidRecord."""
+    try:
+        if not document.isascii():
+            document.decode()
+        return decoder(document)
+    except msgspec.ValidationError as error:
+        raise InvalidRecord("invalid_field", str(error)) from None
+    except UnicodeDecodeError:
+        raise InvalidRecord("not_utf8", "the document is not UTF-8") from None
+    except msgspec.DecodeError:
+        raise InvalidRecord("not_json", "the document is not JSON") from None
+    except RecursionError:
+        raise InvalidRecord("not_json", "the document is nested too deep") from None
+
+
+def parse_time(value: str | int, name: str) -> datetime:
+    """RFC 3339, or epoch in milliseconds. Without an offset it is UTC; nanoseconds are cut. Raises InvalidRecord."""
+    try:
+        if isinstance(value, int):
+            return EPOCH + timedelta(milliseconds=value)
+        if _RFC3339.fullmatch(value) is None:
+            raise ValueError
+        # fromisoformat takes upper-case letters only, and cuts what follows the sixth digit.
+        time = datetime.fromisoformat(value.upper())
+        return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise InvalidRecord("invalid_field", f"`{name}` is not a time in RFC 3339 or in milliseconds") from None
+
+
+def check_time(time: datetime, entry_id: EntryId, window: Window, name: str) -> None:
+    """Raises InvalidRecord unless `time` lies in the window around the arrival of the entry."""
+    try:
+        seconds = (time - EPOCH).total_seconds()
+    except OverflowError:
+        raise InvalidRecord("time_out_of_range", f"`{name}` is out of range") from None
+    arrived = entry_id.ms / 1000
+    if not arrived - window.past <= seconds <= arrived + window.future:
+        raise InvalidRecord("time_out_of_range", f"`{name}` is too far from the time of arrival")
+
+
+def check_texts(document: bytes, record: msgspec.Struct, names: tuple[str, ...]) -> None:
+    """Raises InvalidRecord for a text with a NUL or of more than 64 KiB."""
+    has_nul = b"\\u0000" in document
+    if not has_nul and len(document) <= MAX_TEXT_BYTES:
+        return
+    for name in names:
+        text = getattr(record, name)
+        if text is None:
+            continue
+        if "\x00" in text:
+            raise InvalidRecord("invalid_field", f"`{name}` has a NUL")
+        if len(text.encode()) > MAX_TEXT_BYTES:
+            raise InvalidRecord("invalid_field", f"`{name}` has more than 64 KiB")
+
+
+def check_id(text: str | None, name: str) -> None:
+    """Raises InvalidRecord for an id that is empty or has more than 256 bytes."""
+    if text is not None and not 1 <= len(text.encode()) <= MAX_ID_BYTES:
+        raise InvalidRecord("invalid_field", f"`{name}` must have 1 to {MAX_ID_BYTES} bytes")
+
+
+@lru_cache(maxsize=65_536)
+def parse_address(text: str) -> str | None:
+    """An IP address with or without a port, as Postgres writes it; None for "" and "-". Raises InvalidRecord."""
+    if text in ("", "-"):
+        return None
+    try:
+        if match := _WITH_PORT.fullmatch(text):
+            text = match["ipv6"] or match["ipv4"]
+        # Without a zone (fe80::1%eth0): Postgres has no place for it.
+        return str(ip_address(text.partition("%")[0]))
+    except ValueError:
+        raise InvalidRecord("invalid_field", "`ip` is not an IP address") from None

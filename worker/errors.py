@@ -9,6 +9,8 @@ ViewerWorkerError
 ├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a missing table
 ├── SchemaNotCurrent         the tables are not those of this version, or the role lacks rights on them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
+├── TableRefused             (pipelines) the table, or the right to it, does not fit: a hold until somebody changes it
+├── UnknownFailure           (pipelines) an error of no known class: worth a few tries
 ├── OnHold                   Redis and Postgres contradict each other; flushing waits until they agree or `adopt` is run
 ├── NothingToAdopt           there is no hold for `adopt` to end, or it changed since it was shown
 ├── ViewNotRecorded          (producer) certainly not in Redis; safe to send again
@@ -119,3 +121,11 @@ class InvalidView(ViewNotRecorded, ValueError):
 
 class ViewIndeterminate(ViewerWorkerError):
     """The views were sent, but Redis did not confirm all of them. Sending them again may count them twice."""
+
+
+class TableRefused(ViewerWorkerError):
+    """Records cannot be written: the table is missing, was altered, or must not be written by this role."""
+
+
+class UnknownFailure(ViewerWorkerError):
+    """A write failed for a reason that is not known to heal by waiting."""

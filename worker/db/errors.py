@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -12,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from worker.errors import DatabaseRefused, DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 # Classes: 08 connection, 53 resources (disk, memory, connections), 57P0x shutdown and start-up. Single states: 25006
 # read-only (failover), 25P03 and 25P04 timeouts of the transaction (idle, as a whole), 26000 statement missing behind a
@@ -34,6 +35,69 @@ RIGHTS_REMEDY = (
     "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant that right. "
     "Run viewer-worker check to see which other rights the worker's role lacks."
 )
+
+
+class ErrorClass(Enum):
+    """What to do about an error of a statement that writes records."""
+
+    WAIT = "heals by waiting"
+    ROW = "a record does not fit: find it, the others fit"
+    HOLD = "the table, or the right to it, does not fit: somebody has to change it"
+    UNKNOWN = "try a few times"
+
+
+# SQLSTATEs by their longest prefix.
+_CLASSES = {
+    "": ErrorClass.UNKNOWN,
+    "08": ErrorClass.WAIT,
+    "25006": ErrorClass.WAIT,
+    "25P03": ErrorClass.WAIT,
+    "25P04": ErrorClass.WAIT,
+    "26000": ErrorClass.WAIT,
+    "28": ErrorClass.WAIT,
+    "3D": ErrorClass.WAIT,
+    "40001": ErrorClass.WAIT,
+    "40P01": ErrorClass.WAIT,
+    "53": ErrorClass.WAIT,
+    "55006": ErrorClass.WAIT,
+    "55P03": ErrorClass.WAIT,
+    "57014": ErrorClass.WAIT,
+    "57P0": ErrorClass.WAIT,
+    "22": ErrorClass.ROW,
+    "23": ErrorClass.ROW,
+    "44": ErrorClass.ROW,
+    "54": ErrorClass.ROW,
+    "P0": ErrorClass.ROW,
+    "42804": ErrorClass.ROW,
+    "42846": ErrorClass.ROW,
+    "0A": ErrorClass.HOLD,
+    "21": ErrorClass.HOLD,
+    "3F": ErrorClass.HOLD,
+    "42": ErrorClass.HOLD,
+    "53400": ErrorClass.HOLD,
+    "XX": ErrorClass.HOLD,
+}
+NOT_NULL_VIOLATION = "23502"
+
+
+def classify(error: BaseException, columns: Container[str]) -> ErrorClass:
+    """The class of an error of a statement that fills `columns`. The driver's state decides before the SQLSTATE."""
+    state = sqlstate(error)
+    if state is None:
+        return ErrorClass.WAIT if is_transient(error) or isinstance(error, DatabaseUnavailable) else ErrorClass.UNKNOWN
+    if state == NOT_NULL_VIOLATION and _column_of(error) not in columns:
+        return ErrorClass.HOLD
+    return next(_CLASSES[state[:length]] for length in range(len(state), -1, -1) if state[:length] in _CLASSES)
+
+
+def _column_of(error: BaseException) -> str | None:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, asyncpg.PostgresError):
+            column: str | None = getattr(seen, "column_name", None)
+            return column
+        seen = getattr(seen, "orig", None) or seen.__cause__
+    return None
 
 
 def sqlstate(error: BaseException) -> str | None:

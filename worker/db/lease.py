@@ -62,19 +62,22 @@ class Lease(Generic[T]):
     A worker that cannot reach both servers must not hold the lease, so it is taken only while it can.
     """
 
-    def __init__(self, database: Database, row: LeasedRow[T], worker_id: str, status: Status) -> None:
+    def __init__(self, database: Database, row: LeasedRow[T], worker_id: str, status: Status, loop: str = LOOP) -> None:
         self._database = database
         self._row = row
         self._worker_id = worker_id
         self._status = status
+        self._loop = loop
         self._looked = False
+        self._is_aside = False
+        self._wake = asyncio.Event()
         self.token: T | None = None
         self.changed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Take the lease when it is free, and keep it, until `stop`. The loop that ends last releases it."""
         while not stop.is_set():
-            if self._status.is_ok(*SERVERS):
+            if self._status.is_ok(*SERVERS) and not self._is_aside:
                 try:
                     await self.take()
                 except Unavailable as error:
@@ -83,8 +86,9 @@ class Lease(Generic[T]):
                     # The table is missing for a moment, for example: a restart would not help.
                     log.warning("lease not renewed", cause=str(error))
             delay = RENEW_S if self.token is not None else STANDBY_S * random.uniform(0.5, 1.0)
-            self._status.expect_beat(LOOP, within=delay + BEAT_S)
-            await wait_first(delay, stop, self._status.changed)
+            self._status.expect_beat(self._loop, within=delay + BEAT_S)
+            await wait_first(delay, stop, self._status.changed, self._wake)
+            self._wake.clear()
 
     async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[], None]) -> bool:
         """Wait until the lease is held and both servers can be used; False when stopped before that.
@@ -139,11 +143,20 @@ class Lease(Generic[T]):
         """Another worker holds it."""
         self._become(None)
 
-    async def release(self) -> None:
-        """Let another worker take it at once. Raises DatabaseUnavailable."""
+    async def release(self, *, aside: bool = False) -> None:
+        """Let another worker take it at once. Raises DatabaseUnavailable.
+
+        With `aside`, this worker does not take it before `come_back`.
+        """
+        self._is_aside = aside
         async with self._database.transaction() as tx:
             await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
+
+    def come_back(self) -> None:
+        """Take the lease again when it is free."""
+        self._is_aside = False
+        self._wake.set()
 
     def _become(self, token: T | None, event: str = "lease lost") -> None:
         if token == self.token:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 # Local to the transaction. A worker that freezes in it loses its locks and the transaction together; a confirmed
 # commit, which later steps rely on, is on disk even where the database's default is weaker.
@@ -16,3 +16,4 @@ LOCAL_SETTINGS = {
 }
 SETTINGS = [func.set_config(name, value, True) for name, value in LOCAL_SETTINGS.items()]
 APPLY_SETTINGS = select(*SETTINGS)
+CHECK_CONSTRAINTS_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")

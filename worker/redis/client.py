@@ -10,6 +10,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from worker.redis.connection import connect
 from worker.redis.errors import redis_errors
+from worker.redis.stream import StreamConnection
 from worker.redis.subscriber import subscription
 
 if TYPE_CHECKING:
@@ -165,6 +166,10 @@ class RedisClient:
     def subscription(self, channel: str) -> AbstractAsyncContextManager[Subscription]:
         """Subscribe on a separate connection, which is closed when the block ends."""
         return subscription(self._redis.connection_pool, channel)
+
+    def stream_connection(self) -> StreamConnection:
+        """A connection of its own, for the reader of a stream. Drop it at the end."""
+        return StreamConnection(self._redis.connection_pool)
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -32,6 +32,7 @@ from worker.contract.ids import MAX_ID_BYTES
 from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_by_row, sqlstate
 from worker.db.tables import view_counts
 from worker.db.target.fit import fit
+from worker.db.transaction_settings import CHECK_CONSTRAINTS_NOW
 from worker.errors import DatabaseUnavailable
 from worker.observability.logs import get_logger
 from worker.runtime.bisect import bisect
@@ -56,7 +57,6 @@ REST_S = 600.0
 RESTING_IDS = 50_000
 TABLE_LOCKED = "Wait for the CREATE INDEX, ALTER TABLE or VACUUM FULL that locks it. Views stay in Redis meanwhile."
 _WAIT_BRIEFLY = text("SET LOCAL lock_timeout = '200ms'")
-_CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class _Adding:
             found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
             added = set(found.scalars())
             # A deferred constraint would otherwise fail at the commit and undo our own totals too.
-            await self.tx.execute(_CHECK_NOW)
+            await self.tx.execute(CHECK_CONSTRAINTS_NOW)
         self.skipped[UNKNOWN] += sum(count for vod_id, _, count in batch if vod_id not in added)
 
     def refuse(self, change: tuple[str, Any, int], error: Exception) -> None:

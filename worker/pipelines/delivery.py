@@ -1,0 +1,69 @@
+"""Delivers a batch to a sink. Knows neither Redis nor SQL."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from worker.errors import TableRefused, Unavailable, UnknownFailure
+from worker.observability.logs import get_logger
+from worker.pipelines.model import Written
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from worker.pipelines.model import Batch, Sink, WriteOutcome
+    from worker.pipelines.observer import WriteObserver
+    from worker.runtime.clock import Clock
+
+log = get_logger(__name__)
+
+R = TypeVar("R")
+
+TRIES_OVER = "The log has the error. It is tried again; restart the worker or look at the database if it stays."
+
+
+class Delivery(Generic[R]):
+    """Measures each write. An error of unknown class is tried again `max_retries` times, `retry_delay` (s) apart."""
+
+    def __init__(
+        self,
+        sink: Sink[R],
+        observer: WriteObserver,
+        clock: Clock,
+        *,
+        max_retries: int,
+        retry_delay: float,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._sink = sink
+        self._observer = observer
+        self._clock = clock
+        self._max_retries = max_retries
+        self._retry_delay = retry_delay
+        self._sleep = sleep
+
+    async def deliver(self, batch: Batch[R]) -> WriteOutcome:
+        """Raises Unavailable and TableRefused; the batch is then as it was, or written: its claim finds out."""
+        for attempt in range(self._max_retries + 1):
+            try:
+                return await self._write(batch)
+            except UnknownFailure as error:
+                if attempt == self._max_retries:
+                    raise TableRefused(str(error), TRIES_OVER) from error
+                log.warning("write failed", cause=str(error), attempt=attempt + 1)
+            await self._sleep(self._retry_delay * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def _write(self, batch: Batch[R]) -> WriteOutcome:
+        started = self._clock.monotonic()
+        try:
+            outcome = await self._sink.write(batch)
+        except (Unavailable, TableRefused, UnknownFailure) as error:
+            self._observer.failed(len(batch), type(error).__name__)
+            raise
+        if isinstance(outcome, Written):
+            seconds = self._clock.monotonic() - started
+            latency = None if batch.oldest is None else max(0.0, self._clock.now().timestamp() - batch.oldest)
+            self._observer.written(outcome.rows, outcome.letters, seconds, latency)
+        return outcome

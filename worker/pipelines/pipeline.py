@@ -1,0 +1,162 @@
+"""A pipeline: source → delivery → sink. Read this first; its fields are the picture in docs/pipelines.md."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from worker.errors import DatabaseRefused, TableRefused, Unavailable
+from worker.observability.logs import get_logger
+from worker.observability.status import STEP_LIMIT_S
+from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
+from worker.runtime.backoff import Backoff
+from worker.runtime.waiting import wait_first
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from worker.db.lease import Lease
+    from worker.observability.status import Status
+    from worker.pipelines.delivery import Delivery
+    from worker.pipelines.model import Source
+    from worker.runtime.clock import Clock
+
+log = get_logger(__name__)
+
+R = TypeVar("R")
+
+IDLE_S = 5.0
+# How long a hold is still shown after the lease went to another worker.
+HOLD_SHOWN_S = 90.0
+
+
+@dataclass(kw_only=True)
+class Pipeline(Generic[R]):
+    """Carries records from one source while this worker holds its lease.
+
+    `name` is that of the loop and of its check. `interval`: seconds between two commits, unless a batch is full.
+    """
+
+    name: str
+    source: Source[R]
+    delivery: Delivery[R]
+    lease: Lease[Any]
+    status: Status
+    clock: Clock
+    interval: float
+
+    _look_again: Backoff = field(default_factory=lambda: Backoff(first=1.0, cap=30.0))
+    _retry: Backoff = field(default_factory=lambda: Backoff(first=0.2, cap=10.0))
+    _committed_at: float = float("-inf")
+    _hold_until: float = float("-inf")
+
+    async def run(self, stop: asyncio.Event) -> None:
+        self.status.expect_beat(self.name, within=STEP_LIMIT_S)
+        try:
+            while await self.lease.wait(stop, self.name, self._standing_by):
+                self.source.reset()
+                try:
+                    await self._carry(stop)
+                except Unavailable as error:
+                    await self._failed(stop, str(error), error.remedy)
+                except (TableRefused, DatabaseRefused) as error:
+                    await self._hold(stop, OnHold(str(error), error.remedy))
+        finally:
+            await self.source.close()
+        await self._release_lease()
+
+    async def _carry(self, stop: asyncio.Event) -> None:
+        """Read and write until stopped, or until the lease or a server is lost. Raises Unavailable, TableRefused."""
+        ahead: Batch[R] | None = None
+        while not stop.is_set() and self.lease.is_usable:
+            self.status.expect_beat(self.name, within=STEP_LIMIT_S)
+            read = ahead or await self.source.read()
+            ahead = None
+            if isinstance(read, OnHold):
+                await self._hold(stop, read)
+            elif isinstance(read, Idle) and not read.keep_lease:
+                await self._wait_aside(stop, read)
+            elif isinstance(read, Idle):
+                self._is_well("idle")
+                await self._wait_for_more(IDLE_S, stop)
+            elif not read.full and (pause := self._committed_at + self.interval - self.clock.monotonic()) > 0:
+                # No partial batch is kept: the next look reads its entries again, and more.
+                await wait_first(pause, stop, self.lease.changed)
+            else:
+                ahead = await self._deliver(read)
+
+    async def _deliver(self, batch: Batch[R]) -> Batch[R] | None:
+        """Write the batch; meanwhile read the one behind it, if there is one. Returns that."""
+        reading = self.source.read_ahead(batch) if batch.full else _nothing()
+        outcome, ahead = await asyncio.gather(self.delivery.deliver(batch), reading, return_exceptions=True)
+        if isinstance(outcome, BaseException):
+            self.source.reset()
+            raise outcome
+        if isinstance(ahead, BaseException):
+            raise ahead
+        self.source.done(batch, outcome)
+        if isinstance(outcome, NotClaimed):
+            # Either an earlier attempt wrote the batch, or another worker has the lease: find out which.
+            await self.lease.take()
+            return None
+        assert isinstance(outcome, Written)  # noqa: S101
+        self._committed_at = self.clock.monotonic()
+        self._is_well("carrying")
+        log.debug("batch written", pipeline=self.name, rows=outcome.rows, letters=outcome.letters)
+        return ahead
+
+    def _is_well(self, role: str) -> None:
+        self._look_again.reset()
+        self._retry.reset()
+        self._hold_until = float("-inf")
+        self.status.ok(self.name, role=role)
+
+    async def _failed(self, stop: asyncio.Event, cause: str, remedy: str) -> None:
+        log.warning("pipeline interrupted", pipeline=self.name, cause=cause)
+        self.status.failing(self.name, cause, remedy)
+        await wait_first(self._retry.next(), stop)
+
+    async def _hold(self, stop: asyncio.Event, hold: OnHold) -> None:
+        self.status.hold(self.name, hold.cause, hold.remedy)
+        self._hold_until = self.clock.monotonic() + HOLD_SHOWN_S
+        await self._step_aside(lambda delay: wait_first(delay, stop))
+
+    async def _wait_aside(self, stop: asyncio.Event, idle: Idle) -> None:
+        self.status.ok(self.name, role="waiting", cause=idle.cause)
+        await self._step_aside(lambda delay: self._wait_for_more(delay, stop))
+
+    async def _step_aside(self, wait: Callable[[float], Awaitable[None]]) -> None:
+        """Let another replica try: it may see another Redis."""
+        delay = self._look_again.next()
+        await self._release_lease(aside=True)
+        self.status.expect_beat(self.name, within=delay + STEP_LIMIT_S)
+        await wait(delay)
+        self.lease.come_back()
+        self.source.reset()
+
+    async def _wait_for_more(self, seconds: float, stop: asyncio.Event) -> None:
+        waiting = asyncio.create_task(self.source.wait(seconds), name=f"{self.name} wait")
+        stopping = asyncio.create_task(stop.wait(), name=f"{self.name} stop")
+        try:
+            await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (waiting, stopping):
+                task.cancel()
+            await asyncio.wait({waiting, stopping})
+
+    def _standing_by(self) -> None:
+        if self.clock.monotonic() >= self._hold_until:
+            self.status.ok(self.name, role="standing by")
+
+    async def _release_lease(self, *, aside: bool = False) -> None:
+        if self.lease.token is None:
+            return
+        try:
+            await self.lease.release(aside=aside)
+        except (Unavailable, DatabaseRefused) as error:
+            log.warning("lease not released, it will expire", pipeline=self.name, cause=str(error))
+
+
+async def _nothing() -> None:
+    return None

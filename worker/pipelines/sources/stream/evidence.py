@@ -1,0 +1,74 @@
+"""What `look.lua` says about a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from worker.contract.entry_id import EntryId
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A stream at one instant.
+
+    `mark`: the name of the single consumer of our group; None: no group, or no consumer. `consumers`: how many it has.
+    `delivered`: the group's last delivered id. `last`, `added`, `length`: the stream's last id, the entries ever added,
+    and those present. `first`: the first entry present. `above`: the first entry above the position that was asked
+    about. `present`: the last entry that is present.
+    """
+
+    last: EntryId
+    added: int
+    length: int
+    first: EntryId | None = None
+    above: EntryId | None = None
+    present: EntryId | None = None
+    mark: str | None = None
+    delivered: EntryId | None = None
+    consumers: int = 0
+
+    @property
+    def removed(self) -> int:
+        """Entries that were added and are not present any more."""
+        return self.added - self.length
+
+    def confirms(self, earlier: Evidence) -> bool:
+        """Whether entries that were read between the two looks belong to the stream that `earlier` describes."""
+        return (
+            self.mark == earlier.mark
+            and self.first == earlier.first
+            and self.removed == earlier.removed
+            and self.last >= earlier.last
+            and self.added >= earlier.added
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NoStream:
+    """The key has no stream. `kind` is its type; `none` when it does not exist."""
+
+    kind: str
+
+
+def parse_evidence(reply: list[Any]) -> tuple[str, Evidence | NoStream]:
+    """The server's role, and the evidence. Raises ValueError for an id that no server sends."""
+    role, kind = reply[0].decode(), reply[1].decode()
+    if kind != "stream":
+        return role, NoStream(kind)
+    consumers, mark, delivered, last, added, length, first, above, present = reply[2:]
+    return role, Evidence(
+        last=EntryId.parse(last),
+        added=added,
+        length=length,
+        first=_id(first),
+        above=_id(above),
+        present=_id(present),
+        mark=mark.decode(errors="backslashreplace") if consumers == 1 else None,
+        delivered=_id(delivered),
+        consumers=max(0, consumers),
+    )
+
+
+def _id(raw: bytes) -> EntryId | None:
+    return EntryId.parse(raw) if raw else None

@@ -1,0 +1,244 @@
+"""A Redis stream as a source: its position is the claim of a batch. docs/pipelines.md has the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from worker.errors import RedisUnavailable
+from worker.observability.logs import get_logger
+from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
+from worker.pipelines.sources.stream.entries import MAX_ENTRY_BYTES, read_entries, size_of
+from worker.pipelines.sources.stream.evidence import Evidence
+from worker.pipelines.sources.stream.judge import Carry, Caught, Hold, Skip, Subject, Wait, judge, make_move
+from worker.pipelines.sources.stream.look import Disagreed, NotAllowed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from worker.db.lease import Lease
+    from worker.db.positions import Move, Position, StreamPosition
+    from worker.db.session import Database, Transaction
+    from worker.pipelines.model import ReadOutcome, RecordType, Window, WriteOutcome
+    from worker.pipelines.observer import StreamObserver
+    from worker.pipelines.sources.stream.look import Looker, Seen
+    from worker.redis.stream import StreamConnection
+
+log = get_logger(__name__)
+
+R = TypeVar("R")
+
+REPLY_BYTES = 8 * 1024 * 1024
+BLOCK_MS = 5000
+BLOCK_TIMEOUT_S = 4.0 + BLOCK_MS / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PositionClaim:
+    """Moves the position of a stream over the entries of a batch, if this worker still may."""
+
+    position: StreamPosition
+    move: Move
+    token: UUID
+
+    async def take(self, tx: Transaction) -> bool:
+        return await self.position.move(tx, self.move, self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBatch(Batch[R]):
+    """A batch with what the next one builds on: the row as it is after the commit, and where it was read."""
+
+    following: Position | None = None
+    mark: str = ""
+    opened: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamReading(Generic[R]):
+    """How entries become records, and how many are read at once."""
+
+    record: RecordType[R]
+    field: bytes
+    window: Window
+    batch_size: int
+    settings_prefix: str
+
+
+class StreamSource(Generic[R]):
+    """Reads one stream while this worker holds its lease."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        position: StreamPosition,
+        lease: Lease[UUID],
+        looker: Looker,
+        waiting: StreamConnection,
+        reading: StreamReading[R],
+        observer: StreamObserver,
+        new_mark: Callable[[], str],
+    ) -> None:
+        self._database = database
+        self._position = position
+        self._lease = lease
+        self._looker = looker
+        self._waiting = waiting
+        self._reading = reading
+        self._observer = observer
+        self._new_mark = new_mark
+        self._subject = Subject(position.stream, reading.settings_prefix)
+        self._row: Position | None = None
+        self._seen: Evidence | None = None
+        self._mean_bytes = 1024.0
+
+    async def read(self) -> ReadOutcome[R]:
+        """The entries after the position. Raises Unavailable."""
+        row = self._row or await self._read_row()
+        try:
+            seen = await self._looker.look(row, row.last, self._count(), self._new_mark())
+        except NotAllowed as error:
+            return OnHold(error.cause, error.remedy)
+        except Disagreed:
+            return OnHold("something between the worker and Redis does not keep commands together", PROXY)
+        owner = await self._owner(row, seen)
+        verdict = judge(row, seen.first, seen.ids, owner, self._subject)
+        self._observe(row, seen)
+        match verdict:
+            case Hold(cause, remedy):
+                return OnHold(cause, remedy)
+            case Wait(cause):
+                return Idle(cause, keep_lease=False)
+            case Caught():
+                return Idle()
+            case Skip(move, went_back):
+                if went_back:
+                    log.error("Redis went back", stream=self._position.stream, to=str(move.after), high=str(move.high))
+                return self._batch(row, seen, move, [], full=False)
+            case Carry():
+                return self._carry(row, seen, verdict)
+
+    async def read_ahead(self, batch: Batch[R]) -> Batch[R] | None:
+        """As `read`, after `batch`. Only on the same stream by the same connection; else None."""
+        if not isinstance(batch, StreamBatch) or batch.following is None or self._row is None:
+            return None
+        expected = batch.following
+        try:
+            # The script mirrors the row that is committed, never that of a batch which is being written.
+            seen = await self._looker.look(self._row, expected.last, self._count(), self._new_mark())
+        except (RedisUnavailable, NotAllowed, Disagreed):
+            return None
+        first = seen.first
+        if seen.opened != batch.opened or not isinstance(first, Evidence):
+            return None
+        if first.mark != batch.mark or first.last < expected.last:
+            return None
+        verdict = judge(expected, first, seen.ids, None, self._subject)
+        if not isinstance(verdict, Carry) or verdict.adopt:
+            return None
+        return self._carry(expected, seen, verdict)
+
+    def done(self, batch: Batch[R], outcome: WriteOutcome) -> None:
+        """Go on after `batch`, or read the row again: it was moved, by another worker or by this batch before."""
+        if isinstance(outcome, Written) and isinstance(batch, StreamBatch) and batch.following is not None:
+            claim = batch.claim
+            if isinstance(claim, PositionClaim):
+                self._observer.moved(claim.move, batch.following, self._seen)
+            self._row = batch.following
+        else:
+            self._row = None
+            if isinstance(outcome, NotClaimed):
+                log.info("batch not claimed", stream=self._position.stream)
+
+    def reset(self) -> None:
+        self._row = None
+
+    async def wait(self, seconds: float) -> None:
+        """Until an entry comes, at most `seconds`. What the blocking command returns is not used: only looks count."""
+        last = "0-0" if self._seen is None else str(self._seen.last)
+        command = ("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._position.stream, last)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                try:
+                    (reply,) = await self._waiting.send([command], BLOCK_TIMEOUT_S)
+                except RedisUnavailable as error:
+                    reply = error
+                if isinstance(reply, Exception):
+                    await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        await self._waiting.drop()
+        await self._looker.connection.drop()
+
+    async def _read_row(self) -> Position:
+        async with self._database.transaction() as tx:
+            self._row = await self._position.read(tx)
+        return self._row
+
+    async def _owner(self, row: Position, seen: Seen) -> str | None:
+        """Another row with the mark of the stream. Only a mark that is not ours can be another's."""
+        first = seen.first
+        if not isinstance(first, Evidence) or first.mark is None or first.mark == row.incarnation:
+            return None
+        async with self._database.transaction() as tx:
+            return await self._position.owner_of(tx, first.mark)
+
+    def _count(self) -> int:
+        return max(1, min(self._reading.batch_size, int(REPLY_BYTES / self._mean_bytes)))
+
+    def _carry(self, row: Position, seen: Seen, carry: Carry) -> StreamBatch[R]:
+        first, second = seen.first, seen.second
+        assert isinstance(first, Evidence)  # only such evidence is carried  # noqa: S101
+        assert isinstance(second, Evidence)  # it confirmed the first  # noqa: S101
+        entries = seen.entries
+        # An id that does not fit is found by a later look, whose last id it is or exceeds.
+        fitting = [entry for entry in entries if entry[0].fits]
+        sizes = sum(min(size_of(fields), MAX_ENTRY_BYTES) for _, fields in fitting)
+        self._mean_bytes = max(64.0, 0.5 * self._mean_bytes + 0.5 * sizes / len(fitting))
+        move = make_move(row, first, second, row.last, fitting[-1][0], len(fitting), carry)
+        return self._batch(row, seen, move, fitting, full=len(entries) >= self._reading.batch_size)
+
+    def _batch(self, row: Position, seen: Seen, move: Move, entries: list[Any], *, full: bool) -> StreamBatch[R]:
+        token = self._lease.token
+        items, letters = read_entries(
+            entries, self._reading.record, self._reading.field, self._reading.window, self._position.stream
+        )
+        following = replace(
+            row,
+            last=move.after,
+            entries_read=move.entries_read,
+            high=move.high,
+            incarnation=move.incarnation,
+            lost=row.lost + move.lost,
+            gaps=row.gaps + move.gap,
+        )
+        return StreamBatch(
+            claim=PositionClaim(self._position, move, token) if token is not None else NO_CLAIM,
+            items=items,
+            letters=letters,
+            full=full,
+            oldest=entries[0][0].ms / 1000 if entries else None,
+            following=following,
+            mark=move.incarnation,
+            opened=seen.opened,
+        )
+
+    def _observe(self, row: Position, seen: Seen) -> None:
+        if isinstance(seen.first, Evidence):
+            self._seen = seen.first
+            self._observer.looked(row, seen.first)
+
+
+class _NoClaim:
+    """The lease was lost before the batch was made."""
+
+    async def take(self, _: Any) -> bool:
+        return False
+
+
+NO_CLAIM = _NoClaim()
+PROXY = "Connect to Redis without a proxy that spreads the commands of one connection over several servers."

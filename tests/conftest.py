@@ -1,4 +1,4 @@
-"""Real servers for the tests: started once from wheels, or those that TEST_REDIS_URL and TEST_DATABASE_URL name."""
+"""Real servers for the tests: embedded ones, started once, or those that TEST_REDIS_URL and TEST_DATABASE_URL name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.dev.servers import PostgresServer, ValkeyServer
 
 @pytest.fixture(scope="session")
 def servers_folder() -> Iterator[Path]:
-    """A folder that Postgres may use even when the tests run as root."""
+    """A folder that Postgres can use even if the tests run as root."""
     folder = Path(tempfile.mkdtemp(prefix="viewer-worker-tests-"))
     folder.chmod(0o755)
     yield folder
@@ -53,7 +53,7 @@ def postgres_url(servers_folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> Iterator[str]:
-    """A migrated database that each test gets a copy of."""
+    """A migrated database. Each test gets a copy."""
     name = f"vw_template_{uuid4().hex[:12]}"
 
     async def create() -> None:
@@ -76,7 +76,7 @@ async def empty_database_url(postgres_url: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def database_url(postgres_url: str, template_database: str) -> AsyncIterator[str]:
-    """A migrated database of the test's own."""
+    """A migrated database for one test."""
     async with _database(postgres_url, template_database) as url:
         yield url
 
@@ -105,14 +105,14 @@ async def _admin(postgres_url: str, statement: str) -> None:
 
 @pytest.fixture
 async def world(redis_url: str, database_url: str) -> AsyncIterator[World]:
-    """A Redis prefix and a database of the test's own, and workers on them."""
+    """A Redis prefix and a database for one test, with workers that use them."""
     async with World(redis_url, database_url) as made:
         yield made
 
 
 @pytest.fixture
 def valkey(request: pytest.FixtureRequest, servers_folder: Path) -> Iterator[ValkeyServer]:
-    """A Redis of the test's own, to be killed, emptied and restored. A parameter is more of its options."""
+    """A Redis for one test, which may kill, empty and restore it. An indirect parameter adds server options."""
     options = ("--appendfsync", "always", *getattr(request, "param", ()))
     server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=options)
     server.start()

@@ -11,7 +11,7 @@ from tests.support.world import CliWorker, World
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., CliWorker]]:
-    """Starts `viewer-worker …` as a subprocess, and ends what the test left running."""
+    """Starts `viewer-worker …` as a subprocess, and kills it if the test left it running."""
     started: list[CliWorker] = []
 
     def start(environment: dict[str, str], *arguments: str, program: list[str] | None = None) -> CliWorker:
@@ -26,7 +26,7 @@ def start() -> Iterator[Callable[..., CliWorker]]:
 
 @pytest.fixture(scope="session")
 def guarded(servers_folder: Path) -> Iterator[GuardedServers]:
-    """Servers with TLS on which the worker has no rights but those in deploy/."""
+    """Servers with TLS on which the worker has only the rights in deploy/."""
     servers = GuardedServers(servers_folder / "guarded")
     yield servers
     servers.close()
@@ -36,7 +36,7 @@ def guarded(servers_folder: Path) -> Iterator[GuardedServers]:
 async def world(
     request: pytest.FixtureRequest, redis_url: str, database_url: str, guarded: GuardedServers
 ) -> AsyncIterator[World]:
-    """As elsewhere; for a test that is marked `in_both_worlds` the guarded one, too."""
+    """The usual world, or one on guarded servers if the test is parametrized so."""
     if getattr(request, "param", "open") == "open":
         async with World(redis_url, database_url) as made:
             yield made

@@ -1,4 +1,4 @@
-"""An application as the worker meets it: it INCRs, then PUBLISHes, and shows GET + its own column."""
+"""An application beside the worker: it INCRs, then PUBLISHes, and shows GET + its own column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import aiohttp
 import asyncpg
 
-from tests.support.guarded import in_both_worlds, in_the_guarded_world
+from tests.support.guarded import on_guarded_servers, on_open_and_guarded_servers
 from tests.support.world import CliWorker, World
 
 Start = Callable[..., CliWorker]
@@ -23,7 +23,7 @@ KILLS = 4
 
 
 class Application:
-    """Its table has a mixed-case name and an int4 column; it never heard of the worker."""
+    """Its table has a mixed-case name and an int4 column, and nothing made for the worker."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -51,21 +51,23 @@ class Application:
             await asyncio.sleep(0.001)
 
     async def page(self) -> None:
-        """Redis first, then the column: never below what surely happened."""
+        """Read Redis, then the column: the sum is never below the views recorded before."""
         sql = await asyncpg.connect(self.world.database_url)
         while not self.done.is_set():
-            surely = self.seen.copy()
+            at_least = self.seen.copy()
             pending = await self.world.redis.mget([self.world.prefix + vod_id for vod_id in VODS])
             stored = {row["id"]: row["viewCount"] for row in await sql.fetch('SELECT id, "viewCount" FROM "Vod"')}
             for vod_id, value in zip(VODS, pending, strict=True):
-                assert int(value or 0) + stored[vod_id] >= surely[vod_id], f"{vod_id} dips"
+                assert int(value or 0) + stored[vod_id] >= at_least[vod_id], f"{vod_id} dips"
             self.samples += 1
             await asyncio.sleep(0.01)
         await sql.close()
 
 
-@in_the_guarded_world
-async def test_column_is_exact_and_the_page_never_dips_while_the_worker_is_killed(world: World, start: Start) -> None:
+@on_guarded_servers
+async def test_column_is_exact_and_the_page_never_too_low_while_the_worker_is_killed(
+    world: World, start: Start
+) -> None:
     application, rng = Application(world), random.Random(1)
     await application.create_table()
     settings = world.environment | TARGET | {"BATCH_INTERVAL_MS": "50", "BATCH_SIZE": "7"}
@@ -91,8 +93,8 @@ async def test_column_is_exact_and_the_page_never_dips_while_the_worker_is_kille
     assert all(application.seen[vod_id] for vod_id in UNKNOWN)
 
 
-@in_both_worlds
-async def test_each_way_of_telling_counts_once_and_is_answered_over_http(world: World, start: Start) -> None:
+@on_open_and_guarded_servers
+async def test_views_count_once_by_incr_publish_or_both_and_are_answered_over_http(world: World, start: Start) -> None:
     worker = start(world.environment, "run")
     await worker.wait_for_log('"listening"')
     url = json.loads(await worker.wait_for_log('"started"'))["url"]
@@ -115,8 +117,8 @@ async def test_each_way_of_telling_counts_once_and_is_answered_over_http(world: 
     assert "view_count_subscription_gaps_total 0.0" in metrics
 
 
-@in_both_worlds
-async def test_what_was_only_published_before_a_clean_stop_is_kept(world: World, start: Start) -> None:
+@on_open_and_guarded_servers
+async def test_views_that_were_only_published_before_a_clean_stop_are_kept(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "3600000"}, "run")
     await worker.wait_for_log('"listening"')
     for _ in range(300):
@@ -126,8 +128,8 @@ async def test_what_was_only_published_before_a_clean_stop_is_kept(world: World,
     assert await world.totals() == Counter(a=300)
 
 
-@in_both_worlds
-async def test_table_that_comes_late_is_waited_for(world: World, start: Start) -> None:
+@on_open_and_guarded_servers
+async def test_missing_table_is_waited_for(world: World, start: Start) -> None:
     worker = start(world.environment | TARGET, "run")
     line = json.loads(await worker.wait_for_log('"schema failing"'))
     assert line["cause"] == "there is no table Vod"

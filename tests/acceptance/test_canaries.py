@@ -1,4 +1,4 @@
-"""Secrets appear nowhere: whatever goes wrong, nothing that comes out of the worker has any of them in it."""
+"""Secrets are never shown: no output of the worker contains one, whatever fails."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ REFUSED = [
 ]
 
 
-async def say(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Exit code, and all that the command printed."""
+async def run_command(*arguments: str, **environment: str) -> tuple[int, str]:
+    """The exit code, and everything that the command printed."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "worker", *arguments),
         env=clean_environment() | environment,
@@ -64,7 +64,7 @@ async def say(*arguments: str, **environment: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("settings", ACCEPTED)
 async def test_config_masks_every_secret(settings: dict[str, str]) -> None:
-    code, printed = await say("config", **settings)
+    code, printed = await run_command("config", **settings)
     assert code == 0, printed
     assert "***" in printed
     assert "CANARY" not in printed
@@ -72,23 +72,23 @@ async def test_config_masks_every_secret(settings: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("settings", REFUSED)
 async def test_setting_that_is_refused_is_named_without_its_secret(settings: dict[str, str]) -> None:
-    code, printed = await say("config", **settings)
+    code, printed = await run_command("config", **settings)
     assert code == 78, printed
     assert next(iter(settings)) in printed
     assert "CANARY" not in printed
 
 
-async def test_secret_in_a_file_that_cannot_be_used_stays_there(tmp_path: Path) -> None:
+async def test_secret_in_an_invalid_file_is_not_shown(tmp_path: Path) -> None:
     for content in (b"\xffCANARY", b"postgres:CANARY"):
         (tmp_path / "url").write_bytes(content)
-        code, printed = await say("config", DATABASE_URL_FILE=str(tmp_path / "url"))
+        code, printed = await run_command("config", DATABASE_URL_FILE=str(tmp_path / "url"))
         assert code == 78
         assert "CANARY" not in printed
 
 
 @pytest.fixture
 async def world(guarded: GuardedServers) -> AsyncIterator[World]:
-    """Servers that ask for passwords."""
+    """A world on servers that require passwords."""
     async with guarded.world() as made:
         yield made
 
@@ -100,12 +100,12 @@ def secrets_of(environment: dict[str, str]) -> list[str]:
 
 
 async def test_commands_print_no_secret_whether_they_succeed_or_fail(world: World) -> None:
-    well = world.environment
-    secrets = secrets_of(well)
+    valid = world.environment
+    secrets = secrets_of(valid)
     nowhere = f"127.0.0.1:{free_port()}"
     refused = {"DATABASE_URL": f"postgresql://me:CANARY@{nowhere}/app", "REDIS_URL": f"redis://:CANARY@{nowhere}"}
-    wrong_passwords = {name: re.sub(r":[0-9a-f]{48}@", ":CANARY@", well[name]) for name in refused}
-    wrong_hosts = {name: well[name].replace("@127.0.0.1:", "@localhost:") for name in refused}
+    wrong_passwords = {name: re.sub(r":[0-9a-f]{48}@", ":CANARY@", valid[name]) for name in refused}
+    wrong_hosts = {name: valid[name].replace("@127.0.0.1:", "@localhost:") for name in refused}
     check, once = ("check", "--json"), ("run", "--once")
     for changes, commands in (
         ({}, (("migrate",), once, check, ("adopt",))),
@@ -115,36 +115,36 @@ async def test_commands_print_no_secret_whether_they_succeed_or_fail(world: Worl
         (refused, (once, check)),
     ):
         for arguments in commands:
-            code, printed = await say(*arguments, **(well | changes), LOG_LEVEL="debug")
+            code, printed = await run_command(*arguments, **(valid | changes), LOG_LEVEL="debug")
             assert (code == 0) is (not changes), printed
             assert "Traceback" not in printed
             assert [secret for secret in ("CANARY", *secrets) if secret in printed] == [], (arguments, code)
 
 
-async def test_running_worker_tells_no_secret_in_any_failure(world: World, start: Start) -> None:
+async def test_running_worker_shows_no_secret_in_any_failure(world: World, start: Start) -> None:
     canaries = ["CANARY", *secrets_of(world.environment)]
     worker = start(world.environment | {"LOG_LEVEL": "debug"}, "run")
     await worker.wait_for_log('"marker created"')
     url = json.loads(await worker.wait_for_log('"started"'))["url"]
-    told = await everything_at(url)
+    shown = await all_responses(url)
 
     await world.sql.execute("DROP TABLE view_counts")
     await world.view("a")
     await worker.wait_for_log("Traceback")
-    told += await everything_at(url)
+    shown += await all_responses(url)
     await world.redis.execute_command("ACL SETUSER viewer-worker resetpass >CANARY")
     await world.redis.execute_command("CLIENT KILL TYPE normal SKIPME yes")
     await worker.wait_for_log('"redis failing"')
-    told += await everything_at(url)
+    shown += await all_responses(url)
 
-    assert '"redis"' in told
-    assert [canary for canary in canaries if canary in told + worker.log] == []
+    assert '"redis"' in shown
+    assert [canary for canary in canaries if canary in shown + worker.log] == []
 
 
-async def everything_at(url: str) -> str:
-    told = ""
+async def all_responses(url: str) -> str:
+    shown = ""
     async with aiohttp.ClientSession() as session:
         for path in ("/health", "/ping", "/livez", "/readyz", "/metrics", "/", "/nothing?password=1"):
             async with session.get(url + path) as response:
-                told += f"{response.headers}\n{await response.text()}\n"
-    return told
+                shown += f"{response.headers}\n{await response.text()}\n"
+    return shown

@@ -1,4 +1,4 @@
-"""The other commands, as users type them."""
+"""The commands other than `run`, as users type them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guarded import in_both_worlds, in_the_guarded_world
+from tests.support.guarded import on_guarded_servers, on_open_and_guarded_servers
 from tests.support.world import CliWorker, World, clean_environment
 from worker.dev.servers import ValkeyServer, free_port
 
@@ -74,15 +74,15 @@ def test_config_prints_effective_values_without_secrets() -> None:
     assert "hunter2" not in done.stdout + done.stderr
 
 
-def test_variable_that_is_almost_a_setting_is_told_and_its_value_is_not(tmp_path: Path) -> None:
+def test_misspelled_setting_is_reported_without_its_value(tmp_path: Path) -> None:
     env_file = tmp_path / "worker.env"
     env_file.write_text("BATCH_INTERVAL=hunter2\n")
     done = cli(
         "config", "--env-file", str(env_file), REDIS_URI="redis://:hunter2@redis", DB_USERNAME="of-another-program"
     )
     assert done.returncode == 0
-    told = [json.loads(line) for line in done.stderr.splitlines()]
-    assert {line["name"]: line["did_you_mean"] for line in told} == {
+    warnings = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {line["name"]: line["did_you_mean"] for line in warnings} == {
         "BATCH_INTERVAL": "BATCH_INTERVAL_MS",
         "REDIS_URI": "REDIS_URL",
     }
@@ -91,7 +91,7 @@ def test_variable_that_is_almost_a_setting_is_told_and_its_value_is_not(tmp_path
 
 
 @pytest.mark.parametrize("command", ["run", "migrate", "config", "healthcheck"])
-def test_wrong_setting_stops_every_command_with_78(command: str) -> None:
+def test_wrong_setting_ends_every_command_with_78(command: str) -> None:
     done = cli(command, BATCH_SIZE="many", DATABASE_URL="nosql://me:hunter2@db")
     assert done.returncode == 78
     assert "BATCH_SIZE='many': expected" in done.stderr
@@ -100,19 +100,19 @@ def test_wrong_setting_stops_every_command_with_78(command: str) -> None:
     assert "hunter2" not in done.stderr
 
 
-def test_wrong_usage_is_2() -> None:
+def test_wrong_usage_exits_with_2() -> None:
     assert cli("run", "--twice").returncode == 2
     assert cli("dev", "--for", "soon").returncode == 2
 
 
-def test_env_file_that_is_missing_is_told() -> None:
+def test_missing_env_file_is_reported() -> None:
     done = cli("config", "--env-file", "/nowhere/worker.env")
     assert done.returncode == 78
     assert "/nowhere/worker.env" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("migrate",), ("migrate", "--status"), ("run", "--once")])
-def test_command_without_its_servers_is_69(arguments: tuple[str, ...]) -> None:
+def test_command_without_its_servers_exits_with_69(arguments: tuple[str, ...]) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
     done = cli(*arguments, DATABASE_URL=f"postgresql://me:hunter2@{nowhere}/x", REDIS_URL=f"redis://:hunter2@{nowhere}")
     assert done.returncode == 69
@@ -121,7 +121,7 @@ def test_command_without_its_servers_is_69(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr
 
 
-async def test_migrate_and_its_status(empty_database_url: str) -> None:
+async def test_migrate_creates_the_tables_and_status_reports_it(empty_database_url: str) -> None:
     status = await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)
     assert status.returncode == 1
     assert "no tables" in status.stdout
@@ -133,8 +133,8 @@ async def test_migrate_and_its_status(empty_database_url: str) -> None:
     assert (await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)).returncode == 0
 
 
-@in_both_worlds
-async def test_run_once_says_what_it_flushed(world: World) -> None:
+@on_open_and_guarded_servers
+async def test_run_once_prints_what_it_flushed(world: World) -> None:
     await world.view("a", 3)
     await world.view("b")
     done = await run_cli("run", "--once", **world.environment)
@@ -142,7 +142,7 @@ async def test_run_once_says_what_it_flushed(world: World) -> None:
     await world.assert_exact()
 
 
-async def test_run_once_without_tables_names_the_remedy(redis_url: str, empty_database_url: str) -> None:
+async def test_run_once_without_tables_names_the_fix(redis_url: str, empty_database_url: str) -> None:
     done = await run_cli("run", "--once", REDIS_URL=redis_url, DATABASE_URL=empty_database_url)
     assert done.returncode == 1
     assert "Run: viewer-worker migrate" in done.stderr
@@ -158,7 +158,7 @@ async def test_healthcheck_asks_the_running_worker(world: World, start: Start) -
     assert "alive" in done.stdout
 
 
-def test_dev_ends_with_an_exact_verdict_after_a_kill(tmp_path: Path) -> None:
+def test_dev_reports_an_exact_result_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout
@@ -173,7 +173,7 @@ def test_dev_redraws_its_line_on_a_terminal(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=clean_environment(), stdin=its, stdout=its, stderr=its)
     os.close(its)
     shown = b""
-    with contextlib.suppress(OSError):  # at its end
+    with contextlib.suppress(OSError):  # raised at the end
         while chunk := os.read(ours, 65536):
             shown += chunk
     os.close(ours)
@@ -191,8 +191,8 @@ def test_dev_replays_an_access_log(tmp_path: Path) -> None:
     assert "/nowhere.log cannot be read" in missing.stderr
 
 
-def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
-    """Installed from the wheel into a folder of its own, `migrate` finds its scripts without the checkout."""
+def test_wheel_contains_the_migrations(tmp_path: Path) -> None:
+    """Installed from the wheel into another folder, `migrate` finds its scripts without the checkout."""
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -213,8 +213,8 @@ def test_wheel_carries_the_migrations(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0002"]
 
 
-@in_both_worlds
-async def test_check_finds_everything_well(world: World) -> None:
+@on_open_and_guarded_servers
+async def test_check_passes_when_everything_is_in_order(world: World) -> None:
     await world.view("a", 3)
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     done = await run_cli("check", **world.environment)
@@ -242,7 +242,7 @@ async def test_check_warns_of_a_channel_that_another_source_may_use(world: World
         assert ("view channel" in done.stdout) is warns
 
 
-async def test_check_tells_what_is_wrong_and_what_to_do(valkey: ValkeyServer, database_url: str) -> None:
+async def test_check_reports_problems_and_their_fixes(valkey: ValkeyServer, database_url: str) -> None:
     async with World(valkey.url, database_url) as world:
         assert (await run_cli("run", "--once", **world.environment)).returncode == 0
         await world.redis.set(world.keys.marker, "garbage")
@@ -259,7 +259,7 @@ async def test_check_tells_what_is_wrong_and_what_to_do(valkey: ValkeyServer, da
         assert "viewer-worker adopt" in findings["marker"]["remedy"]
 
 
-def test_check_goes_on_when_a_server_is_out_of_reach() -> None:
+def test_check_continues_when_a_server_is_unreachable() -> None:
     nowhere = f"127.0.0.1:{free_port()}"
     done = cli("check", DATABASE_URL=f"postgresql://me:hunter2@{nowhere}/x", REDIS_URL=f"redis://:hunter2@{nowhere}")
     assert done.returncode == 69
@@ -268,8 +268,8 @@ def test_check_goes_on_when_a_server_is_out_of_reach() -> None:
     assert "hunter2" not in done.stdout + done.stderr
 
 
-@in_the_guarded_world
-async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
+@on_guarded_servers
+async def test_adopt_shows_the_hold_asks_and_ends_it(world: World) -> None:
     await world.view("a", 5)
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     agreed = await run_cli("adopt", **world.environment)
@@ -297,7 +297,7 @@ async def test_adopt_shows_asks_and_ends_the_hold(world: World) -> None:
 TARGET = {"VIEW_TARGET_TABLE": "Vod", "VIEW_TARGET_KEY": "id", "VIEW_TARGET_COLUMN": "viewCount"}
 
 
-async def test_import_says_what_it_took_over(world: World) -> None:
+async def test_import_prints_what_it_imported(world: World) -> None:
     nothing = await run_cli("import", "--from-target", **world.environment)
     assert nothing.returncode == 78
     assert "VIEW_TARGET_TABLE is not set" in nothing.stderr
@@ -329,8 +329,8 @@ async def test_forget_shows_and_asks_first(world: World) -> None:
     assert "256 bytes" in wrong.stderr
 
 
-@in_both_worlds
-async def test_top_lists_who_was_viewed_most(world: World) -> None:
+@on_open_and_guarded_servers
+async def test_top_lists_the_most_viewed_ids(world: World) -> None:
     await world.view("popular", 1200)
     await world.view("evil\x1b[2J", 7)
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
@@ -342,7 +342,7 @@ async def test_top_lists_who_was_viewed_most(world: World) -> None:
     assert (await run_cli("top", "--window", "soon", **world.environment)).returncode == 2
 
 
-async def test_check_looks_at_the_application_s_own_table(world: World) -> None:
+async def test_check_includes_the_table_of_the_application(world: World) -> None:
     done = await run_cli("check", **world.environment | TARGET)
     assert done.returncode == 1
     assert "there is no table Vod" in done.stdout

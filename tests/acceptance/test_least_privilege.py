@@ -1,6 +1,6 @@
-"""The rights in deploy/ are enough, each of them is needed, and one that is missing is named.
+"""The rights in deploy/ are sufficient, each of them is needed, and a missing one is named.
 
-That they are enough for everything else is tested by the scenarios that are marked `in_both_worlds`.
+The tests marked `on_open_and_guarded_servers` check that these rights are sufficient for everything else.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ async def world(guarded: GuardedServers) -> AsyncIterator[World]:
         yield made
 
 
-async def live(worker: InProcessWorker, world: World) -> None:
-    """All that the worker does with its tables: lease, birth, flush, replay, retention."""
+async def use_every_right(worker: InProcessWorker, world: World) -> None:
+    """Do everything that the worker does with its tables: lease, creation of the marker, flush, replay, retention."""
     assert await worker.counters.lease.take()
     for vod_id in ("a", "b"):
         await world.view(vod_id)
@@ -46,7 +46,7 @@ async def live(worker: InProcessWorker, world: World) -> None:
     before = await world.marker()
     await world.view("b")
     await worker.counters.loop.cycle()
-    # Redis comes back as it was before the last flush.
+    # Redis is restored to its state before the last flush.
     assert before is not None
     await world.redis.set(world.keys.marker, before.encode())
     await world.redis.set(world.prefix + "b", "1")
@@ -56,14 +56,14 @@ async def live(worker: InProcessWorker, world: World) -> None:
     await worker.counters.lease.release()
 
 
-async def test_role_has_the_rights_that_the_worker_looks_for_and_no_others(world: World) -> None:
+async def test_role_has_the_rights_that_the_worker_checks_and_no_others(world: World) -> None:
     granted = {(row["table_name"], row["privilege_type"]) for row in await world.sql.fetch(GRANTS)}
     assert granted == {(table, right) for table in RIGHTS for right in RIGHTS[table]} | {(VERSION_TABLE, "SELECT")}
     assert set(RIGHTS) == set(metadata.tables)
 
 
 async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World) -> None:
-    await live(world.worker(), world)
+    await use_every_right(world.worker(), world)
     assert await world.totals() == world.truth
     assert not await world.pending()
 
@@ -72,7 +72,7 @@ async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World
 async def test_each_right_of_the_role_is_needed(world: World, table: str, right: str) -> None:
     await world.sql.execute(f"REVOKE {right} ON {table} FROM viewer_worker")
     with pytest.raises(DatabaseUnavailable, match=f"permission denied for table {table}"):
-        await live(world.worker(), world)
+        await use_every_right(world.worker(), world)
 
 
 async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, start: Start) -> None:
@@ -93,7 +93,7 @@ async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, s
     assert granted <= used
 
 
-async def test_application_s_user_may_do_what_applications_do(
+async def test_application_s_user_can_record_and_publish_views(
     guarded: GuardedServers, world: World, start: Start
 ) -> None:
     url = f"{guarded.application_redis_url}?ssl_ca_certs={guarded.authority}"
@@ -107,7 +107,7 @@ async def test_application_s_user_may_do_what_applications_do(
     assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
 
 
-async def test_right_that_is_missing_is_named_and_waited_for(world: World, start: Start) -> None:
+async def test_missing_right_is_named_and_waited_for(world: World, start: Start) -> None:
     await world.sql.execute("REVOKE INSERT, UPDATE ON view_counts FROM viewer_worker")
     await world.view("a", 3)
     worker = start(world.environment, "run")
@@ -121,7 +121,7 @@ async def test_right_that_is_missing_is_named_and_waited_for(world: World, start
     await world.assert_exact()
 
 
-async def test_check_names_the_rights_that_are_missing(world: World, start: Start) -> None:
+async def test_check_names_the_missing_rights(world: World, start: Start) -> None:
     await world.sql.execute("REVOKE DELETE ON view_count_deltas FROM viewer_worker")
     await world.redis.execute_command("ACL SETUSER viewer-worker -decrby -del")
     findings = await check(world, start)
@@ -143,7 +143,7 @@ async def check(world: World, start: Start) -> dict[str, tuple[str, str]]:
     return {found["name"]: (found["level"], found["found"]) for found in json.load(checking.process.stdout)}
 
 
-async def test_denied_redis_command_is_told_with_its_remedy_and_loses_nothing(world: World, start: Start) -> None:
+async def test_denied_redis_command_is_reported_with_a_fix_and_loses_nothing(world: World, start: Start) -> None:
     await world.redis.execute_command("ACL SETUSER viewer-worker -decrby")
     await world.view("a", 3)
     worker = start(world.environment, "run")
@@ -158,7 +158,9 @@ async def test_denied_redis_command_is_told_with_its_remedy_and_loses_nothing(wo
     await world.assert_exact()
 
 
-async def test_role_cannot_migrate_and_is_told_who_can(guarded: GuardedServers, world: World, start: Start) -> None:
+async def test_role_cannot_migrate_and_the_error_names_the_missing_right(
+    guarded: GuardedServers, world: World, start: Start
+) -> None:
     await world.sql.execute("DROP TABLE viewer_worker_schema")
     migrate = start(world.environment, "migrate")
     assert await migrate.wait() == 69
@@ -168,8 +170,8 @@ async def test_role_cannot_migrate_and_is_told_who_can(guarded: GuardedServers, 
 
 
 async def test_servers_with_a_certificate_of_another_authority_are_refused(world: World, start: Start) -> None:
-    stranger = Certificates()
-    fronts = [TlsFront(stranger, behind, postgres=postgres) for behind, postgres in world_ports(world)]
+    other_authority = Certificates()
+    fronts = [TlsFront(other_authority, server_port, postgres=postgres) for server_port, postgres in world_ports(world)]
     environment = dict(world.environment)
     for name, front in zip(("REDIS_URL", "DATABASE_URL"), fronts, strict=True):
         environment[name] = re.sub(r"@127\.0\.0\.1:\d+", f"@127.0.0.1:{front.port}", environment[name])

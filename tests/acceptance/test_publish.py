@@ -61,7 +61,7 @@ async def test_one_view_is_counted_and_announced(world: World) -> None:
 
 
 @pytest.mark.parametrize("source", ["file", "stdin"])
-async def test_log_is_published_and_summed_up(world: World, source: str) -> None:
+async def test_log_is_published_and_summarised(world: World, source: str) -> None:
     if source == "file":
         done = await publish("--from-log", str(SAMPLE), **world.environment)
     else:
@@ -96,13 +96,13 @@ async def test_terminal_gets_a_progress_bar(world: World) -> None:
     os.close(terminal)
 
 
-async def test_uncertain_lines_are_told_when_nothing_else_can_be_written(
+async def test_uncertain_lines_are_reported_even_if_stdout_is_full(
     proxied: tuple[World, Proxy, dict[str, str]], tmp_path: Path
 ) -> None:
     _, proxy, environment = proxied
     log = tmp_path / "access.log"
     log.write_text("".join(LINE.format(f"/{number}") for number in range(500)))
-    proxy.hang_up_at(b"*1000\r\n")
+    proxy.reset_at(b"*1000\r\n")
     done = await asyncio.to_thread(
         subprocess.run,
         ["sh", "-c", 'exec "$@" > /dev/full', "sh", sys.executable, "-m", "worker", "publish", "--from-log", str(log)],
@@ -127,14 +127,14 @@ async def test_log_without_a_request_is_a_failure(world: World, tmp_path: Path) 
     assert "the log has no line 1000" in done.stderr
 
 
-async def test_uncertain_batch_stops_it_and_it_goes_on_after_it(
+async def test_publish_stops_at_an_uncertain_batch_and_can_continue_after_it(
     proxied: tuple[World, Proxy, dict[str, str]], tmp_path: Path
 ) -> None:
     world, proxy, environment = proxied
     log = tmp_path / "access.log"
     paths = ["/popular"] * 500 + [f"/{number}" for number in range(501, 1201)]
     log.write_text("".join(map(LINE.format, paths)))
-    proxy.hang_up_at(b"*1000\r\n")  # EXEC of the second batch: 500 ids, two commands each
+    proxy.reset_at(b"*1000\r\n")  # EXEC of the second batch: 500 ids, two commands each
     done = await publish("--from-log", str(log), **environment)
     assert done.returncode == 1
     assert "lines 501 to 1000 may or may not be counted: " in done.stderr
@@ -148,7 +148,7 @@ async def test_uncertain_batch_stops_it_and_it_goes_on_after_it(
 
 
 @pytest.mark.parametrize("arguments", [("vod_1",), ("--from-log", str(SAMPLE))])
-async def test_redis_out_of_reach_is_69_and_tells_no_secret(arguments: tuple[str, ...]) -> None:
+async def test_unreachable_redis_exits_with_69_and_no_secret_is_shown(arguments: tuple[str, ...]) -> None:
     done = await publish(*arguments, REDIS_URL=f"redis://:hunter2@127.0.0.1:{free_port()}")
     assert done.returncode == 69
     assert "Check that Redis runs" in done.stderr
@@ -169,12 +169,12 @@ async def test_redis_out_of_reach_is_69_and_tells_no_secret(arguments: tuple[str
         ("--from-log", str(SAMPLE), "--from-line", "0"),
     ],
 )
-async def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
+async def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert (await publish(*arguments)).returncode == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_interrupted_it_tells_where_it_stopped(world: World, number: signal.Signals) -> None:
+async def test_interrupted_publish_reports_where_it_stopped(world: World, number: signal.Signals) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "worker", "publish", "--from-log", "-"),
         env=clean_environment() | world.environment,
@@ -190,14 +190,14 @@ async def test_interrupted_it_tells_where_it_stopped(world: World, number: signa
         assert process.returncode is None
         await asyncio.sleep(0.02)
     process.send_signal(number)
-    _, told = await asyncio.wait_for(process.communicate(), 30)
+    _, printed = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 128 + number
-    assert b"stopped before line 501: interrupted\nContinue with --from-line 501." in told
+    assert b"stopped before line 501: interrupted\nContinue with --from-line 501." in printed
     assert await world.pending() == {"/a": 500}
 
 
 def real_log() -> Path:
-    """10,000 requests that a real server logged; they are not part of the project."""
+    """An access log of a real server with 10,000 requests. It is not part of the project."""
     log = Path(os.environ.get("ACCESS_LOG") or ROOT.parent / "shared" / "data" / "access.log")
     if not log.is_file():
         missing(f"no access log at {log}; ACCESS_LOG names one")

@@ -1,4 +1,4 @@
-"""The worker as users run it: a process that is told by its environment and by signals."""
+"""The worker as users run it: a process controlled by its environment and by signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
-from tests.support.guarded import in_both_worlds, in_the_guarded_world
+from tests.support.guarded import on_guarded_servers, on_open_and_guarded_servers
 from tests.support.world import CliWorker, World
 from worker.dev.servers import PostgresServer, ValkeyServer, free_port
 
@@ -47,7 +47,7 @@ async def get(url: str) -> tuple[int, dict[str, Any]]:
         return response.status, await response.json()
 
 
-@in_both_worlds
+@on_open_and_guarded_servers
 async def test_incr_is_in_postgres_within_one_interval(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "500"}, "run")
     await worker.wait_for_log("marker created")
@@ -60,9 +60,9 @@ async def test_incr_is_in_postgres_within_one_interval(world: World, start: Star
     assert await worker.wait() == 0
 
 
-@in_both_worlds
+@on_open_and_guarded_servers
 @pytest.mark.parametrize("point", ["before COMMIT", "between COMMIT and settle", "after settle"])
-async def test_killed_at_a_point_of_the_flush_counts_each_view_once(world: World, start: Start, point: str) -> None:
+async def test_worker_killed_during_a_flush_counts_each_view_once(world: World, start: Start, point: str) -> None:
     await world.view_many([f"vod_{number % 30}" for number in range(300)])
     for _ in range(3):
         crashed = start(world.environment | {"BATCH_SIZE": "7"}, point, "run", program=CRASH)
@@ -74,7 +74,7 @@ async def test_killed_at_a_point_of_the_flush_counts_each_view_once(world: World
     await world.assert_exact()
 
 
-@in_the_guarded_world
+@on_guarded_servers
 async def test_kill_9_five_times_under_load_is_exact(world: World, start: Start) -> None:
     rng = random.Random(5)
     loaded = asyncio.Event()
@@ -103,7 +103,7 @@ async def test_kill_9_five_times_under_load_is_exact(world: World, start: Start)
     assert world.truth.total() > 1000
 
 
-@in_both_worlds
+@on_open_and_guarded_servers
 async def test_two_processes_at_once_are_exact(world: World, start: Start) -> None:
     workers = [start(world.environment | {"BATCH_SIZE": "5"}, "run") for _ in range(2)]
     for _ in range(50):
@@ -116,7 +116,7 @@ async def test_two_processes_at_once_are_exact(world: World, start: Start) -> No
     await world.assert_exact()
 
 
-@in_both_worlds
+@on_open_and_guarded_servers
 async def test_sigterm_flushes_what_is_pending(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "3600000"}, "run")
     await worker.wait_for_log('"lease taken"')
@@ -126,8 +126,8 @@ async def test_sigterm_flushes_what_is_pending(world: World, start: Start) -> No
     await world.assert_exact()
 
 
-@in_the_guarded_world
-async def test_sigterm_in_mid_flush_with_a_slow_database_ends_within_the_deadline(world: World, start: Start) -> None:
+@on_guarded_servers
+async def test_sigterm_during_a_flush_with_a_slow_database_ends_within_the_deadline(world: World, start: Start) -> None:
     worker = start(world.environment | {"SHUTDOWN_TIMEOUT": "1s"}, "run")
     await worker.wait_for_log('"view_counts ok"')
     async with world.sql.transaction():
@@ -152,8 +152,8 @@ async def _waits_for_lock(world: World) -> bool:
     )
 
 
-@in_both_worlds
-async def test_second_signal_ends_at_once(world: World, start: Start) -> None:
+@on_open_and_guarded_servers
+async def test_second_signal_ends_immediately(world: World, start: Start) -> None:
     worker = start(world.environment | {"SHUTDOWN_TIMEOUT": "1m"}, "run")
     await worker.wait_for_log('"view_counts ok"')
     async with world.sql.transaction():
@@ -168,7 +168,7 @@ async def test_second_signal_ends_at_once(world: World, start: Start) -> None:
     await world.assert_exact()
 
 
-async def test_starts_without_servers_and_begins_when_they_come(
+async def test_worker_starts_without_servers_and_flushes_when_they_are_up(
     servers_folder: Path, start: Start, tmp_path: Path
 ) -> None:
     valkey = ValkeyServer(servers_folder / f"late-redis-{uuid4().hex[:8]}")
@@ -238,7 +238,7 @@ async def test_sigterm_without_servers_ends_cleanly(start: Start) -> None:
     assert "pending views stay in Redis" in worker.log
 
 
-async def test_missing_schema_is_waited_for_and_told(redis_url: str, empty_database_url: str, start: Start) -> None:
+async def test_missing_schema_is_reported_and_waited_for(redis_url: str, empty_database_url: str, start: Start) -> None:
     async with World(redis_url, empty_database_url) as world:
         worker = start(world.environment, "run")
         await worker.wait_for_log('"schema failing"')
@@ -252,7 +252,7 @@ async def test_missing_schema_is_waited_for_and_told(redis_url: str, empty_datab
         assert (await get(f"{url}/readyz"))[0] == 200
 
 
-@in_the_guarded_world
+@on_guarded_servers
 async def test_hold_is_degraded_not_ready_and_explained(world: World, start: Start) -> None:
     assert await start(world.environment, "run", "--once").wait() == 0
     await world.redis.set(world.keys.marker, "garbage")
@@ -270,8 +270,8 @@ async def test_hold_is_degraded_not_ready_and_explained(world: World, start: Sta
     assert "on hold: the marker in Redis cannot be read" in once.log
 
 
-@in_both_worlds
-async def test_port_that_is_taken_stops_the_start(world: World, start: Start) -> None:
+@on_open_and_guarded_servers
+async def test_occupied_port_prevents_the_start(world: World, start: Start) -> None:
     first = start(world.environment, "run")
     port = (await url_of(first)).rpartition(":")[2]
     second = start(world.environment | {"HEALTH_CHECK_PORT": port}, "run")
@@ -280,7 +280,7 @@ async def test_port_that_is_taken_stops_the_start(world: World, start: Start) ->
     assert "Traceback" not in second.log
 
 
-@in_the_guarded_world
+@on_guarded_servers
 async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(world: World, start: Start) -> None:
     first = start(world.environment, "run")
     await first.wait_for_log('"lease taken"')
@@ -300,7 +300,7 @@ async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(w
     await world.assert_exact()
 
 
-async def test_sigterm_while_it_starts_is_a_clean_end(world: World, start: Start) -> None:
+async def test_sigterm_during_the_start_ends_cleanly(world: World, start: Start) -> None:
     worker = start(world.environment, "run")
     while not _catches(worker.process.pid, signal.SIGTERM):  # it has not loaded much more by then
         await asyncio.sleep(0.005)

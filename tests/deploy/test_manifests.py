@@ -1,4 +1,4 @@
-"""deploy/ is well-formed, fits together, and fits the worker."""
+"""The files in deploy/ are valid and consistent with each other and with the worker."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     analyze = tool("systemd-analyze", "systemd")
     unit = tmp_path / "viewer-worker.service"
     text = (DEPLOY / "systemd" / unit.name).read_text()
-    # It looks for the program, too, which is not installed here.
+    # systemd-analyze also looks for the program, which is not installed here.
     unit.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
     succeeds(analyze, "verify", "--man=no", unit)
 
 
-def test_secrets_of_the_compose_file_are_those_that_are_made(tmp_path: Path) -> None:
+def test_make_secrets_creates_the_secrets_of_the_compose_file(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets"))
     succeeds(tmp_path / "make-secrets")
     made = {f"secrets/{path.name}" for path in (tmp_path / "secrets").iterdir()}
@@ -68,7 +68,7 @@ def test_secrets_of_the_compose_file_are_those_that_are_made(tmp_path: Path) -> 
     assert used == set(declared)
 
 
-def test_made_secrets_are_kept_and_out_of_reach_of_others(tmp_path: Path) -> None:
+def test_secrets_are_private_and_never_overwritten(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets"))
     succeeds(tmp_path / "make-secrets")
     before = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
@@ -79,7 +79,7 @@ def test_made_secrets_are_kept_and_out_of_reach_of_others(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["worker", "migrate", "grant", "redis", "producer"])
-def test_compose_services_write_nothing_and_have_no_privilege(name: str) -> None:
+def test_compose_services_are_read_only_and_unprivileged(name: str) -> None:
     service = compose()["services"][name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -87,7 +87,7 @@ def test_compose_services_write_nothing_and_have_no_privilege(name: str) -> None
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
-def test_worker_in_kubernetes_writes_nothing_and_has_no_privilege(manifest: Path) -> None:
+def test_worker_in_kubernetes_is_read_only_and_unprivileged(manifest: Path) -> None:
     pod = load(manifest)["spec"]["template"]["spec"]
     (worker,) = (found for found in containers(load(manifest)).values() if found["image"].startswith("viewer-worker:"))
     security = pod.get("securityContext", {}) | worker["securityContext"]
@@ -104,7 +104,7 @@ def test_sidecar_never_takes_its_application_out_of_service() -> None:
     assert {sidecar[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe")} == {"/livez"}
 
 
-def test_standalone_worker_is_ready_when_it_can_do_its_job() -> None:
+def test_standalone_worker_has_a_readiness_and_a_liveness_probe() -> None:
     worker = containers(load(DEPLOY / "kubernetes" / "deployment.yaml"))["viewer-worker"]
     assert worker["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert worker["livenessProbe"]["httpGet"]["path"] == "/livez"
@@ -114,14 +114,14 @@ def test_every_platform_waits_longer_than_the_worker_drains() -> None:
     unit = (DEPLOY / "systemd" / "viewer-worker.service").read_text()
     stop = re.search(r"^TimeoutStopSec=(\S+)$", unit, re.MULTILINE)
     assert stop is not None
-    patience = [parse_duration(stop[1]), parse_duration(compose()["services"]["worker"]["stop_grace_period"])]
+    grace_periods = [parse_duration(stop[1]), parse_duration(compose()["services"]["worker"]["stop_grace_period"])]
     for name in ("deployment", "sidecar"):
         pod = load(DEPLOY / "kubernetes" / f"{name}.yaml")["spec"]["template"]["spec"]
-        patience.append(timedelta(seconds=pod["terminationGracePeriodSeconds"]))
-    assert all(waits > DRAIN for waits in patience)
+        grace_periods.append(timedelta(seconds=pod["terminationGracePeriodSeconds"]))
+    assert all(period > DRAIN for period in grace_periods)
 
 
-def test_every_setting_in_deploy_is_one_of_the_worker() -> None:
+def test_every_setting_in_deploy_exists() -> None:
     named = {name for service in ("worker", "migrate") for name in compose()["services"][service]["environment"]}
     for manifest in MANIFESTS:
         named |= {entry["name"] for found in containers(load(manifest)).values() for entry in found.get("env", ())}

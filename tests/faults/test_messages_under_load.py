@@ -1,6 +1,6 @@
 """Fifty thousand messages a second: while the subscription holds, each is counted, and memory does not grow.
 
-`make faults` publishes for a minute, `make test` for a few seconds; MESSAGE_SECONDS says how long.
+`make faults` publishes for a minute, `make test` for a few seconds; MESSAGE_SECONDS sets the duration.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SECONDS = int(os.environ.get("MESSAGE_SECONDS", "4"))
 RATE = 50_000
 IDS = [f"vod_{number}" for number in range(2000)]
 BATCHES_A_SECOND = 50
-MAY_GROW_BYTES = 24 * 2**20
+MAX_GROWTH_BYTES = 24 * 2**20
 
 
 class Publisher:
-    """Publishes views of Zipf-like ids, and waits for Redis after each batch; as fast as asked, if the machine can."""
+    """Publishes views of Zipf-distributed ids at RATE if the machine can, and waits for Redis after each batch."""
 
     def __init__(self, redis_url: str, channel: str, rng: random.Random) -> None:
         address = urlsplit(redis_url)
@@ -44,14 +44,14 @@ class Publisher:
         return b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
     def run(self) -> float:
-        """Returns the rate that was reached, messages a second."""
+        """Publish for SECONDS. Returns the actual rate in messages per second."""
         began = time.monotonic()
         for number in range(SECONDS * BATCHES_A_SECOND):
             time.sleep(max(0.0, began + number / BATCHES_A_SECOND - time.monotonic()))
             batch = self._rng.choices(IDS, self._weights, k=RATE // BATCHES_A_SECOND)
             self._connection.sendall(b"".join(self._commands[vod_id] for vod_id in batch))
-            heard = self._receivers(len(batch))
-            assert heard == {b":1"}, "somebody else listens, or nobody does"
+            receivers = self._receivers(len(batch))
+            assert receivers == {b":1"}, "there is no subscriber, or more than one"
             self.published.update(batch)
         self._connection.close()
         return self.published.total() / (time.monotonic() - began)
@@ -97,4 +97,4 @@ async def test_every_message_is_counted_and_memory_is_flat(world: World, worker:
     grown = max(samples[half:]) - max(samples[:half])
     total = publisher.published.total()
     print(f"{total:,} messages, {rate:,.0f}/s; memory {max(samples) / 2**20:.0f} MiB, {grown:+,} bytes")
-    assert grown < MAY_GROW_BYTES
+    assert grown < MAX_GROWTH_BYTES

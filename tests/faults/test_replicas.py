@@ -1,7 +1,7 @@
-"""Three replicas, two servers, and no mercy: every acknowledged view is in Postgres once.
+"""Three replicas and two servers are killed and frozen: every acknowledged view is in Postgres once.
 
-`make faults` runs it for a minute; CI and `make test` run a short slice. FAULT_SECONDS and FAULT_SEED say how long and
-with which seed; the seed is printed, so that a failure can be run again.
+`make faults` runs it for a minute; CI and `make test` run it for a shorter time. FAULT_SECONDS and FAULT_SEED set the
+duration and the seed. The seed is printed, so that a failure can be reproduced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PREFIX = "vod:views:"
 
 
 class Truth:
-    """What producers know: acknowledged, and sent without an answer (it may have counted or not)."""
+    """What producers know: the views sent, and those acknowledged. A view without an answer may have counted or not."""
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
@@ -90,10 +90,10 @@ class Chaos:
                 await asyncio.sleep(0.005)
 
     async def read(self) -> None:
-        """An application that shows GET + database, in this order, is never below the truth; a total never above."""
+        """Check that GET + database, read in this order, is never too low, and that a total is never too high."""
         async with self.redis() as client:
             while not self.done.is_set():
-                surely = self.truth.acknowledged.copy()
+                at_least = self.truth.acknowledged.copy()
                 try:
                     pending = await client.mget([PREFIX + vod_id for vod_id in IDS])
                     totals = await self.totals()
@@ -101,7 +101,7 @@ class Chaos:
                     await asyncio.sleep(0.05)
                     continue
                 for vod_id, value in zip(IDS, pending, strict=True):
-                    assert int(value or 0) + totals[vod_id] >= surely[vod_id], f"{vod_id}: a dip"
+                    assert int(value or 0) + totals[vod_id] >= at_least[vod_id], f"{vod_id}: a dip"
                 assert totals <= self.truth.sent
                 self.samples += 1
                 await asyncio.sleep(0.05)
@@ -114,8 +114,8 @@ class Chaos:
             finally:
                 sql.terminate()
 
-    async def torment(self) -> None:
-        """Every two seconds a replica is killed or frozen; on the way both servers are killed twice."""
+    async def inject_faults(self) -> None:
+        """Kill or freeze a replica every two seconds, and kill each server twice."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         servers: list[tuple[float, Server]] = [
@@ -145,7 +145,7 @@ def _wake(process: Any) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 150)
-async def test_three_replicas_are_exact_whatever_is_killed_or_frozen(servers_folder: Path) -> None:
+async def test_three_replicas_are_exact_after_kills_and_freezes(servers_folder: Path) -> None:
     print(f"FAULT_SEED={SEED} FAULT_SECONDS={SECONDS}")
     folder = servers_folder / f"chaos-{uuid4().hex[:8]}"
     folder.mkdir()
@@ -158,12 +158,12 @@ async def test_three_replicas_are_exact_whatever_is_killed_or_frozen(servers_fol
         await schema.upgrade(database)
         await database.close()
         chaos.replicas = [chaos.start_replica() for _ in range(3)]
-        async with asyncio.TaskGroup() as meanwhile:
-            meanwhile.create_task(chaos.produce())
-            meanwhile.create_task(chaos.read())
-            await chaos.torment()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(chaos.produce())
+            tasks.create_task(chaos.read())
+            await chaos.inject_faults()
             chaos.done.set()
-        await _healed(chaos)
+        await _wait_until_drained(chaos)
         totals, truth = await chaos.totals(), chaos.truth
         assert truth.acknowledged <= totals
         assert totals <= truth.sent
@@ -184,8 +184,8 @@ async def test_three_replicas_are_exact_whatever_is_killed_or_frozen(servers_fol
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _healed(chaos: Chaos) -> None:
-    """Wait until nothing is pending and no total moves any more."""
+async def _wait_until_drained(chaos: Chaos) -> None:
+    """Wait until nothing is pending, and check that it stays so."""
     async with chaos.redis() as client:
         async with asyncio.timeout(60):
             while await client.exists(*(PREFIX + vod_id for vod_id in IDS)):

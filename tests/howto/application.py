@@ -1,4 +1,4 @@
-"""The application of the pages on an own table: its database, its table, and the role that it gives to the worker."""
+"""The application of the pages about its own table: its database, its table, and the role for the worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLE: Snippet = snippets("use-your-own-table")["role.sql"]
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """`sql` is the owner of the table; `worker_url` is what the worker gets."""
+    """`sql` is a connection of the table's owner; `worker_url` is the DATABASE_URL of the worker."""
 
     sql: asyncpg.Connection
     worker_url: str

@@ -22,14 +22,14 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 
 @pytest.fixture
 async def world(valkey: ValkeyServer, database_url: str) -> AsyncIterator[World]:
-    """The pages say `vod:views:`, so the Redis is the test's own."""
+    """The pages use the prefix `vod:views:`, so each test has its own Redis."""
     async with World(valkey.url, database_url, prefix="vod:views:") as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def application_server(servers_folder: Path) -> Iterator[PostgresServer]:
-    """A Postgres of the pages' own: they create a role, which is the whole server's."""
+    """A separate Postgres: the pages create a role, and a role belongs to the whole server."""
     server = PostgresServer(servers_folder / "application", options=("fsync=off",))
     server.start()
     yield server
@@ -53,7 +53,7 @@ async def application(application_server: PostgresServer) -> AsyncIterator[Appli
 
 @pytest.fixture
 def run(programs: Programs, world: World) -> Callable[..., str]:
-    """Runs a snippet on the servers of the world, and gives what it printed."""
+    """Runs a snippet on the world's servers, and returns what it printed."""
 
     def run(snippet: Snippet, **environment: str) -> str:
         ended = programs.run(snippet, world.environment | environment)

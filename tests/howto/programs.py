@@ -19,7 +19,7 @@ TIMEOUT_S = 30.0
 
 
 class Programs:
-    """Makes commands of snippets, in a folder of its own. What is missing fails in CI and skips elsewhere."""
+    """Turns snippets into commands, in its own folder. Missing tools fail a test in CI and skip it elsewhere."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -34,7 +34,7 @@ class Programs:
         }
 
     def command(self, snippet: Snippet) -> list[str]:
-        """The command that runs it. Go is compiled once."""
+        """The command that runs a snippet. Go is compiled once."""
         if snippet not in self._made:
             path = self._folder / f"{len(self._made)}-{snippet.title}"
             path.write_text(snippet.code)
@@ -55,7 +55,7 @@ class Programs:
 
     @contextmanager
     def started(self, snippet: Snippet, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-        """A snippet that is left running, its output at hand; ended with the block."""
+        """Start a snippet with its output piped, and kill it at the end of the block."""
         program = subprocess.Popen(
             self.command(snippet),
             cwd=self._folder,
@@ -73,7 +73,7 @@ class Programs:
                 program.stdout.close()
 
     def environment(self, given: dict[str, str]) -> dict[str, str]:
-        """Without TLS unless the environment says so; `viewer-worker` is that of this checkout."""
+        """Without TLS unless the environment sets it; `viewer-worker` is the one of this checkout."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {"PGSSLMODE": "disable"} | clean_environment() | {"PATH": path, "PYTHONUNBUFFERED": "1"} | given
 

@@ -1,4 +1,4 @@
-"""docs/how-to/migrate-from-the-node-worker.md: step by step, and back again, each view is counted once."""
+"""docs/how-to/migrate-from-the-node-worker.md: after each step, and after going back, each view is counted once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def port() -> dict[str, str]:
 
 
 async def old_worker(world: World, application: Application) -> None:
-    """One batch of a worker that takes counters away and then writes them."""
+    """One batch of the old worker, which removes counters from Redis and then writes them."""
     for vod_id in await world.pending():
         views = int(await world.redis.getdel(world.prefix + vod_id))
         await application.sql.execute('UPDATE "Vod" SET "viewCount" = "viewCount" + $2 WHERE id = $1', vod_id, views)
@@ -39,7 +39,7 @@ async def status(run: Callable[..., str], port: dict[str, str]) -> object:
     return json.loads(run(HEALTH, **port))["status"]
 
 
-async def test_tells_whether_the_old_worker_still_listens(world: World, run: Callable[..., str]) -> None:
+async def test_page_shows_whether_the_old_worker_still_listens(world: World, run: Callable[..., str]) -> None:
     async with world.redis.pubsub() as old:
         await old.subscribe("view_count_updates")
         assert run(STOPPED) == "view_count_updates\n1"
@@ -48,7 +48,7 @@ async def test_tells_whether_the_old_worker_still_listens(world: World, run: Cal
     assert run(STOPPED) == "view_count_updates\n0"
 
 
-async def test_started_the_worker_is_healthy_and_the_counters_leave_redis(
+async def test_started_worker_is_healthy_and_empties_the_counters(
     world: World, programs: Programs, port: dict[str, str], run: Callable[..., str]
 ) -> None:
     run(joined(then="viewer-worker migrate\n"))
@@ -60,7 +60,7 @@ async def test_started_the_worker_is_healthy_and_the_counters_leave_redis(
         await until(lambda: status(run, port), "healthy")
 
 
-async def test_there_and_back_each_view_is_counted_once(
+async def test_each_view_is_counted_once_after_migrating_and_going_back(
     application: Application, world: World, programs: Programs, port: dict[str, str], run: Callable[..., str]
 ) -> None:
     await application.upload("clx1k2v9u0000", 40)

@@ -26,7 +26,7 @@ live = pytest.mark.parametrize("snippet", [pytest.param(PAGE[title], id=title) f
 
 
 async def flushed_and_pending(world: World) -> None:
-    """40 views of vod_123 are in the database, and 2 in Redis; of vod_1 and vod_2 all are in one of them."""
+    """40 views of vod_123 are in the database and 2 in Redis. vod_1 is only in the database, vod_2 only in Redis."""
     await world.view("vod_123", 40)
     await world.view("vod_1", 3)
     await world.worker().cycle()
@@ -35,7 +35,7 @@ async def flushed_and_pending(world: World) -> None:
 
 
 @totals
-async def test_prints_what_is_pending_and_what_is_in_the_database_added(
+async def test_prints_the_sum_of_pending_and_stored_views(
     snippet: Snippet, run: Callable[..., str], world: World
 ) -> None:
     await flushed_and_pending(world)
@@ -48,13 +48,13 @@ async def test_reads_redis_before_the_database(snippet: Snippet, programs: Progr
     await flushed_and_pending(world)
     await world.sql.execute("BEGIN; LOCK TABLE view_counts IN ACCESS EXCLUSIVE MODE")
     with programs.started(snippet, world.environment | {"VOD_ID": "vod_123"}) as program:
-        await somebody_waits_for_a_lock(world)
+        await wait_for_a_blocked_query(world)
         await world.view("vod_123", 100)
         await world.sql.execute("COMMIT")
         assert await next_line(program) == "42"
 
 
-async def test_what_was_only_announced_is_not_added_to_what_is_pending(run: Callable[..., str], world: World) -> None:
+async def test_announced_views_are_not_added_to_pending_views(run: Callable[..., str], world: World) -> None:
     await flushed_and_pending(world)
     await world.sql.execute("UPDATE view_counts SET announced = 50, views = 50 WHERE vod_id = 'vod_123'")
     assert run(PAGE["exact.sh"], VOD_ID="vod_123") == "50"
@@ -63,29 +63,29 @@ async def test_what_was_only_announced_is_not_added_to_what_is_pending(run: Call
 @live
 async def test_follows_the_channel_of_totals(snippet: Snippet, programs: Programs, world: World) -> None:
     with programs.started(snippet, world.environment) as program:
-        await somebody_subscribes(world)
+        await wait_for_a_subscriber(world)
         await world.redis.publish("view_counts", PAGE["message.json"].code)
         assert await next_line(program) == "vod_123 42"
 
 
 @live
-async def test_follows_again_after_redis_was_away(
+async def test_follows_again_after_redis_restarted(
     snippet: Snippet, programs: Programs, world: World, valkey: ValkeyServer
 ) -> None:
     with programs.started(snippet, world.environment) as program:
-        await somebody_subscribes(world)
+        await wait_for_a_subscriber(world)
         valkey.kill()
         await world.restart_redis(valkey)
-        await somebody_subscribes(world)
+        await wait_for_a_subscriber(world)
         await world.redis.publish("view_counts", PAGE["message.json"].code)
         assert await next_line(program) == "vod_123 42"
 
 
 @live
-async def test_follows_the_worker(snippet: Snippet, programs: Programs, world: World) -> None:
+async def test_follows_the_totals_that_the_worker_publishes(snippet: Snippet, programs: Programs, world: World) -> None:
     await flushed_and_pending(world)
     with programs.started(snippet, world.environment) as program:
-        await somebody_subscribes(world)
+        await wait_for_a_subscriber(world)
         subscription = world.redis.pubsub(ignore_subscribe_messages=True)
         await subscription.subscribe("view_counts")
         await world.worker().cycle()
@@ -115,10 +115,10 @@ async def next_line(program: subprocess.Popen[str]) -> str:
     return (await asyncio.to_thread(program.stdout.readline)).strip()
 
 
-async def somebody_subscribes(world: World) -> None:
+async def wait_for_a_subscriber(world: World) -> None:
     await until(lambda: world.redis.pubsub_numsub("view_counts"), [(b"view_counts", 1)])
 
 
-async def somebody_waits_for_a_lock(world: World) -> None:
+async def wait_for_a_blocked_query(world: World) -> None:
     query = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'view_counts'::regclass"
     await until(lambda: world.sql.fetchval(query), 1)

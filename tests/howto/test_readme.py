@@ -1,4 +1,4 @@
-"""README.md, "Five minutes with your own Redis and Postgres": what it types is typed, and answers as it says."""
+"""README.md, "Five minutes with your own Redis and Postgres": its commands run and print what it shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.dev.servers import free_port
 ROOT = Path(__file__).parents[2]
 CHAPTER = (ROOT / "README.md").read_text().split("## Five minutes", 1)[1].split("\n## ", 1)[0]
 START = re.findall(r"```sh\n(.*?)```", CHAPTER, re.DOTALL)
-# In a transcript, what is typed follows a prompt, and the lines after it are the answer.
+# In a transcript, a command follows a prompt, and the lines after it are its output.
 TYPED = re.findall(r"^\$ (.*)\n((?:(?!```|\$ ).*\n)*)", CHAPTER, re.MULTILINE)
 
 
@@ -37,7 +37,7 @@ def port() -> int:
 
 @pytest.fixture
 def worker(world: World, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The block that installs and starts it, but for the installation, and on the test's servers."""
+    """Runs the block that installs and starts the worker, without the installation and on the test's servers."""
     (script,) = START
     lines = [line for line in script.splitlines() if not re.match(r"make install|export (DATABASE|REDIS)_URL", line)]
     assert len(lines) == len(script.splitlines()) - 3
@@ -56,21 +56,21 @@ def worker(world: World, port: int, tmp_path: Path) -> Iterator[subprocess.Popen
 
 
 @pytest.mark.usefixtures("worker")
-async def test_first_view_is_seen_as_the_readme_says(world: World, port: int) -> None:
+async def test_first_view_is_shown_as_in_the_readme(world: World, port: int) -> None:
     for name, package in (("redis-cli", "redis-tools"), ("psql", "postgresql-client"), ("curl", "curl")):
         tool(name, package)
     incr, select, curl = [typed for typed, _ in TYPED]
     answers = [answer for _, answer in TYPED]
     assert incr.startswith("redis-cli ")
-    assert await typed_in(f"redis-cli -u {world.redis_url}" + incr.removeprefix("redis-cli"), world, port) == "1\n"
+    assert await output_of(f"redis-cli -u {world.redis_url}" + incr.removeprefix("redis-cli"), world, port) == "1\n"
     assert answers[0] == "(integer) 1\n"
     await until(world.pending, {})
-    assert await typed_in(select, world, port) == answers[1]
-    answer = await typed_in(curl.replace("localhost:3003", f"127.0.0.1:{port}"), world, port)
+    assert await output_of(select, world, port) == answers[1]
+    answer = await output_of(curl.replace("localhost:3003", f"127.0.0.1:{port}"), world, port)
     assert json.loads(answer) == json.loads(answers[2])
 
 
-async def typed_in(command: str, world: World, port: int) -> str:
+async def output_of(command: str, world: World, port: int) -> str:
     done = await asyncio.to_thread(
         subprocess.run,
         ["bash", "-c", command],

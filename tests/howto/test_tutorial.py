@@ -1,4 +1,4 @@
-"""docs/tutorial.md, from its beginning to its end."""
+"""docs/tutorial.md, from start to end."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tests.support.world import World
 from worker.dev.servers import free_port
 
 PAGE = snippets("../tutorial")
-# In the test, signals are for the worker and not for the shell that started it.
+# Signals of the test must reach the worker, not the shell that started it.
 START = replace(PAGE["start.sh"], code=PAGE["start.sh"].code.replace("viewer-worker run", "exec viewer-worker run"))
 
 
 def here(snippet: Snippet, port: int) -> Snippet:
-    """On the test's port; and what it kills is the test's worker alone."""
+    """The snippet with the test's port."""
     return replace(snippet, code=snippet.code.replace("localhost:3003", f"127.0.0.1:{port}"))
 
 
-async def test_it_leads_where_it_says(world: World, programs: Programs, run: Callable[..., str]) -> None:
+async def test_tutorial_prints_what_it_shows(world: World, programs: Programs, run: Callable[..., str]) -> None:
     port = free_port()
     given = {"BATCH_INTERVAL_MS": "300", "HEALTH_CHECK_PORT": str(port), "HEALTH_CHECK_HOST": "127.0.0.1"}
     environment = world.environment | given
@@ -76,7 +76,7 @@ async def top(shows: Callable[..., object]) -> set[tuple[str, ...]]:
 
 
 async def killed(worker: subprocess.Popen[str], block: Snippet, shows: Callable[..., object]) -> None:
-    """`pgrep` would find any worker of this machine: this one is killed by its number, and the rest is typed."""
+    """Kill the worker by its process id, as `pgrep` could find another one, and run the rest of the block."""
     kill, rest = block.code.split("\n", 1)
     assert kill == """kill -9 "$(pgrep -n -f 'viewer-worker run')\""""
     worker.send_signal(signal.SIGKILL)
@@ -90,14 +90,14 @@ async def stopped(worker: subprocess.Popen[str]) -> None:
     assert await asyncio.to_thread(worker.wait, 20) == 0
 
 
-async def test_servers_are_lent_until_they_are_given_back(programs: Programs, tmp_path: Path) -> None:
+async def test_servers_run_until_they_are_stopped(programs: Programs, tmp_path: Path) -> None:
     typed = PAGE["servers.sh"].code.strip()
-    lending = replace(PAGE["servers.sh"], code=f"exec {typed} --data {tmp_path / 'dev'}\n")
-    with programs.started(lending, {}) as program:
+    servers = replace(PAGE["servers.sh"], code=f"exec {typed} --data {tmp_path / 'dev'}\n")
+    with programs.started(servers, {}) as program:
         assert program.stdout is not None
         lines = [await asyncio.to_thread(program.stdout.readline) for _ in range(2)]
         urls = dict(line.strip().removeprefix("export ").split("=", 1) for line in lines)
-        async with World(urls["REDIS_URL"], urls["DATABASE_URL"]) as lent:
-            await lent.view("a")
-            assert await lent.sql.fetchval("SELECT 1") == 1
+        async with World(urls["REDIS_URL"], urls["DATABASE_URL"]) as world:
+            await world.view("a")
+            assert await world.sql.fetchval("SELECT 1") == 1
         await stopped(program)

@@ -43,7 +43,7 @@ async def refused(sql: asyncpg.Connection, statement: str) -> None:
         await sql.execute(statement)
 
 
-async def test_prints_what_is_pending_and_what_is_in_the_column_added(
+async def test_prints_the_sum_of_pending_views_and_the_column(
     application: Application, world: World, run: Callable[..., str]
 ) -> None:
     await application.upload("vod_123", 40)
@@ -63,7 +63,7 @@ async def test_the_comparison_finds_the_row_that_lacks_views(
     assert run(COMPARE) == "vod_123|40|1"
 
 
-async def test_totals_go_on_from_what_the_table_had(
+async def test_totals_continue_from_the_values_in_the_table(
     application: Application, world: World, run: Callable[..., str]
 ) -> None:
     await application.upload("vod_123", 40)
@@ -76,7 +76,7 @@ async def test_totals_go_on_from_what_the_table_had(
     assert run(COMPARE) == ""
 
 
-async def test_what_the_table_cannot_take_is_counted_skipped_and_shown(
+async def test_views_that_the_table_cannot_store_are_counted_and_shown_as_skipped(
     application: Application, world: World, programs: Programs, run: Callable[..., str]
 ) -> None:
     await application.upload("vod_123")

@@ -35,7 +35,7 @@ async def channel(world: World) -> AsyncIterator[PubSub]:
 
 
 async def received(channel: PubSub, world: World) -> list[object]:
-    """What was published so far, decoded."""
+    """The messages published so far, decoded."""
     await world.redis.publish("view_count_updates", json.dumps(END))
     messages: list[object] = []
     async for message in channel.listen():
@@ -73,7 +73,7 @@ async def test_the_counter_comes_before_the_message(snippet: Snippet, run: Calla
 
 
 async def counting(monitor: Monitor) -> list[str]:
-    """Which commands that count or announce the server saw until the end of the test."""
+    """The INCR and PUBLISH commands that the server received until the end of the test."""
     seen: list[str] = []
     while END not in (command := (await monitor.next_command())["command"]):
         name = command.partition(" ")[0].upper().removesuffix("BY")

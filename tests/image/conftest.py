@@ -1,4 +1,4 @@
-"""The image, built by buildah, which needs no daemon; and its root filesystem, to look at and to run the worker in."""
+"""The image, built by buildah without a daemon, and its root filesystem, in which the tests run the worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worker import __version__
 ROOT = Path(__file__).parents[2]
 BASE = "docker.io/library/python:3.13-slim-bookworm"
 TAG = "localhost/viewer-worker:test"
-# As a careful platform runs it: nothing can be written, nobody is root, and nothing can make it so.
+# As a careful platform runs it: nothing can be written, and the user is not root and cannot become root.
 CONFINED = """
 set -e
 mount --bind "$0" "$0"
@@ -31,13 +31,13 @@ exec chroot "$0" setpriv --reuid "$1" --regid "$2" --clear-groups --no-new-privs
 
 @dataclass(frozen=True)
 class Image:
-    """`config` is what the image says of itself; `root` its files, mounted."""
+    """`config` is the configuration of the image; `root` is its file system, mounted."""
 
     config: dict[str, Any]
     root: Path
 
     def program(self, *command: str, **environment: str) -> list[str]:
-        """The command line that runs `command` (else the entrypoint) confined, on this machine's network."""
+        """The command line that runs `command` (by default the entrypoint) confined, on this machine's network."""
         user, group = self.config["User"].split(":")
         variables = [*self.config["Env"], *(f"{name}={value}" for name, value in environment.items())]
         confined = [
@@ -61,12 +61,12 @@ class Image:
 @pytest.fixture(scope="session")
 def image() -> Iterator[Image]:
     if shutil.which("buildah") is None or os.getuid() != 0:
-        cannot("needs buildah, and root to run what it builds")
+        skip_or_fail("needs buildah, and root to run what it builds")
     if (
         not buildah("images", "--quiet", BASE, check=False)
         and subprocess.run(["buildah", "pull", "--quiet", BASE]).returncode
     ):
-        cannot(f"the base image {BASE} is neither here nor within reach")
+        skip_or_fail(f"the base image {BASE} is not stored here and cannot be pulled")
     mirror = os.environ.get("PIP_INDEX_URL")
     arguments = ["--build-arg", f"PIP_INDEX_URL={mirror}"] if mirror else []
     how = ("--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--quiet")
@@ -77,8 +77,8 @@ def image() -> Iterator[Image]:
     buildah("rm", container)
 
 
-def cannot(reason: str) -> NoReturn:
-    """Skipped even in CI, since not every machine can build images; a CI that can sets IMAGE_BASE_REQUIRED."""
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip even in CI, as not every machine can build images. A CI that can build them sets IMAGE_BASE_REQUIRED."""
     if os.environ.get("IMAGE_BASE_REQUIRED"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The image: what it carries, and that it does its job where it may write nothing and is nobody."""
+"""The image: its contents, and that the worker runs in it read-only and without privileges."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def confinement(pid: int) -> dict[str, str]:
 
 
 def root_is_read_only(pid: int) -> bool:
-    """No other file system is mounted in it, but /proc."""
+    """The only other mounted file system is /proc."""
     lines = Path(f"/proc/{pid}/mounts").read_text().splitlines()
     mounts = {target: options for _, target, _, options, *_ in map(str.split, lines)}
     return set(mounts) == {"/", "/proc"} and "ro" in mounts["/"].split(",")
 
 
-def test_image_says_how_to_run_it(image: Image) -> None:
+def test_image_config_declares_how_to_run_it(image: Image) -> None:
     config = image.config
     assert (config["Entrypoint"], config["Cmd"], config["StopSignal"]) == (["viewer-worker"], ["run"], "SIGTERM")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", config["User"])
@@ -90,7 +90,7 @@ def test_image_says_how_to_run_it(image: Image) -> None:
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
 
 
-def test_image_carries_what_the_lock_file_names_and_the_worker(image: Image) -> None:
+def test_image_contains_the_locked_packages_and_the_worker(image: Image) -> None:
     listing = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     found = json.loads(image.run("python", "-c", listing).stdout)
     lock = (ROOT / "requirements.lock").read_text()
@@ -106,7 +106,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_image_carries_nothing_that_is_only_for_building_or_testing(image: Image) -> None:
+def test_image_contains_nothing_that_is_only_for_building_or_testing(image: Image) -> None:
     assert image.run("sh", "-c", "command -v pip pip3 gcc cc make").stdout == ""
     site = next((image.root / VENV / "lib").glob("python3.*/site-packages"))
     assert sorted(path.name for path in site.glob("worker*")) == ["worker"]
@@ -114,7 +114,7 @@ def test_image_carries_nothing_that_is_only_for_building_or_testing(image: Image
     assert (site / "worker" / "alembic").is_dir()
 
 
-def test_every_module_that_the_worker_loads_comes_with_its_bytecode(image: Image) -> None:
+def test_every_module_that_the_worker_loads_has_its_bytecode(image: Image) -> None:
     missing = (
         "import os, sys, worker.app.serve, worker.cli;"
         "print([name for name, module in sys.modules.items()"

@@ -1,4 +1,4 @@
-"""Ending a hold by decision."""
+"""Ending a hold with `adopt`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from worker.errors import NothingToAdopt
 
 @pytest.fixture(params=["ahead", "foreign", "garbage", "another type", "pruned ledger"])
 async def on_hold(request: pytest.FixtureRequest, world: World) -> World:
-    """Five views in Postgres, four pending, and a marker that does not fit."""
+    """Five views in Postgres, four pending, and a marker that does not match."""
     worker = world.worker()
     await worker.cycle()
-    born = await world.marker()
+    first_marker = await world.marker()
     await world.view("a", 5)
     await worker.cycle()
     marker = await world.marker()
     assert marker is not None
-    assert born is not None
+    assert first_marker is not None
     match request.param:
         case "ahead":
             await world.redis.set(world.keys.marker, Marker(marker.lineage, 9, marker.nonce).encode())
@@ -35,7 +35,7 @@ async def on_hold(request: pytest.FixtureRequest, world: World) -> World:
             await world.redis.delete(world.keys.marker)
             await world.redis.rpush(world.keys.marker, "x")
         case "pruned ledger":
-            await world.redis.set(world.keys.marker, born.encode())
+            await world.redis.set(world.keys.marker, first_marker.encode())
             await world.sql.execute("DELETE FROM view_count_deltas; DELETE FROM view_count_flushes")
     await world.redis.incrby(world.prefix + "a", 3)
     await world.redis.incrby(world.prefix + "b", 1)
@@ -43,7 +43,7 @@ async def on_hold(request: pytest.FixtureRequest, world: World) -> World:
     return world
 
 
-async def test_counting_the_pending_views(on_hold: World) -> None:
+async def test_pending_views_can_be_counted(on_hold: World) -> None:
     adoption = on_hold.worker().counters.adoption
     situation = await adoption.look()
     assert situation.hold is not None
@@ -54,7 +54,7 @@ async def test_counting_the_pending_views(on_hold: World) -> None:
     assert await on_hold.pending() == Counter()
 
 
-async def test_discarding_the_pending_views(on_hold: World) -> None:
+async def test_pending_views_can_be_discarded(on_hold: World) -> None:
     adoption = on_hold.worker().counters.adoption
     assert await adoption.adopt(await adoption.look(), discard=True) == 4
     await on_hold.redis.incrby(on_hold.prefix + "a", 2)
@@ -62,7 +62,7 @@ async def test_discarding_the_pending_views(on_hold: World) -> None:
     assert await on_hold.totals() == Counter(a=7)
 
 
-async def test_only_what_was_shown_is_discarded(on_hold: World) -> None:
+async def test_only_views_that_were_shown_are_discarded(on_hold: World) -> None:
     adoption = on_hold.worker().counters.adoption
     situation = await adoption.look()
     await on_hold.redis.incrby(on_hold.prefix + "a", 10)
@@ -72,7 +72,7 @@ async def test_only_what_was_shown_is_discarded(on_hold: World) -> None:
     assert await on_hold.totals() == Counter(a=15, c=1)
 
 
-async def test_what_changed_since_the_look_is_not_adopted(on_hold: World) -> None:
+async def test_marker_that_changed_since_it_was_shown_is_not_adopted(on_hold: World) -> None:
     adoption = on_hold.worker().counters.adoption
     situation = await adoption.look()
     await on_hold.redis.set(on_hold.keys.marker, "something else")
@@ -80,7 +80,7 @@ async def test_what_changed_since_the_look_is_not_adopted(on_hold: World) -> Non
         await adoption.adopt(situation, discard=False)
 
 
-async def test_crash_on_the_way_leaves_the_hold(on_hold: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_crash_during_adopt_leaves_the_hold(on_hold: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from worker.db.counters.source_row import SourceRow
 
     async def crash(*_: object) -> None:
@@ -98,7 +98,7 @@ async def test_crash_on_the_way_leaves_the_hold(on_hold: World, monkeypatch: pyt
     assert await on_hold.totals() == Counter(a=5)
 
 
-async def test_agreement_leaves_nothing_to_adopt(world: World) -> None:
+async def test_without_a_hold_there_is_nothing_to_adopt(world: World) -> None:
     await world.view("a")
     await world.worker().cycle()
     adoption = world.worker().counters.adoption
@@ -108,7 +108,7 @@ async def test_agreement_leaves_nothing_to_adopt(world: World) -> None:
         await adoption.adopt(situation, discard=False)
 
 
-async def test_database_that_was_created_anew_is_seen_before_the_first_run(world: World) -> None:
+async def test_recreated_database_is_a_hold_before_its_first_run(world: World) -> None:
     await world.view("a", 5)
     await world.worker().cycle()
     await world.sql.execute(
@@ -124,7 +124,7 @@ async def test_database_that_was_created_anew_is_seen_before_the_first_run(world
     assert await world.totals() == Counter(a=2)
 
 
-async def test_first_run_is_no_hold(world: World) -> None:
+async def test_first_run_is_not_a_hold(world: World) -> None:
     await world.view("a", 5)
     situation = await world.worker().counters.adoption.look()
     assert (situation.hold, situation.marker, situation.pending_views) == (None, None, 5)

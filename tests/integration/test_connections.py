@@ -1,4 +1,4 @@
-"""The ways to reach the servers, and what becomes of errors on the way."""
+"""Ways to connect to the servers, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def sentinel(valkey: ValkeyServer) -> Iterator[Sentinel]:
     shutil.rmtree(server.folder, ignore_errors=True)
 
 
-async def test_redis_is_found_through_sentinel_even_when_one_of_them_is_gone(
+async def test_redis_is_found_through_sentinel_even_if_one_sentinel_is_down(
     valkey: ValkeyServer, sentinel: Sentinel, database_url: str
 ) -> None:
     async with World(valkey.url, database_url) as world:
@@ -76,7 +76,7 @@ async def assert_both_producers_record(url: str, world: World) -> None:
     assert await world.pending() == {"by_asyncio": 1, "by_thread": 1}
 
 
-async def test_redis_by_unix_socket(servers_folder: Path, database_url: str) -> None:
+async def test_redis_is_reached_through_a_unix_socket(servers_folder: Path, database_url: str) -> None:
     path = servers_folder / "redis.sock"
     server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=("--unixsocket", str(path)))
     server.start()
@@ -103,7 +103,7 @@ async def one(database: Database) -> int:
         return found
 
 
-async def test_statements_that_a_pooler_forgot_are_prepared_anew_from_then_on(database: Database) -> None:
+async def test_statements_that_a_pooler_lost_are_prepared_again(database: Database) -> None:
     assert await one(database) == 1
     async with database.transaction() as tx:
         await tx.execute(text("DEALLOCATE ALL"))  # as on the other server connection that a pooler hands out
@@ -132,7 +132,7 @@ async def test_connection_is_not_used_again_after_a_cancellation(database: Datab
 
 
 @pytest.mark.parametrize(
-    ("statements", "told"),
+    ("statements", "message"),
     [
         (["SET LOCAL statement_timeout = '10ms'", "SELECT pg_sleep(5)"], "57014"),
         (["SELECT pg_terminate_backend(pg_backend_pid())"], "57P01|closed"),
@@ -141,52 +141,52 @@ async def test_connection_is_not_used_again_after_a_cancellation(database: Datab
         (["SET TRANSACTION READ ONLY", "DELETE FROM view_counts"], "25006"),
     ],
 )
-async def test_what_heals_by_waiting_is_unavailable(database: Database, statements: list[str], told: str) -> None:
+async def test_temporary_error_means_unavailable(database: Database, statements: list[str], message: str) -> None:
     async def run() -> None:
         async with database.transaction() as tx:
             for statement in statements:
                 await tx.execute(text(statement))
 
-    with pytest.raises(DatabaseUnavailable, match=told):
+    with pytest.raises(DatabaseUnavailable, match=message):
         await run()
     assert await one(database) == 1
 
 
-# Messages of Postgres: "idle, outside of a transaction", and the error that an administrator's shutdown sends before it
-# hangs up.
+# Messages of Postgres: "idle, outside of a transaction", and the error that it sends before an administrator's shutdown
+# closes the connection.
 READY = b"Z\0\0\0\5I"
-FAREWELL = b"E\0\0\0\x4fSFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+SHUTDOWN_ERROR = b"E\0\0\0\x4fSFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
 
 
-async def test_a_server_that_says_goodbye_before_it_hangs_up_is_unavailable(database_url: str) -> None:
-    """Until it does, the driver refuses to use the connection, with an error of its own."""
+async def test_server_that_reports_its_shutdown_before_it_disconnects_is_unavailable(database_url: str) -> None:
+    """Until it disconnects, the driver refuses to use the connection and raises its own error."""
     async with Proxy(database_url) as proxy:
         database = Database(parse_database_url(proxy.url), pool_size=1, overflow=0)
-        proxy.add_to(READY, FAREWELL)
+        proxy.append_to(READY, SHUTDOWN_ERROR)
         with pytest.raises(DatabaseUnavailable, match="another operation"):
             await one(database)
-        proxy.add_nothing()
+        proxy.append_nothing()
         assert await one(database) == 1
 
-        proxy.add_to(READY, FAREWELL)
-        assert await one(database) == 1  # the goodbye comes behind the answer to COMMIT
+        proxy.append_to(READY, SHUTDOWN_ERROR)
+        assert await one(database) == 1  # the shutdown error follows the answer to COMMIT
         with pytest.raises(DatabaseUnavailable, match="another operation"):
             await one(database)
-        proxy.add_nothing()
+        proxy.append_nothing()
         assert await one(database) == 1
         await database.close()
 
 
 @pytest.mark.parametrize("statement", ["SELECT 1/0", "SELECT * FROM nowhere", "INSERT INTO view_counts VALUES (NULL)"])
-async def test_what_does_not_heal_is_refused(database: Database, statement: str) -> None:
+async def test_permanent_error_means_refused(database: Database, statement: str) -> None:
     with pytest.raises(DatabaseRefused, match=r"^Postgres refused the statement: .+ \(SQLSTATE \w{5}\)$"):
         async with database.transaction() as tx:
             await tx.execute(text(statement))
     assert await one(database) == 1
 
 
-@pytest.mark.parametrize("path", ["wrong-password", "no-such-database", "nobody-listens", "never-answers"])
-async def test_database_out_of_reach_is_unavailable_and_tells_where_and_no_secret(
+@pytest.mark.parametrize("path", ["wrong-password", "no-such-database", "nothing-listens", "never-answers"])
+async def test_unreachable_database_is_unavailable_and_its_address_is_shown_without_secrets(
     postgres_url: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.db.session.CONNECT_TIMEOUT_S", 0.3)
@@ -197,7 +197,7 @@ async def test_database_out_of_reach_is_unavailable_and_tells_where_and_no_secre
         url = {
             "wrong-password": f"postgresql://nobody_here:hunter2@{host}/postgres",
             "no-such-database": f"postgresql://postgres:hunter2@{host}/no_such_database",
-            "nobody-listens": f"postgresql://postgres:hunter2@127.0.0.1:{free_port()}/postgres",
+            "nothing-listens": f"postgresql://postgres:hunter2@127.0.0.1:{free_port()}/postgres",
             "never-answers": f"postgresql://postgres:hunter2@127.0.0.1:{silent.getsockname()[1]}/postgres",
         }[path]
         database = Database(parse_database_url(url))
@@ -208,8 +208,8 @@ async def test_database_out_of_reach_is_unavailable_and_tells_where_and_no_secre
         await database.close()
 
 
-@pytest.mark.parametrize("path", ["wrong-password", "nobody-listens", "never-answers"])
-async def test_redis_out_of_reach_is_unavailable_and_tells_no_secret(
+@pytest.mark.parametrize("path", ["wrong-password", "nothing-listens", "never-answers"])
+async def test_unreachable_redis_is_unavailable_and_no_secret_is_shown(
     redis_url: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.redis.client.COMMAND_TIMEOUT_S", 0.3)
@@ -218,7 +218,7 @@ async def test_redis_out_of_reach_is_unavailable_and_tells_no_secret(
         silent.listen()
         url = {
             "wrong-password": redis_url.replace("redis://", "redis://nobody_here:hunter2@"),
-            "nobody-listens": f"redis://:hunter2@127.0.0.1:{free_port()}",
+            "nothing-listens": f"redis://:hunter2@127.0.0.1:{free_port()}",
             "never-answers": f"redis://:hunter2@127.0.0.1:{silent.getsockname()[1]}",
         }[path]
         client = RedisClient(parse_redis_url(url))

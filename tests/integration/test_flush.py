@@ -43,13 +43,13 @@ async def test_totals_grow_over_many_flushes(world: World) -> None:
     assert worker.metric("view_count_pending_keys") == 0
 
 
-async def test_first_run_gives_birth_to_the_marker_even_without_views(world: World) -> None:
+async def test_first_run_creates_the_marker_even_without_views(world: World) -> None:
     assert await world.worker().cycle() == Flushed()
     marker, source = await world.marker(), await world.source()
     assert marker == Marker(source["lineage"], 0, source["last_nonce"])
 
 
-async def test_flush_of_nothing_writes_nothing(world: World) -> None:
+async def test_cycle_without_pending_views_writes_nothing(world: World) -> None:
     worker = world.worker()
     await world.view("vod_1")
     await worker.cycle()
@@ -68,11 +68,11 @@ async def test_views_that_arrive_during_a_flush_stay_pending(world: World) -> No
     await world.view("vod_1", 5)
     settle = worker.counters.flusher.settler.settle
 
-    async def views_come_in_between(*args: Any, **kwargs: Any) -> bool:
+    async def add_views_then_settle(*args: Any, **kwargs: Any) -> bool:
         await world.view("vod_1", 2)
         return await settle(*args, **kwargs)
 
-    worker.counters.flusher.settler.settle = views_come_in_between  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = add_views_then_settle  # type: ignore[method-assign]
     await worker.cycle()
     assert await world.totals() == Counter(vod_1=5)
     assert await world.pending() == Counter(vod_1=2)
@@ -87,14 +87,14 @@ async def test_error_before_commit_changes_nothing(world: World, monkeypatch: py
     await worker.cycle()
     await world.view("vod_1", 2)
 
-    async def record_then_die(self: Any, *args: Any) -> None:
+    async def record_then_fail(self: Any, *args: Any) -> None:
         await original(self, *args)
         raise DatabaseUnavailable("gone before COMMIT")
 
     from worker.db.counters.ledger import Ledger
 
     original = Ledger.record
-    monkeypatch.setattr(Ledger, "record", record_then_die)
+    monkeypatch.setattr(Ledger, "record", record_then_fail)
     with pytest.raises(DatabaseUnavailable):
         await worker.cycle()
     assert (await world.source())["last_flush_id"] == 1
@@ -105,7 +105,7 @@ async def test_error_before_commit_changes_nothing(world: World, monkeypatch: py
 
 
 async def committed_but_not_settled(world: World, worker: InProcessWorker) -> None:
-    """Leave one flush that is in Postgres and that Redis does not know of."""
+    """Leave one flush that is committed in Postgres and not settled in Redis."""
 
     async def no_reply(*_: Any, **__: Any) -> bool:
         raise RedisUnavailable("gone before settle")
@@ -162,19 +162,19 @@ async def test_settling_twice_subtracts_once(world: World) -> None:
     assert await world.pending() == Counter(vod_1=6)
 
 
-async def test_flush_number_that_a_database_used_twice_is_noticed(world: World) -> None:
-    """The database loses a commit and uses its number again; then the settle of the lost one lands, late."""
+async def test_flush_number_that_a_database_used_twice_is_detected(world: World) -> None:
+    """The database loses a commit and reuses its number; then the settle of the lost commit arrives late."""
     worker = world.worker()
     await worker.cycle()
-    born = await world.marker()
-    assert born is not None
+    first_marker = await world.marker()
+    assert first_marker is not None
     await world.view("a", 5)
     await world.redis.set(world.prefix + "b", 3)
     lost = await worker.counters.flusher.committer.commit(["a"])
     assert isinstance(lost, Committed)
     await world.sql.execute("DELETE FROM view_counts; DELETE FROM view_count_deltas; DELETE FROM view_counts_hourly")
     await world.sql.execute("DELETE FROM view_count_flushes")
-    await world.sql.execute("UPDATE view_count_sources SET last_flush_id = 0, last_nonce = $1", born.nonce)
+    await world.sql.execute("UPDATE view_count_sources SET last_flush_id = 0, last_nonce = $1", first_marker.nonce)
     again = await worker.counters.flusher.committer.commit(["b"])
     assert isinstance(again, Committed)
     settler = worker.counters.flusher.settler
@@ -203,7 +203,7 @@ async def test_redis_restored_from_an_older_snapshot_is_replayed(valkey: ValkeyS
         shutil.rmtree(valkey.folder)
         older.rename(valkey.folder)
         await world.restart_redis(valkey)
-        assert await world.pending() == Counter(a=1, b=1, c=1)  # settled long ago; this Redis does not know it
+        assert await world.pending() == Counter(a=1, b=1, c=1)  # already settled, but this Redis has the older state
         successor = world.worker()
         await world.view("a")
         await successor.cycle()
@@ -232,13 +232,13 @@ async def test_two_workers_at_once_count_each_view_once(world: World) -> None:
     assert all(worker.metric("view_count_flushes_total") > 0 for worker in workers)
 
 
-async def test_two_workers_that_start_at_once_give_birth_to_one_lineage(world: World) -> None:
+async def test_two_workers_that_start_at_once_create_one_lineage(world: World) -> None:
     await world.view("vod_1")
     await asyncio.gather(world.worker().cycle_until_done(), world.worker().cycle_until_done())
     await world.assert_exact()
 
 
-async def test_worker_leaves_while_another_has_the_source_locked(world: World) -> None:
+async def test_worker_does_not_wait_while_another_has_the_source_row_locked(world: World) -> None:
     worker = world.worker()
     await worker.cycle()
     await world.view("vod_1")
@@ -249,7 +249,7 @@ async def test_worker_leaves_while_another_has_the_source_locked(world: World) -
     assert await worker.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=1)
 
 
-async def test_reader_that_gets_first_never_sees_less_than_happened(world: World) -> None:
+async def test_reader_that_reads_redis_first_never_sees_too_few_views(world: World) -> None:
     worker = world.worker(BATCH_SIZE="3")
     await worker.cycle()
     done = asyncio.Event()
@@ -281,15 +281,15 @@ async def test_reader_that_gets_first_never_sees_less_than_happened(world: World
         ("wrong predecessor", "Redis settled another flush 0 than the one before 1"),
     ],
 )
-async def test_marker_that_does_not_fit_is_a_hold(world: World, damage: str, cause: str) -> None:
+async def test_marker_that_does_not_match_is_a_hold(world: World, damage: str, cause: str) -> None:
     worker = world.worker()
     await worker.cycle()
-    born = await world.marker()
+    first_marker = await world.marker()
     await world.view("vod_1", 5)
     await worker.cycle()
     marker = await world.marker()
     assert marker is not None
-    assert born is not None
+    assert first_marker is not None
     match damage:
         case "garbage":
             await world.redis.set(world.keys.marker, "garbage")
@@ -300,7 +300,7 @@ async def test_marker_that_does_not_fit_is_a_hold(world: World, damage: str, cau
         case "unknown nonce":
             await world.redis.set(world.keys.marker, Marker(marker.lineage, 1, marker.lineage).encode())
         case "pruned ledger":
-            await world.redis.set(world.keys.marker, born.encode())
+            await world.redis.set(world.keys.marker, first_marker.encode())
             await world.sql.execute("DELETE FROM view_count_deltas")
         case "wrong predecessor":
             await world.redis.set(world.keys.marker, Marker(marker.lineage, 0, marker.lineage).encode())
@@ -319,10 +319,10 @@ async def test_marker_of_another_type_is_a_hold_even_before_the_first_flush(worl
     assert outcome.cause == "the marker's key holds a hash, not a string"
     await world.redis.delete(world.keys.marker)
     outcome = await world.worker().cycle()
-    assert isinstance(outcome, Hold)  # remembered: from here only `adopt` may give birth
+    assert isinstance(outcome, Hold)  # remembered: from now on only `adopt` may create a marker
 
 
-async def test_keys_that_cannot_be_counted_hinder_nobody(world: World) -> None:
+async def test_keys_that_cannot_be_counted_do_not_block_others(world: World) -> None:
     bad_values = [b"abc", b"12.5", b"+5", b" 12", b"", b"007", b"-3", b"9223372036854775808"]
     for number, value in enumerate(bad_values):
         await world.redis.set(f"{world.prefix}bad_{number}", value)
@@ -349,17 +349,17 @@ async def test_prefix_with_glob_characters_finds_only_its_own_keys(redis_url: st
 
 
 @pytest.mark.parametrize("value", ["abc", "-3", "9223372036854775808"])
-async def test_settle_leaves_out_what_became_no_count_and_settles_the_rest(world: World, value: str) -> None:
+async def test_settle_skips_counters_that_became_invalid_and_settles_the_rest(world: World, value: str) -> None:
     worker = world.worker()
     await world.view("good", 3)
     await world.view("turned", 3)
     settle = worker.counters.flusher.settler.settle
 
-    async def overwritten_in_between(*args: Any, **kwargs: Any) -> bool:
+    async def overwrite_then_settle(*args: Any, **kwargs: Any) -> bool:
         await world.redis.set(world.prefix + "turned", value)
         return await settle(*args, **kwargs)
 
-    worker.counters.flusher.settler.settle = overwritten_in_between  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = overwrite_then_settle  # type: ignore[method-assign]
     await worker.cycle()
     assert await world.redis.get(world.prefix + "good") is None
     assert await world.redis.get(world.prefix + "turned") == value.encode()
@@ -373,11 +373,11 @@ async def test_settle_never_goes_below_zero(world: World) -> None:
     await world.view("reset", 5)
     settle = worker.counters.flusher.settler.settle
 
-    async def reset_in_between(*args: Any, **kwargs: Any) -> bool:
+    async def reset_then_settle(*args: Any, **kwargs: Any) -> bool:
         await world.redis.set(world.prefix + "reset", 2)
         return await settle(*args, **kwargs)
 
-    worker.counters.flusher.settler.settle = reset_in_between  # type: ignore[method-assign]
+    worker.counters.flusher.settler.settle = reset_then_settle  # type: ignore[method-assign]
     await worker.cycle()
     assert await world.redis.get(world.prefix + "reset") is None
 
@@ -405,7 +405,7 @@ async def test_settle_without_the_right_to_delete_leaves_zeros_and_counts_once(
         limited = valkey.url.replace("redis://", "redis://limited:x@")
         await world.view("vod_1", 5)
         worker = world.worker(REDIS_URL=limited)
-        for _ in ("birth", "settle"):  # each ends with a DEL
+        for _ in ("create the marker", "settle"):  # each ends with a DEL
             with pytest.raises(RedisUnavailable, match=r"(?i)permission|acl"):
                 await worker.cycle()
         assert await worker.cycle() == Flushed()
@@ -414,7 +414,7 @@ async def test_settle_without_the_right_to_delete_leaves_zeros_and_counts_once(
 
 
 @pytest.mark.parametrize("denied", ["-set", "-decrby"])
-async def test_settle_that_is_refused_a_write_writes_nothing(
+async def test_settle_without_the_right_to_write_writes_nothing(
     valkey: ValkeyServer, database_url: str, denied: str
 ) -> None:
     async with World(valkey.url, database_url) as world:
@@ -426,11 +426,11 @@ async def test_settle_that_is_refused_a_write_writes_nothing(
         await world.view_many(["a", "b", "b"])
         settle = limited.counters.flusher.settler.settle
 
-        async def views_come_in_between(*args: Any, **kwargs: Any) -> bool:
+        async def add_views_then_settle(*args: Any, **kwargs: Any) -> bool:
             await world.view("a")
             return await settle(*args, **kwargs)
 
-        limited.counters.flusher.settler.settle = views_come_in_between  # type: ignore[method-assign]
+        limited.counters.flusher.settler.settle = add_views_then_settle  # type: ignore[method-assign]
         for _ in range(3):
             with pytest.raises(RedisUnavailable):
                 await limited.cycle()
@@ -492,7 +492,7 @@ async def test_backlog_beyond_the_memory_limit_is_flushed_while_sweeping(
     await world.assert_exact()
 
 
-async def test_stop_waits_for_no_messages_where_none_are_listened_to(
+async def test_stop_does_not_wait_for_messages_if_only_counters_are_used(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.counters.loop.INTAKE_END_S", 3600.0)
@@ -507,7 +507,7 @@ async def test_stop_waits_for_no_messages_where_none_are_listened_to(
     await world.assert_exact()
 
 
-async def test_locks_that_last_keep_nobody_else_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_locks_do_not_block_other_ids(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, tried = FakeClock(), []
     monkeypatch.setattr("worker.app.counters.SystemClock", lambda: clock)
 

@@ -1,4 +1,4 @@
-"""Forgetting an id: nothing of it is left to be counted or shown, whatever happens meanwhile."""
+"""Forgetting an id removes its total, history and pending views, even beside flushes and after crashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.counters.forget import Forgotten
 from worker.errors import OnHold, RedisUnavailable
 
 
-async def test_total_history_and_pending_views_are_gone_and_what_comes_later_counts_anew(world: World) -> None:
+async def test_total_history_and_pending_views_are_removed_and_later_views_count_from_zero(world: World) -> None:
     worker = world.worker()
     await world.view("a", 5)
     await world.view("b", 1)
@@ -31,7 +31,7 @@ async def test_total_history_and_pending_views_are_gone_and_what_comes_later_cou
     await world.assert_consistent()
 
 
-async def test_id_that_was_imported_adds_up_to_nothing_in_the_ledger(world: World) -> None:
+async def test_tables_agree_after_an_imported_id_is_forgotten(world: World) -> None:
     worker = world.worker()
     await world.view("a", 5)
     await worker.cycle()
@@ -40,12 +40,12 @@ async def test_id_that_was_imported_adds_up_to_nothing_in_the_ledger(world: Worl
     await world.assert_consistent()
 
 
-async def test_id_that_is_not_there_may_be_forgotten_even_before_the_first_flush(world: World) -> None:
+async def test_unknown_id_can_be_forgotten_even_before_the_first_flush(world: World) -> None:
     assert await world.worker().counters.forgetting.forget("never seen") == Forgotten(0, 0)
     await world.assert_consistent()
 
 
-async def test_crash_before_its_settle_is_made_up_for_by_the_next_flush(world: World) -> None:
+async def test_after_a_crash_before_settle_the_next_flush_settles(world: World) -> None:
     worker = world.worker()
     await worker.cycle()
     await world.view("a", 5)
@@ -64,7 +64,7 @@ async def test_crash_before_its_settle_is_made_up_for_by_the_next_flush(world: W
     await world.assert_consistent()
 
 
-async def test_beside_a_running_worker_nothing_of_the_others_is_lost(world: World) -> None:
+async def test_views_of_other_ids_are_not_lost_beside_a_running_worker(world: World) -> None:
     worker, operator = world.worker(BATCH_SIZE="3"), world.worker()
     done = asyncio.Event()
 

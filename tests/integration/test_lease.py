@@ -1,4 +1,4 @@
-"""Of N replicas one works; counts stay right even when two believe they do."""
+"""Only one of several replicas flushes. Counts stay right even if two believe that they hold the lease."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_released_lease_is_free_at_once_and_raises_the_epoch(world: World)
     assert two.counters.lease.token == 2
 
 
-async def test_expired_lease_can_be_taken_over_and_the_late_holder_does_nothing_wrong(world: World) -> None:
+async def test_expired_lease_can_be_taken_over_and_the_old_holder_writes_nothing(world: World) -> None:
     frozen, successor = world.worker(), world.worker()
     await frozen.cycle()
     await world.view("a", 5)
@@ -64,7 +64,7 @@ async def test_flush_renews_the_lease(world: World) -> None:
     assert left > LEASE_TTL / 2
 
 
-async def test_nobody_waits_for_the_row_lock_of_a_flush(world: World) -> None:
+async def test_taking_the_lease_does_not_wait_for_the_row_lock_of_a_flush(world: World) -> None:
     holder, standby = world.worker(), world.worker()
     await holder.counters.lease.take()
     async with world.sql.transaction():
@@ -74,7 +74,7 @@ async def test_nobody_waits_for_the_row_lock_of_a_flush(world: World) -> None:
 
 
 @pytest.mark.parametrize("down", ["redis", "postgres", "schema"])
-async def test_worker_that_cannot_work_does_not_take_the_lease(world: World, down: str) -> None:
+async def test_worker_with_a_failing_check_does_not_take_the_lease(world: World, down: str) -> None:
     worker = world.worker()
     for check in {"redis", "postgres", "schema"} - {down}:
         worker.status.ok(check)
@@ -111,7 +111,7 @@ async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(
     assert not await neighbour.counters.lease.take()
     process.kill()
     await process.wait()
-    assert not await neighbour.counters.lease.take()  # it looked at its start, and not again
+    assert not await neighbour.counters.lease.take()  # it checks the holder at its start only
     restarted = world.worker()
     assert await restarted.counters.lease.take()
     assert restarted.counters.lease.token == 2
@@ -128,7 +128,7 @@ async def test_restart_on_the_host_of_a_dead_holder_does_not_wait_for_its_lease(
         ("", False),
     ],
 )
-def test_who_has_died_here(holder: str, dead: bool) -> None:
+def test_only_workers_of_this_host_without_a_process_have_died_here(holder: str, dead: bool) -> None:
     assert has_died_here(holder.format(host=socket.gethostname(), pid=os.getpid())) is dead
 
 
@@ -136,7 +136,7 @@ def test_worker_of_this_process_is_alive() -> None:
     assert not has_died_here(new_worker_id())
 
 
-async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_restart_does_not_spin_while_a_server_is_down(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.worker().counters.lease.take()
     monkeypatch.setattr("worker.db.lease.has_died_here", lambda _: True)
     waits: list[float] = []
@@ -156,7 +156,9 @@ async def test_restart_does_not_spin_while_a_server_is_away(world: World, monkey
     assert min(waits) > 0
 
 
-async def test_table_that_is_away_for_a_moment_ends_no_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_table_that_is_missing_for_a_moment_does_not_end_the_loops(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("worker.db.lease.RENEW_S", 0.05)
     monkeypatch.setattr("worker.counters.retention.PERIOD_S", 0.05)
     worker, stop = world.worker(VIEW_LEDGER_RETENTION="1ms"), asyncio.Event()

@@ -1,4 +1,4 @@
-"""Two witnesses of a view: its INCR and its message. On a real Redis and a real Postgres."""
+"""A view can be reported by INCR, by a message, or by both. On a real Redis and a real Postgres."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def sums(worker: InProcessWorker) -> int:
     return sum(announced._sums.values())
 
 
-async def both(world: World, vod_id: str, count: int = 1) -> None:
-    """As producers do it."""
+async def incr_and_publish(world: World, vod_id: str, count: int = 1) -> None:
+    """Record a view as producers do."""
     await world.redis.incrby(world.prefix + vod_id, count)
     await world.announce(vod_id, count)
 
@@ -43,14 +43,14 @@ async def rows(world: World) -> dict[str, tuple[int, int, int]]:
     return {row["vod_id"]: (row["views"], row["counted"], row["announced"]) for row in found}
 
 
-async def test_a_view_counts_once_however_it_is_told(world: World) -> None:
+async def test_view_counts_once_whether_incremented_published_or_both(world: World) -> None:
     worker = world.worker()
     async with worker.listening():
         for _ in range(3):
-            await both(world, "both", 2)
+            await incr_and_publish(world, "both", 2)
             await world.redis.incr(world.prefix + "incr only")
             await world.announce("publish only", 5)
-        await worker.heard(lambda: sums(worker) == 21)
+        await worker.wait_until(lambda: sums(worker) == 21)
         assert await worker.sweep_and_flush() == Flushed(flush_id=1, keys=3, views=24)
     assert await rows(world) == {"both": (6, 6, 6), "incr only": (3, 3, 0), "publish only": (15, 0, 15)}
     await world.assert_consistent()
@@ -66,31 +66,31 @@ async def test_a_view_counts_once_however_it_is_told(world: World) -> None:
         ("sum", {"a": 12, "b": 3, "c": 4}),
     ],
 )
-async def test_count_source_says_how_the_witnesses_make_one_number(
+async def test_count_source_sets_how_counted_and_announced_views_are_combined(
     world: World, count_source: str, views: dict[str, int]
 ) -> None:
     worker = world.worker(VIEW_COUNT_SOURCE=count_source)
     async with worker.listening():
         for step in (1, 4):
-            await both(world, "a", step)
+            await incr_and_publish(world, "a", step)
             await world.redis.incrby(world.prefix + "a", 1)
             await world.announce("c", 2)
             await world.redis.incrby(world.prefix + "b", 2 if step == 4 else 1)
-            await worker.heard(lambda step=step: sums(worker) == step + 2)
+            await worker.wait_until(lambda step=step: sums(worker) == step + 2)
             await worker.sweep_and_flush()
     assert {vod_id: row[0] for vod_id, row in (await rows(world)).items()} == views
     await world.assert_consistent()
     assert await world.pending() == Counter()
 
 
-async def test_message_that_names_an_id_has_it_flushed_without_a_sweep(world: World) -> None:
+async def test_id_in_a_message_is_flushed_without_a_sweep(world: World) -> None:
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
         worker.counters.loop._backlog.sweep._not_before = float("inf")
-        await both(world, "named", 3)
+        await incr_and_publish(world, "named", 3)
         await world.redis.incr(world.prefix + "not named")
-        await worker.heard(lambda: sums(worker) == 3)
+        await worker.wait_until(lambda: sums(worker) == 3)
         assert await worker.counters.loop.cycle() == Flushed(flush_id=1, keys=1, views=3)
 
 
@@ -120,24 +120,24 @@ async def test_sums_of_an_ambiguous_commit_are_written_once(world: World, commit
     async with worker.listening():
         await worker.sweep_and_flush()
         await world.announce("a", 5)
-        await both(world, "b", 2)
-        await worker.heard(lambda: sums(worker) == 7)
+        await incr_and_publish(world, "b", 2)
+        await worker.wait_until(lambda: sums(worker) == 7)
         await commit_without_an_answer(worker, committed=committed)
         assert await rows(world) == ({"a": (5, 0, 5), "b": (2, 2, 2)} if committed else {})
         await world.announce("a", 1)
-        await worker.heard(lambda: sums(worker) == 8)
+        await worker.wait_until(lambda: sums(worker) == 8)
         await worker.counters.loop.cycle()
     assert await rows(world) == {"a": (6, 0, 6), "b": (2, 2, 2)}
     await world.assert_consistent()
 
 
 async def test_commit_that_lands_late_is_not_written_again(world: World) -> None:
-    """The connection is lost, and the server still at the commit: only the row lock tells when it is over."""
+    """The connection is lost while the server still commits: only the row lock shows when the commit has ended."""
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
         await world.announce("a", 5)
-        await worker.heard(lambda: sums(worker) == 5)
+        await worker.wait_until(lambda: sums(worker) == 5)
         transaction = worker.database.transaction
         late: list[contextlib.AbstractAsyncContextManager[Any]] = []
 
@@ -161,12 +161,12 @@ async def test_commit_that_lands_late_is_not_written_again(world: World) -> None
     await world.assert_consistent()
 
 
-async def test_flush_by_another_in_between_does_not_hide_that_the_commit_took_place(world: World) -> None:
+async def test_commit_is_recognised_even_after_another_worker_flushed(world: World) -> None:
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
         await world.announce("a", 5)
-        await worker.heard(lambda: sums(worker) == 5)
+        await worker.wait_until(lambda: sums(worker) == 5)
         await commit_without_an_answer(worker, committed=True)
         await world.view("other", 3)
         await world.worker().counters.forgetting.forget("other")
@@ -174,22 +174,22 @@ async def test_flush_by_another_in_between_does_not_hide_that_the_commit_took_pl
     assert (await rows(world))["a"] == (5, 0, 5)
 
 
-async def test_whoever_takes_the_lease_over_begins_with_no_sums_and_the_stale_one_writes_none(world: World) -> None:
+async def test_new_lease_holder_starts_without_sums_and_the_old_one_writes_none(world: World) -> None:
     first, second = world.worker(), world.worker()
     async with first.listening():
         await first.sweep_and_flush()
         await world.announce("a", 5)
-        await first.heard(lambda: sums(first) == 5)
+        await first.wait_until(lambda: sums(first) == 5)
         await world.expire_lease()
         async with second.listening():
             assert sums(second) == 0
             await world.announce("a", 2)
-            await second.heard(lambda: sums(second) == 2)
-            await first.heard(lambda: sums(first) == 7)
-            assert await first.counters.loop.cycle() == Busy()  # its lease is another's, it finds out under the lock
+            await second.wait_until(lambda: sums(second) == 2)
+            await first.wait_until(lambda: sums(first) == 7)
+            assert await first.counters.loop.cycle() == Busy()  # it lost the lease, and notices it under the lock
             await second.counters.loop.cycle()
             assert await rows(world) == {"a": (2, 0, 2)}
-            # And back again: what the first one summed up in its earlier epoch is nobody's.
+            # The first worker takes the lease again: the sums of its earlier epoch are dropped.
             await world.expire_lease()
             await first.counters.lease.take()
             await first.counters.loop.cycle()
@@ -197,38 +197,38 @@ async def test_whoever_takes_the_lease_over_begins_with_no_sums_and_the_stale_on
     assert first.metric("view_count_announced_dropped_total") == 7
 
 
-async def test_announced_is_never_ahead_of_what_was_incremented_before(world: World) -> None:
-    """A view that comes between the copy of the sums and the reading of Redis is counted, and announced later."""
+async def test_announced_views_never_exceed_those_that_were_incremented_before(world: World) -> None:
+    """A view that arrives between the copy of the sums and the read of Redis is counted now and announced later."""
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
-        await both(world, "a", 3)
-        await worker.heard(lambda: sums(worker) == 3)
+        await incr_and_publish(world, "a", 3)
+        await worker.wait_until(lambda: sums(worker) == 3)
         reader = worker.counters.flusher.committer.reader
         read = type(reader).read
 
-        async def a_view_comes_first(self: Any, ids: Any) -> Reading:
+        async def add_views_then_read(self: Any, ids: Any) -> Reading:
             if "a" in ids and sums(worker) == 3:
-                await both(world, "a", 2)
-                await worker.heard(lambda: sums(worker) == 5)
+                await incr_and_publish(world, "a", 2)
+                await worker.wait_until(lambda: sums(worker) == 5)
             return await read(self, ids)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(reader), "read", a_view_comes_first)
+            patch.setattr(type(reader), "read", add_views_then_read)
             await worker.counters.loop.cycle()
         assert await rows(world) == {"a": (5, 5, 3)}
         (shown,) = await worker.counters.display.views(["a"])
         assert shown.views == 5
 
 
-async def test_bad_messages_are_measured_and_their_neighbours_count(world: World) -> None:
+async def test_invalid_messages_are_measured_and_valid_ones_count(world: World) -> None:
     worker = world.worker()
     bad = [b"", b"junk", b"\xff\xfe", b"[1]", b"x" * 70_000, b'{"vodId":"a"}', b'{"vodId":"","count":1}', b"[" * 10_000]
     async with worker.listening():
         for message in bad:
             await world.publish(message)
             await world.announce("good")
-        await worker.heard(lambda: sums(worker) == len(bad))
+        await worker.wait_until(lambda: sums(worker) == len(bad))
         await worker.sweep_and_flush()
     assert (await rows(world))["good"] == (len(bad), 0, len(bad))
     kinds = ("not_json", "not_utf8", "not_an_object", "too_long", "count", "vod_id")
@@ -243,33 +243,33 @@ async def test_lost_subscription_is_a_gap_and_is_followed_by_a_sweep(world: Worl
         assert worker.metric("view_count_subscription_gaps_total") == 0
         worker.counters.loop._backlog.sweep._not_before = float("inf")
         await world.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-        await worker.heard(lambda: worker.metric("view_count_subscription_gaps_total") == 1)
+        await worker.wait_until(lambda: worker.metric("view_count_subscription_gaps_total") == 1)
         assert worker.counters.loop._backlog.sweep.is_due
         await world.announce("a", 2)
-        await worker.heard(lambda: sums(worker) == 2)
+        await worker.wait_until(lambda: sums(worker) == 2)
 
 
-async def test_link_that_falls_silent_is_noticed_and_made_anew(
+async def test_silent_connection_is_detected_and_replaced(
     valkey: ValkeyServer, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.redis.subscriber.SILENCE_S", 0.2)
     async with World(valkey.url, database_url) as world:
         worker = world.worker()
         async with worker.listening():
-            await asyncio.sleep(0.5)  # silence alone, with answers to PING, is no fault
+            await asyncio.sleep(0.5)  # silence is not a failure while PING is answered
             assert worker.status.is_ok("messages")
             assert valkey.process is not None
             os.kill(valkey.process.pid, signal.SIGSTOP)
-            await worker.heard(lambda: not worker.status.is_ok("messages"))
+            await worker.wait_until(lambda: not worker.status.is_ok("messages"))
             os.kill(valkey.process.pid, signal.SIGCONT)
-            await worker.heard(lambda: worker.status.is_ok("messages"))
+            await worker.wait_until(lambda: worker.status.is_ok("messages"))
             await world.announce("a")
-            await worker.heard(lambda: sums(worker) == 1)
+            await worker.wait_until(lambda: sums(worker) == 1)
         assert worker.metric("view_count_subscription_gaps_total") == 1
 
 
-class Said:
-    """A connection on which this is said, and then nothing more."""
+class ScriptedConnection:
+    """A connection that returns these chunks, and then the end of the stream."""
 
     def __init__(self, *chunks: bytes) -> None:
         self._chunks = iter(chunks)
@@ -282,27 +282,27 @@ class Said:
         pass
 
 
-async def test_message_that_comes_with_the_confirmation_is_heard() -> None:
+async def test_message_that_arrives_with_the_confirmation_is_not_lost() -> None:
     confirmation, message = (
         b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n",
         b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\n%d\r\n",
     )
-    said = Said(confirmation + message % 1 + message % 2, message % 3)
-    subscription = Subscription(said, b"c")  # type: ignore[arg-type]
+    connection = ScriptedConnection(confirmation + message % 1 + message % 2, message % 3)
+    subscription = Subscription(connection, b"c")  # type: ignore[arg-type]
     await subscription._subscribe()
     assert [*await subscription.read(), *await subscription.read()] == [b"1", b"2", b"3"]
 
 
-async def test_what_is_not_redis_s_protocol_is_a_lost_link() -> None:
+async def test_data_outside_the_redis_protocol_is_a_lost_connection() -> None:
     with pytest.raises(RedisUnavailable, match="protocol"):
-        await Subscription(Said(b"HTTP/1.1 400 Bad Request\r\n\r\n"), b"c").read()  # type: ignore[arg-type]
+        await Subscription(ScriptedConnection(b"HTTP/1.1 400 Bad Request\r\n\r\n"), b"c").read()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-async def test_subscription_on_a_dead_link_is_left_without_a_new_connection(
+async def test_closing_a_subscription_on_a_dead_connection_opens_no_new_one(
     redis_url: str, tmp_path: Path, tls: bool
 ) -> None:
-    """Even if the reader was waiting: over TLS the goodbye has no end."""
+    """Closing also ends a waiting read: a clean TLS close would wait for the other side."""
     with contextlib.ExitStack() as resources:
         url = redis_url
         if tls:
@@ -316,7 +316,7 @@ async def test_subscription_on_a_dead_link_is_left_without_a_new_connection(
             async with client.subscription("a channel") as subscription:
                 reading = asyncio.create_task(subscription.read())
                 await asyncio.sleep(0)
-                proxy.mode = Mode.VANISH
+                proxy.mode = Mode.DROP_ALL
                 await subscription.close()
                 with pytest.raises(RedisUnavailable, match="closed"):
                     await reading
@@ -326,7 +326,7 @@ async def test_subscription_on_a_dead_link_is_left_without_a_new_connection(
             await client.close()
 
 
-async def test_what_was_published_before_a_stop_is_counted(world: World) -> None:
+async def test_messages_published_before_a_stop_are_counted(world: World) -> None:
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
@@ -337,7 +337,9 @@ async def test_what_was_published_before_a_stop_is_counted(world: World) -> None
     assert sums(worker) == 5000
 
 
-async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeyServer, database_url: str) -> None:
+async def test_missing_right_to_subscribe_is_reported_and_counters_are_still_flushed(
+    valkey: ValkeyServer, database_url: str
+) -> None:
     async with World(valkey.url, database_url) as world:
         await world.redis.acl_setuser(  # type: ignore[no-untyped-call]
             "limited", enabled=True, nopass=True, keys=["*"], channels=["nothing"], commands=["+@all"]
@@ -348,7 +350,7 @@ async def test_no_right_to_subscribe_is_told_and_counters_go_on(valkey: ValkeySe
         await worker.counters.lease.take()
         stop = asyncio.Event()
         task = asyncio.create_task(worker.counters.listener.run(stop))
-        await worker.heard(lambda: "users.acl" in worker.status.checks["messages"].remedy)
+        await worker.wait_until(lambda: "users.acl" in worker.status.checks["messages"].remedy)
         await world.view("a", 3)
         await worker.cycle()
         await world.assert_exact()
@@ -375,7 +377,7 @@ async def test_new_totals_are_published_after_the_commit(world: World) -> None:
     await channel.aclose()  # type: ignore[no-untyped-call]
 
 
-async def test_flush_does_not_depend_on_publishing(valkey: ValkeyServer, database_url: str) -> None:
+async def test_flush_works_without_the_right_to_publish(valkey: ValkeyServer, database_url: str) -> None:
     async with World(valkey.url, database_url) as world:
         await world.redis.acl_setuser(  # type: ignore[no-untyped-call]
             "mute", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-publish"]
@@ -386,12 +388,12 @@ async def test_flush_does_not_depend_on_publishing(valkey: ValkeyServer, databas
         await world.assert_exact()
 
 
-async def test_forgotten_id_does_not_come_back_by_what_was_announced_before(world: World) -> None:
+async def test_forgotten_id_does_not_come_back_through_earlier_messages(world: World) -> None:
     worker = world.worker()
     async with worker.listening():
         await worker.sweep_and_flush()
-        await both(world, "a", 5)
-        await worker.heard(lambda: sums(worker) == 5)
+        await incr_and_publish(world, "a", 5)
+        await worker.wait_until(lambda: sums(worker) == 5)
         await world.worker().counters.forgetting.forget("a")
         assert await worker.sweep_and_flush() == Busy()
         await worker.counters.lease.take()

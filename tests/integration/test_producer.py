@@ -1,4 +1,4 @@
-"""The client library on a real Redis, for asyncio and for threads: what an outcome says is so."""
+"""The client library on a real Redis, for asyncio and for threads: each outcome is what really happened."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ async def produce(request: pytest.FixtureRequest, prefix: str) -> AsyncIterator[
         await application.close()
 
 
-class Witness:
-    """What Redis has and what a subscriber heard."""
+class Observer:
+    """Shows the counters in Redis and the messages that a subscriber received."""
 
     def __init__(self, url: str, prefix: str) -> None:
         self._prefix = prefix
@@ -85,8 +85,8 @@ class Witness:
         await self._subscription.subscribe(self._prefix)
         await self._subscription.get_message(ignore_subscribe_messages=False, timeout=5)
 
-    async def heard(self) -> list[bytes]:
-        """Every message up to now."""
+    async def received(self) -> list[bytes]:
+        """Every message published so far."""
         await self.redis.publish(self._prefix, "end")
         messages = []
         async for message in self._subscription.listen():
@@ -97,20 +97,20 @@ class Witness:
 
 
 @pytest.fixture
-async def witness(redis_url: str, prefix: str) -> AsyncIterator[Witness]:
-    async for one in witness_of(redis_url, prefix):
+async def observer(redis_url: str, prefix: str) -> AsyncIterator[Observer]:
+    async for one in observe(redis_url, prefix):
         yield one
 
 
 @pytest.fixture
-async def own_witness(valkey: ValkeyServer, prefix: str) -> AsyncIterator[Witness]:
-    """Of the Redis that is the test's own."""
-    async for one in witness_of(valkey.url, prefix):
+async def own_observer(valkey: ValkeyServer, prefix: str) -> AsyncIterator[Observer]:
+    """An observer of the test's own Redis."""
+    async for one in observe(valkey.url, prefix):
         yield one
 
 
-async def witness_of(url: str, prefix: str) -> AsyncIterator[Witness]:
-    one = Witness(url, prefix)
+async def observe(url: str, prefix: str) -> AsyncIterator[Observer]:
+    one = Observer(url, prefix)
     await one.listen()
     yield one
     await one.redis.connection_pool.disconnect()  # the test may have restarted the server
@@ -126,14 +126,14 @@ async def proxy(redis_url: str) -> AsyncIterator[Proxy]:
         yield between
 
 
-async def test_view_is_a_counter_and_a_message(produce: Produce, redis_url: str, witness: Witness) -> None:
+async def test_view_is_a_counter_and_a_message(produce: Produce, redis_url: str, observer: Observer) -> None:
     application = produce(redis_url)
     assert await application.record("vod_1") is Outcome.RECORDED
     assert await application.record("vod_1", 3) is Outcome.RECORDED
     assert await application.record(7) is Outcome.RECORDED
     assert await application.record('é"\n') is Outcome.RECORDED
-    assert [await witness.count(vod_id) for vod_id in ("vod_1", "7", 'é"\n')] == [4, 1, 1]
-    assert await witness.heard() == [
+    assert [await observer.count(vod_id) for vod_id in ("vod_1", "7", 'é"\n')] == [4, 1, 1]
+    assert await observer.received() == [
         b'{"vodId":"vod_1","count":1}',
         b'{"vodId":"vod_1","count":3}',
         b'{"vodId":"7","count":1}',
@@ -141,7 +141,7 @@ async def test_view_is_a_counter_and_a_message(produce: Produce, redis_url: str,
     ]
 
 
-async def test_many_views_are_one_request(produce: Produce, proxy: Proxy, witness: Witness) -> None:
+async def test_many_views_are_one_request(produce: Produce, proxy: Proxy, observer: Observer) -> None:
     application = produce(proxy.url)
     await application.record("first")
     proxy.requests.clear()
@@ -149,46 +149,46 @@ async def test_many_views_are_one_request(produce: Produce, proxy: Proxy, witnes
     (request,) = proxy.requests
     assert request.startswith(b"*1\r\n$5\r\nMULTI\r\n")
     assert request.endswith(b"*1\r\n$4\r\nEXEC\r\n")
-    assert [await witness.count(vod_id) for vod_id in ("a", "b", "7")] == [2, 1, 5]
+    assert [await observer.count(vod_id) for vod_id in ("a", "b", "7")] == [2, 1, 5]
     assert await application.record_many({}) is Outcome.RECORDED
 
 
-async def test_where_one_is_invalid_nothing_is_sent(produce: Produce, redis_url: str, witness: Witness) -> None:
+async def test_nothing_is_sent_if_one_view_is_invalid(produce: Produce, redis_url: str, observer: Observer) -> None:
     application = produce(redis_url)
     assert await application.record_many({"good": 1, "": 1}) is Outcome.NOT_RECORDED
     assert await application.record_many({"good": 1, "bad": 0}) is Outcome.NOT_RECORDED
-    assert await witness.count("good") == 0
-    assert await witness.heard() == []
+    assert await observer.count("good") == 0
+    assert await observer.received() == []
 
 
 async def test_redis_at_maxmemory_refuses_the_message_too(
-    produce: Produce, valkey: ValkeyServer, own_witness: Witness
+    produce: Produce, valkey: ValkeyServer, own_observer: Observer
 ) -> None:
-    await own_witness.redis.config_set("maxmemory", 1)
+    await own_observer.redis.config_set("maxmemory", 1)
     application = produce(valkey.url)
     assert await application.record("vod_1") is Outcome.NOT_RECORDED
-    await own_witness.redis.config_set("maxmemory", 0)
-    assert await own_witness.count("vod_1") == 0
-    assert await own_witness.heard() == []
+    await own_observer.redis.config_set("maxmemory", 0)
+    assert await own_observer.count("vod_1") == 0
+    assert await own_observer.received() == []
     assert await application.record("vod_1") is Outcome.RECORDED
 
 
-async def test_replica_refuses(produce: Produce, valkey: ValkeyServer, own_witness: Witness) -> None:
-    await own_witness.redis.replicaof("127.0.0.1", free_port())
+async def test_replica_does_not_record(produce: Produce, valkey: ValkeyServer, own_observer: Observer) -> None:
+    await own_observer.redis.replicaof("127.0.0.1", free_port())
     assert await produce(valkey.url).record("vod_1") is Outcome.NOT_RECORDED
-    await own_witness.redis.replicaof("NO", "ONE")
-    assert await own_witness.count("vod_1") == 0
+    await own_observer.redis.replicaof("NO", "ONE")
+    assert await own_observer.count("vod_1") == 0
 
 
 async def test_counter_of_a_wrong_type_leaves_a_message_behind(
-    produce: Produce, redis_url: str, prefix: str, witness: Witness
+    produce: Produce, redis_url: str, prefix: str, observer: Observer
 ) -> None:
-    await witness.redis.hset(f"{prefix}hash", "field", "value")
+    await observer.redis.hset(f"{prefix}hash", "field", "value")
     application = produce(redis_url)
     assert await application.record("hash") is Outcome.INDETERMINATE
     assert await application.record_many({"hash": 1, "other": 1}) is Outcome.INDETERMINATE
-    assert await witness.count("other") == 1
-    assert len(await witness.heard()) == 3
+    assert await observer.count("other") == 1
+    assert len(await observer.received()) == 3
     assert await application.record("other") is Outcome.RECORDED
 
 
@@ -203,31 +203,31 @@ async def test_counter_of_a_wrong_type_leaves_a_message_behind(
         ("-exec", Outcome.NOT_RECORDED, 0),
     ],
 )
-async def test_user_without_a_right(
-    produce: Produce, valkey: ValkeyServer, own_witness: Witness, denied: str, outcome: Outcome, counted: int
+async def test_outcome_without_a_right_matches_what_was_counted(
+    produce: Produce, valkey: ValkeyServer, own_observer: Observer, denied: str, outcome: Outcome, counted: int
 ) -> None:
     rules = ("on", ">hunter2", "~*", "&*", "+@all", denied)
-    await own_witness.redis.execute_command("ACL", "SETUSER", "viewer", *rules)
+    await own_observer.redis.execute_command("ACL", "SETUSER", "viewer", *rules)
     application = produce(valkey.url.replace("redis://", "redis://viewer:hunter2@"))
     assert await application.record("vod_1") is outcome
-    assert await own_witness.count("vod_1") == counted
+    assert await own_observer.count("vod_1") == counted
 
 
-@pytest.mark.parametrize("mode", [Mode.SWALLOW, Mode.HANG_UP])
+@pytest.mark.parametrize("mode", [Mode.DROP_ANSWERS, Mode.RESET])
 async def test_lost_reply_is_indeterminate_and_applied_once(
-    produce: Produce, proxy: Proxy, witness: Witness, mode: Mode
+    produce: Produce, proxy: Proxy, observer: Observer, mode: Mode
 ) -> None:
     application = produce(proxy.url, timeout=0.5)
     assert await application.record("vod_1") is Outcome.RECORDED
     proxy.mode = mode
     assert await application.record("vod_1", 10) is Outcome.INDETERMINATE
-    assert await witness.count("vod_1") == 11
+    assert await observer.count("vod_1") == 11
     proxy.mode = Mode.FORWARD
     assert await application.record("vod_1", 100) is Outcome.RECORDED
-    assert await witness.count("vod_1") == 111
+    assert await observer.count("vod_1") == 111
 
 
-async def test_server_that_accepts_and_says_nothing_got_nothing(produce: Produce) -> None:
+async def test_server_that_accepts_and_never_answers_does_not_record(produce: Produce) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -235,12 +235,12 @@ async def test_server_that_accepts_and_says_nothing_got_nothing(produce: Produce
         assert await application.record("vod_1") is Outcome.NOT_RECORDED
 
 
-@pytest.mark.parametrize("where", ["nobody-listens", "wrong-password", "no-such-socket", "no-such-database"])
-async def test_redis_out_of_reach_is_not_recorded_and_tells_no_secret(
+@pytest.mark.parametrize("where", ["nothing-listens", "wrong-password", "no-such-socket", "no-such-database"])
+async def test_unreachable_redis_does_not_record_and_no_secret_is_shown(
     produce: Produce, redis_url: str, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = {
-        "nobody-listens": f"redis://:hunter2@127.0.0.1:{free_port()}",
+        "nothing-listens": f"redis://:hunter2@127.0.0.1:{free_port()}",
         "wrong-password": redis_url.replace("redis://", "redis://nobody_here:hunter2@"),
         "no-such-socket": "unix://user:hunter2@/nowhere/redis.sock",
         "no-such-database": redis_url.split("/0")[0] + "/99999",
@@ -256,8 +256,8 @@ async def test_redis_out_of_reach_is_not_recorded_and_tells_no_secret(
 
 
 @pytest.fixture
-async def parrot() -> AsyncIterator[str]:
-    """The URL, with a password, of a server that knows no command and repeats each, as one where AUTH was renamed."""
+async def quoting_server() -> AsyncIterator[str]:
+    """The URL, with a password, of a server that refuses and quotes every command, like one where AUTH was renamed."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while received := await reader.read(1000):
@@ -269,67 +269,67 @@ async def parrot() -> AsyncIterator[str]:
         yield f"redis://:hunter2@127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def test_server_that_repeats_the_password_is_not_quoted(produce: Produce, parrot: str) -> None:
-    application = produce(parrot, raise_errors=True)
+async def test_password_that_a_server_quotes_is_not_shown(produce: Produce, quoting_server: str) -> None:
+    application = produce(quoting_server, raise_errors=True)
     with pytest.raises(ViewNotRecorded, match="unknown command") as caught:
         await application.record("vod_1")
     await application.close()
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
-async def test_server_that_repeats_the_password_is_not_quoted_by_the_worker_either(parrot: str) -> None:
-    client = RedisClient(parse_redis_url(parrot))
+async def test_password_that_a_server_quotes_is_not_shown_by_the_worker_either(quoting_server: str) -> None:
+    client = RedisClient(parse_redis_url(quoting_server))
     with pytest.raises(RedisUnavailable, match="unknown command") as caught:
         await client.probe()
     await client.close()
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
-async def test_asked_to_raise_it_does_so_with_the_cause(produce: Produce, proxy: Proxy) -> None:
+async def test_raise_errors_raises_an_error_with_its_cause(produce: Produce, proxy: Proxy) -> None:
     application = produce(proxy.url, timeout=0.5, raise_errors=True)
     assert await application.record("vod_1") is Outcome.RECORDED
-    proxy.mode = Mode.SWALLOW
+    proxy.mode = Mode.DROP_ANSWERS
     with pytest.raises(ViewIndeterminate) as caught:
         await application.record("vod_1")
     assert caught.value.__cause__ is not None
 
 
-async def test_restart_of_the_server_is_noticed_before_sending(
-    produce: Produce, valkey: ValkeyServer, own_witness: Witness
+async def test_restart_of_the_server_is_detected_before_sending(
+    produce: Produce, valkey: ValkeyServer, own_observer: Observer
 ) -> None:
     application = produce(valkey.url)
     assert await application.record("vod_1") is Outcome.RECORDED
     await asyncio.to_thread(valkey.kill)
     await asyncio.to_thread(valkey.start)
-    await own_witness.redis.connection_pool.disconnect()
+    await own_observer.redis.connection_pool.disconnect()
     assert await application.record("vod_1") is Outcome.RECORDED
-    assert await own_witness.count("vod_1") == 2
+    assert await own_observer.count("vod_1") == 2
 
 
-async def test_burst_shares_its_connections(redis_url: str, proxy: Proxy, prefix: str, witness: Witness) -> None:
+async def test_burst_shares_its_connections(redis_url: str, proxy: Proxy, prefix: str, observer: Observer) -> None:
     async with ViewProducer(proxy.url, prefix=prefix, channel=prefix, timeout=5, max_connections=2) as producer:
         outcomes = await asyncio.gather(*(producer.record("vod_1") for _ in range(50)))
     assert set(outcomes) == {Outcome.RECORDED}
-    assert await witness.count("vod_1") == 50
+    assert await observer.count("vod_1") == 50
     assert sum(b"HELLO" in request for request in proxy.requests) <= 2
 
 
-async def test_burst_of_threads_shares_its_connections(proxy: Proxy, prefix: str, witness: Witness) -> None:
+async def test_burst_of_threads_shares_its_connections(proxy: Proxy, prefix: str, observer: Observer) -> None:
     with SyncViewProducer(proxy.url, prefix=prefix, channel=prefix, timeout=5, max_connections=2) as producer:
         outcomes = await asyncio.gather(*(asyncio.to_thread(producer.record, "vod_1") for _ in range(50)))
     assert set(outcomes) == {Outcome.RECORDED}
-    assert await witness.count("vod_1") == 50
+    assert await observer.count("vod_1") == 50
     assert sum(b"HELLO" in request for request in proxy.requests) <= 2
 
 
 async def test_cancelled_call_raises_and_its_connection_is_not_used_again(
-    proxy: Proxy, prefix: str, witness: Witness
+    proxy: Proxy, prefix: str, observer: Observer
 ) -> None:
     async with ViewProducer(proxy.url, prefix=prefix, channel=prefix, timeout=5) as producer:
         assert await producer.record("vod_1") is Outcome.RECORDED
-        proxy.mode = Mode.SWALLOW
+        proxy.mode = Mode.DROP_ANSWERS
         call = asyncio.create_task(producer.record("vod_1"))
-        while await witness.count("vod_1") < 2:
+        while await observer.count("vod_1") < 2:
             await asyncio.sleep(0.01)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -338,25 +338,25 @@ async def test_cancelled_call_raises_and_its_connection_is_not_used_again(
         assert await producer.record_many({"vod_1": 1, "vod_2": 1}) is Outcome.RECORDED
 
 
-async def test_asyncio_client_of_the_application_repeats_nothing_and_stays_open(
-    proxy: Proxy, prefix: str, witness: Witness
+async def test_asyncio_client_of_the_application_retries_nothing_and_stays_open(
+    proxy: Proxy, prefix: str, observer: Observer
 ) -> None:
     async with aioredis.from_url(proxy.url, socket_timeout=0.5) as client:  # with the retries it has by default
         async with ViewProducer(client, prefix=prefix, channel=prefix) as producer:
-            await assert_repeats_nothing(Application(producer), proxy, witness)
+            await assert_retries_nothing(Application(producer), proxy, observer)
         assert await client.ping()
 
 
-async def test_client_of_the_application_repeats_nothing_and_stays_open(
-    proxy: Proxy, prefix: str, witness: Witness
+async def test_client_of_the_application_retries_nothing_and_stays_open(
+    proxy: Proxy, prefix: str, observer: Observer
 ) -> None:
     with redis.from_url(proxy.url, socket_timeout=0.5, decode_responses=True) as client:
         with SyncViewProducer(client, prefix=prefix, channel=prefix) as producer:
-            await assert_repeats_nothing(Application(producer), proxy, witness)
+            await assert_retries_nothing(Application(producer), proxy, observer)
         assert await asyncio.to_thread(client.ping)
 
 
-async def test_restart_is_noticed_with_a_client_of_the_application_too(valkey: ValkeyServer, prefix: str) -> None:
+async def test_restart_is_detected_with_a_client_of_the_application_too(valkey: ValkeyServer, prefix: str) -> None:
     async with aioredis.from_url(valkey.url) as client, ViewProducer(client, prefix=prefix, timeout=5) as producer:
         assert await producer.record("vod_1") is Outcome.RECORDED
         await asyncio.to_thread(valkey.kill)
@@ -369,12 +369,12 @@ async def test_restart_is_noticed_with_a_client_of_the_application_too(valkey: V
         assert producer.record("vod_1") is Outcome.RECORDED
 
 
-async def assert_repeats_nothing(application: Application, proxy: Proxy, witness: Witness) -> None:
+async def assert_retries_nothing(application: Application, proxy: Proxy, observer: Observer) -> None:
     assert await application.record("vod_1") is Outcome.RECORDED
-    proxy.mode = Mode.SWALLOW
+    proxy.mode = Mode.DROP_ANSWERS
     assert await application.record("vod_1") is Outcome.INDETERMINATE
     proxy.mode = Mode.FORWARD
-    assert await witness.count("vod_1") == 2
+    assert await observer.count("vod_1") == 2
 
 
 async def test_example_of_the_reference_runs(valkey: ValkeyServer) -> None:
@@ -387,7 +387,7 @@ async def test_example_of_the_reference_runs(valkey: ValkeyServer) -> None:
         assert await client.mget("vod:views:vod_123", "vod:views:vod_7") == [b"3", b"1"]
 
 
-def test_forked_process_records_on_connections_of_its_own(redis_url: str, prefix: str) -> None:
+def test_forked_process_records_on_its_own_connections(redis_url: str, prefix: str) -> None:
     with SyncViewProducer(redis_url, prefix=prefix, timeout=5) as producer, redis.Redis.from_url(redis_url) as seen:
         assert producer.record("vod_1") is Outcome.RECORDED
         child = os.fork()

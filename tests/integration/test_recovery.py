@@ -1,4 +1,4 @@
-"""A marker that is gone: what the evidence says, on real servers that are emptied, restarted and restored."""
+"""A missing marker: how the evidence is judged, on real servers that are emptied, restarted and restored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable
 
 
-async def test_flushall_in_place_is_healed_and_counted_once(valkey: ValkeyServer, database_url: str) -> None:
+async def test_marker_is_recreated_after_flushall_and_each_view_counts_once(
+    valkey: ValkeyServer, database_url: str
+) -> None:
     async with World(valkey.url, database_url) as world:
         worker = world.worker()
         await world.view("a", 5)
@@ -29,7 +31,7 @@ async def test_flushall_in_place_is_healed_and_counted_once(valkey: ValkeyServer
         assert worker.metric("view_count_marker_losses_total") == 1
 
 
-async def test_views_after_flushall_are_not_eaten_by_the_last_flush(valkey: ValkeyServer, database_url: str) -> None:
+async def test_last_flush_is_not_subtracted_from_views_after_flushall(valkey: ValkeyServer, database_url: str) -> None:
     """The end of a cycle confirms its last settle, so there is nothing left to replay on the new data."""
     async with World(valkey.url, database_url) as world:
         await world.view("a", 100)
@@ -53,8 +55,8 @@ async def test_marker_deleted_between_commit_and_settle_counts_the_flush_once(wo
     await world.assert_exact()
 
 
-async def test_marker_deleted_after_a_settle_that_was_not_confirmed_never_counts_more(world: World) -> None:
-    """The one case in which a flush may be missing: its settle was done, and nobody could know."""
+async def test_marker_deleted_after_an_unconfirmed_settle_never_counts_a_view_twice(world: World) -> None:
+    """The one case in which a flush may be missing: it was settled, and the settle was not confirmed."""
     worker = world.worker()
     await world.view("a", 5)
     await world.view("b", 1)
@@ -67,7 +69,7 @@ async def test_marker_deleted_after_a_settle_that_was_not_confirmed_never_counts
     await world.assert_consistent()
 
 
-async def test_redis_that_restarted_empty_is_healed(valkey: ValkeyServer, database_url: str) -> None:
+async def test_marker_is_recreated_after_redis_restarted_empty(valkey: ValkeyServer, database_url: str) -> None:
     async with World(valkey.url, database_url) as world:
         await world.view("a", 5)
         await world.worker().cycle()
@@ -96,11 +98,13 @@ def put_in_place(valkey: ValkeyServer, copy: Path) -> None:
     copy.rename(valkey.folder)
 
 
-@pytest.mark.parametrize("valkey", [(), ("--aof-use-rdb-preamble", "no")], ids=["usual", "no preamble"], indirect=True)
-async def test_copy_from_before_the_worker_with_pending_views_is_a_hold(
+@pytest.mark.parametrize(
+    "valkey", [(), ("--aof-use-rdb-preamble", "no")], ids=["default", "no preamble"], indirect=True
+)
+async def test_copy_from_before_the_first_run_with_pending_views_is_a_hold(
     valkey: ValkeyServer, database_url: str
 ) -> None:
-    """An AOF restart reports no loaded keys, as an empty start does; only its base tells them apart."""
+    """An AOF restart reports no loaded keys, like an empty start; only the base of the AOF distinguishes them."""
     async with World(valkey.url, database_url) as world:
         await world.view("a", 5)
         before = copy_of(valkey, "before")
@@ -128,7 +132,7 @@ async def test_another_numbered_database_of_the_same_redis_is_a_hold(valkey: Val
         await world.assert_exact()
 
 
-async def test_copy_without_pending_views_is_healed(valkey: ValkeyServer, database_url: str) -> None:
+async def test_marker_is_recreated_on_a_copy_without_pending_views(valkey: ValkeyServer, database_url: str) -> None:
     async with World(valkey.url, database_url) as world:
         await world.redis.set("something else", 1)
         before = copy_of(valkey, "before")
@@ -143,7 +147,7 @@ async def test_copy_without_pending_views_is_healed(valkey: ValkeyServer, databa
         await world.assert_exact()
 
 
-async def test_pure_cache_goes_on_whatever_was_lost(valkey: ValkeyServer, database_url: str) -> None:
+async def test_with_fresh_any_lost_marker_is_recreated(valkey: ValkeyServer, database_url: str) -> None:
     async with World(valkey.url, database_url) as world:
         await world.view("a", 5)
         await world.worker().cycle()
@@ -156,11 +160,11 @@ async def test_pure_cache_goes_on_whatever_was_lost(valkey: ValkeyServer, databa
         await world.assert_exact()
 
 
-@pytest.mark.parametrize("moment", ["before the lineage is founded", "before birth"])
-async def test_birth_fails_on_a_data_set_that_was_put_in_place_after_the_judgement(
+@pytest.mark.parametrize("moment", ["before the lineage is created", "before the marker is created"])
+async def test_marker_is_not_created_on_a_copy_that_was_restored_after_the_evidence_was_judged(
     valkey: ValkeyServer, database_url: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Empty was judged; then an old copy, with views that are counted already, takes its place."""
+    """Redis is judged to be empty; then an old copy replaces it, with views that are already counted."""
     async with World(valkey.url, database_url) as world:
         await world.view("a", 5)
         old = copy_of(valkey, "old")
@@ -170,25 +174,25 @@ async def test_birth_fails_on_a_data_set_that_was_put_in_place_after_the_judgeme
         worker = world.worker()
         run = worker.redis.run
 
-        async def copy_comes_first() -> None:
+        async def restore_copy() -> None:
             if old.exists():
                 put_in_place(valkey, old)
                 await world.restart_redis(valkey)
                 await worker.redis.close()
 
-        async def before_birth(script: object, *rest: object) -> object:
-            if script is CREATE_MARKER and moment == "before birth":
-                await copy_comes_first()
+        async def before_creation(script: object, *rest: object) -> object:
+            if script is CREATE_MARKER and moment == "before the marker is created":
+                await restore_copy()
             return await run(script, *rest)  # type: ignore[arg-type]
 
         async def after_the_evidence(self: Recovery, *rest: object) -> object:
             found = await evidence(self, *rest)  # type: ignore[arg-type]
-            if moment == "before the lineage is founded":
-                await copy_comes_first()
+            if moment == "before the lineage is created":
+                await restore_copy()
             return found
 
         evidence = Recovery.evidence
-        worker.redis.run = before_birth  # type: ignore[method-assign]
+        worker.redis.run = before_creation  # type: ignore[method-assign]
         monkeypatch.setattr(Recovery, "evidence", after_the_evidence)
         outcome = await worker.cycle()
         assert isinstance(outcome, Hold)
@@ -247,14 +251,14 @@ async def test_retention_keeps_what_a_marker_may_need(world: World) -> None:
     await world.sql.execute("UPDATE view_count_flushes SET flushed_at = flushed_at - interval '2 days'")
     await world.sql.execute("UPDATE view_count_deltas SET flushed_at = flushed_at - interval '2 days'")
     await world.sql.execute("UPDATE view_count_sources SET settled_id = 4")
-    assert await worker.counters.retention.prune() == 3  # flush 5 is not settled for sure, 4 is what it follows
+    assert await worker.counters.retention.prune() == 3  # flush 5 may not be settled, and 4 is its predecessor
     left = await world.sql.fetch("SELECT flush_id FROM view_count_flushes ORDER BY 1")
     assert [row["flush_id"] for row in left] == [4, 5]
     assert await world.sql.fetchval("SELECT count(*) FROM view_count_deltas") == 2
     assert await worker.counters.retention.prune() == 0
 
 
-async def test_retention_keeps_what_is_young(world: World) -> None:
+async def test_retention_keeps_recent_flushes(world: World) -> None:
     worker = world.worker()
     for _ in range(3):
         await world.view("a")
@@ -265,21 +269,21 @@ async def test_retention_keeps_what_is_young(world: World) -> None:
 async def test_snapshot_older_than_the_ledger_is_a_hold(world: World) -> None:
     worker = world.worker(VIEW_LEDGER_RETENTION="1d")
     await worker.cycle()
-    born = await world.marker()
-    assert born is not None
+    first_marker = await world.marker()
+    assert first_marker is not None
     for _ in range(5):
         await world.view("a")
         await worker.cycle()
     await world.sql.execute("UPDATE view_count_flushes SET flushed_at = flushed_at - interval '2 days'")
     assert await worker.counters.retention.prune() == 4
-    await world.redis.set(world.keys.marker, born.encode())
+    await world.redis.set(world.keys.marker, first_marker.encode())
     outcome = await worker.cycle()
     assert isinstance(outcome, Hold)
     assert outcome.cause.startswith("flush 1 is no longer complete in the ledger")
 
 
 @pytest.mark.parametrize("number", [1, 3])
-async def test_total_that_would_overflow_is_left_pending_and_hinders_nobody(world: World, number: int) -> None:
+async def test_total_that_would_overflow_stays_pending_and_does_not_block_others(world: World, number: int) -> None:
     for index in range(number):
         await world.view(f"full_{index}", 2**63 - 1)
     worker = world.worker()
@@ -295,7 +299,7 @@ async def test_total_that_would_overflow_is_left_pending_and_hinders_nobody(worl
 
 
 @pytest.mark.parametrize("constraint", ["CHECK (vod_id <> 'bad')", "trigger"])
-async def test_id_that_postgres_refuses_hinders_nobody(world: World, constraint: str) -> None:
+async def test_id_that_postgres_refuses_does_not_block_others(world: World, constraint: str) -> None:
     if constraint == "trigger":
         await world.sql.execute(
             """
@@ -317,7 +321,7 @@ async def test_id_that_postgres_refuses_hinders_nobody(world: World, constraint:
     await world.assert_consistent()
 
 
-async def test_row_that_somebody_holds_locked_is_left_and_hinders_nobody(world: World) -> None:
+async def test_locked_row_stays_pending_and_does_not_block_others(world: World) -> None:
     worker = world.worker()
     await world.view_many(["a", "b"])
     await worker.cycle()
@@ -330,9 +334,7 @@ async def test_row_that_somebody_holds_locked_is_left_and_hinders_nobody(world: 
     await world.assert_exact()
 
 
-async def test_table_that_somebody_holds_locked_is_not_waited_for_id_by_id(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_locked_table_is_not_waited_for_once_per_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.counters.flush.flusher.LOCKS_LIMIT_S", 1.0)
     worker = world.worker()
     await worker.cycle()
@@ -348,7 +350,7 @@ async def test_table_that_somebody_holds_locked_is_not_waited_for_id_by_id(
 async def test_two_redis_servers_do_not_share_a_lineage(
     valkey: ValkeyServer, redis_url: str, database_url: str
 ) -> None:
-    """A worker looked at an empty Redis by mistake; the right one must not be settled by that one's flushes."""
+    """A worker ran on an empty Redis by mistake; its flushes must not be settled in the right one."""
     async with World(redis_url, database_url) as wrong, World(valkey.url, database_url, prefix=wrong.prefix) as right:
         assert await wrong.worker().cycle() == Flushed()
         assert await right.worker().cycle() == Flushed()
@@ -376,7 +378,7 @@ async def test_two_prefixes_do_not_share_a_lineage(redis_url: str, database_url:
 async def test_server_that_was_demoted_synchronised_and_promoted_is_another_data_set(
     valkey: ValkeyServer, servers_folder: Path, database_url: str
 ) -> None:
-    """It keeps its run_id, but has the data of the other; its `master_replid` tells."""
+    """It keeps its run_id but has the other server's data; only its `master_replid` shows that."""
     other = ValkeyServer(servers_folder / "other-redis")
     other.start()
     try:
@@ -400,7 +402,7 @@ async def test_server_that_was_demoted_synchronised_and_promoted_is_another_data
 
 
 @pytest.mark.parametrize("policy", ["noeviction", "volatile-lru", "volatile-ttl"])
-async def test_first_start_at_maxmemory_begins(valkey: ValkeyServer, database_url: str, policy: str) -> None:
+async def test_first_start_at_maxmemory_flushes(valkey: ValkeyServer, database_url: str, policy: str) -> None:
     async with World(valkey.url, database_url) as world:
         await world.view_many([f"vod_{number}" for number in range(100)])
         await world.redis.config_set("maxmemory-policy", policy)
@@ -420,21 +422,21 @@ async def test_worker_that_is_cut_off_from_redis_does_not_take_the_row_lock(
     locked: list[bool] = []
     lock = SourceRow.lock
 
-    async def noticed(self: SourceRow, *args: object, **kwargs: bool) -> object:
+    async def record_lock(self: SourceRow, *args: object, **kwargs: bool) -> object:
         locked.append(True)
         return await lock(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    async def silence() -> str:
+    async def no_answer() -> str:
         raise RedisUnavailable("no answer in time")
 
-    monkeypatch.setattr(SourceRow, "lock", noticed)
-    worker.redis.probe = silence  # type: ignore[method-assign]
+    monkeypatch.setattr(SourceRow, "lock", record_lock)
+    worker.redis.probe = no_answer  # type: ignore[method-assign]
     with pytest.raises(RedisUnavailable):
         await worker.cycle()
     assert locked == []
 
 
-async def test_row_lock_that_somebody_keeps_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_row_lock_that_another_session_keeps_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.counters.loop.BUSY_LIMIT_S", 0.0)
     worker = world.worker()
     await worker.cycle()

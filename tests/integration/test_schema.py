@@ -1,4 +1,4 @@
-"""The tables: created, taken back, compared with what the code believes."""
+"""Migrations: upgrade, downgrade, and comparison with the tables in the code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ async def state(database: Database) -> schema.SchemaState:
         return await schema.read_schema(tx)
 
 
-async def test_upgrade_and_downgrade(database: Database, empty_database_url: str) -> None:
+async def test_upgrade_creates_the_tables_and_downgrade_removes_them(
+    database: Database, empty_database_url: str
+) -> None:
     with pytest.raises(SchemaNotCurrent, match="no viewer-worker tables"):
         (await state(database)).require_current()
     await schema.upgrade(database)
@@ -58,7 +60,7 @@ async def test_upgrade_and_downgrade(database: Database, empty_database_url: str
     assert await tables(empty_database_url) == TABLES
 
 
-async def test_migrations_make_what_the_code_believes(database: Database) -> None:
+async def test_migrations_create_the_tables_in_the_code(database: Database) -> None:
     await schema.upgrade(database)
 
     def differences(connection: Connection) -> list[Any]:
@@ -99,9 +101,7 @@ async def test_replicas_that_migrate_at_once_wait_for_each_other(empty_database_
     assert await tables(empty_database_url) == TABLES
 
 
-async def test_application_with_an_alembic_of_its_own_is_left_alone(
-    database: Database, empty_database_url: str
-) -> None:
+async def test_alembic_version_of_the_application_is_left_alone(database: Database, empty_database_url: str) -> None:
     sql = await asyncpg.connect(empty_database_url)
     await sql.execute("CREATE TABLE alembic_version (version_num text); INSERT INTO alembic_version VALUES ('theirs')")
     await schema.upgrade(database)
@@ -114,7 +114,7 @@ async def test_application_with_an_alembic_of_its_own_is_left_alone(
     ("revision", "remedy"),
     [("9999", "Run the version of viewer-worker that migrated this database, or a newer one.")],
 )
-async def test_revision_of_a_newer_version_is_not_touched(
+async def test_revision_of_a_newer_version_is_refused(
     database: Database, empty_database_url: str, revision: str, remedy: str
 ) -> None:
     await schema.upgrade(database)

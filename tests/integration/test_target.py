@@ -32,7 +32,7 @@ async def test_each_change_is_added_and_ids_without_a_row_are_skipped(world: Wor
     await world.assert_exact()
 
 
-async def test_it_is_given_what_both_witnesses_say_once(world: World) -> None:
+async def test_view_that_is_incremented_and_published_is_added_once(world: World) -> None:
     await vod_table.create(world)
     worker = world.worker(**vod_table.SETTINGS)
     async with worker.listening():
@@ -41,7 +41,7 @@ async def test_it_is_given_what_both_witnesses_say_once(world: World) -> None:
         await worker.sweep_and_flush()  # counted, and announced only later
         await world.announce("a", 3)
         await world.announce("b", 2)
-        await worker.heard(lambda: len(worker.counters.backlog.announced) == 2)
+        await worker.wait_until(lambda: len(worker.counters.backlog.announced) == 2)
         await worker.sweep_and_flush()
     assert await vod_table.shown(world) == {"a": 3, "b": 2, "c": 0}
 
@@ -80,7 +80,7 @@ async def test_crash_between_commit_and_settle_adds_once(world: World) -> None:
     ],
     ids=["int4 overflow", "constraint", "trigger"],
 )
-async def test_row_that_refuses_hinders_no_other(world: World, refusing: str, expected: int) -> None:
+async def test_row_that_refuses_does_not_block_others(world: World, refusing: str, expected: int) -> None:
     await vod_table.create(world, ids=",".join(["a", "b", "c", *(f"vod_{number}" for number in range(20))]))
     await world.sql.execute(refusing)
     worker = world.worker(**vod_table.SETTINGS)
@@ -94,7 +94,7 @@ async def test_row_that_refuses_hinders_no_other(world: World, refusing: str, ex
 
 
 @pytest.mark.parametrize("state", ["PT403", "42501", "42P01", "55000", "21000"])
-async def test_row_whose_trigger_fails_in_whatever_way_hinders_no_other(world: World, state: str) -> None:
+async def test_row_whose_trigger_fails_with_any_error_does_not_block_others(world: World, state: str) -> None:
     await vod_table.create(world)
     await world.sql.execute(
         f"""
@@ -111,7 +111,7 @@ async def test_row_whose_trigger_fails_in_whatever_way_hinders_no_other(world: W
     await world.assert_exact()
 
 
-async def test_table_whose_trigger_refuses_every_statement_hinders_no_total(world: World) -> None:
+async def test_trigger_that_refuses_every_statement_does_not_block_totals(world: World) -> None:
     await vod_table.create(world)
     await world.sql.execute(
         """
@@ -127,7 +127,7 @@ async def test_table_whose_trigger_refuses_every_statement_hinders_no_total(worl
     await world.assert_exact()
 
 
-async def test_rows_whose_trigger_waits_for_a_lock_stay_pending_and_hinder_no_other(world: World) -> None:
+async def test_rows_whose_trigger_waits_for_a_lock_stay_pending_and_do_not_block_others(world: World) -> None:
     blocked, free = [f"blocked_{number:02}" for number in range(5)], [f"vod_{number:02}" for number in range(40)]
     await vod_table.create(world, ids=",".join(blocked + free))
     await world.sql.execute(
@@ -179,9 +179,9 @@ async def test_application_does_not_wait_for_rows_of_a_flush_that_waits_for_a_lo
     await world.assert_exact()
 
 
-async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_row_that_refuses_is_not_retried_for_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await vod_table.create(world)
-    # What a sequence counted stays counted when the transaction does not.
+    # A sequence keeps its value when the transaction is rolled back.
     await world.sql.execute(
         """
         CREATE SEQUENCE tries;
@@ -210,7 +210,7 @@ async def test_row_that_refuses_is_not_tried_again_for_a_while(world: World, mon
     await world.assert_exact()
 
 
-async def test_row_that_somebody_has_locked_stays_pending_and_nobody_waits(world: World) -> None:
+async def test_locked_row_stays_pending_and_does_not_block_others(world: World) -> None:
     await vod_table.create(world)
     worker = world.worker(**vod_table.SETTINGS)
     await worker.cycle()
@@ -228,7 +228,7 @@ async def test_row_that_somebody_has_locked_stays_pending_and_nobody_waits(world
     await world.assert_exact()
 
 
-async def test_foreign_key_to_the_row_is_no_hindrance(world: World) -> None:
+async def test_foreign_key_to_the_row_does_not_block_the_flush(world: World) -> None:
     await vod_table.create(world)
     await world.sql.execute('CREATE TABLE comment (vod text REFERENCES "Vod")')
     worker = world.worker(**vod_table.SETTINGS)
@@ -239,9 +239,9 @@ async def test_foreign_key_to_the_row_is_no_hindrance(world: World) -> None:
         assert await worker.sweep_and_flush() == Flushed(flush_id=1, keys=1, views=1)
 
 
-async def test_deadlock_with_the_application_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trigger wants a row that a transaction of the application has, and that one wants the worker's row."""
-    # Else the wait ends before Postgres looks for deadlocks, as it does where deadlock_timeout is the usual second.
+async def test_deadlock_with_the_application_is_retried(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trigger waits for a row that the application has locked, and the application waits for the worker's row."""
+    # Otherwise the wait ends before Postgres looks for deadlocks, which it does after one second by default.
     monkeypatch.setattr("worker.db.target.table._WAIT_BRIEFLY", text("SET LOCAL lock_timeout = '20s'"))
     await vod_table.create(world)
     await world.sql.execute(
@@ -257,7 +257,7 @@ async def test_deadlock_with_the_application_is_tried_again(world: World, monkey
     await world.view("a")
     application = await asyncpg.connect(world.database_url)
     async with application.transaction():
-        # The worker's wait is looked at first, so it is the one that is sacrificed.
+        # Postgres checks the worker's wait first, so it aborts the worker's transaction.
         await application.execute("SET LOCAL deadlock_timeout = '20s'")
         await application.execute("UPDATE audit SET n = n + 1")
         flush = asyncio.create_task(worker.sweep_and_flush())
@@ -272,7 +272,7 @@ async def test_deadlock_with_the_application_is_tried_again(world: World, monkey
     await world.assert_exact()
 
 
-async def test_table_that_is_locked_as_a_whole_is_waited_for_once(world: World) -> None:
+async def test_locked_table_is_waited_for_once(world: World) -> None:
     await vod_table.create(world)
     worker = world.worker(**vod_table.SETTINGS)
     await worker.cycle()
@@ -285,7 +285,7 @@ async def test_table_that_is_locked_as_a_whole_is_waited_for_once(world: World) 
     await world.assert_exact()
 
 
-async def test_constraint_that_is_checked_late_hinders_no_other(world: World) -> None:
+async def test_row_that_fails_a_deferred_constraint_does_not_block_others(world: World) -> None:
     await vod_table.create(world)
     await world.sql.execute(
         """

@@ -1,4 +1,4 @@
-"""Which tables of the application can be kept up to date, and how ids become their keys."""
+"""Which tables of the application can be kept up to date, and how ids are converted to their keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.runtime.clock import SystemClock
 
 
 @pytest.mark.parametrize(
-    ("key_type", "ids", "given"),
+    ("key_type", "ids", "expected"),
     [
         ("bigint", {"7": 1, "07": 2, "-3": 4, "x": 8, "99999999999999999999": 16, "7.0": 32}, {7: 3, -3: 4}),
         ("smallint", {"7": 1, "70000": 2, "٣": 4}, {7: 1}),
@@ -38,26 +38,26 @@ from worker.runtime.clock import SystemClock
         ("shorter", {"abcd": 1, "abcde": 2}, {"abcd": 1}),
     ],
 )
-async def test_ids_become_keys_of_the_column_s_own_type(
-    world: World, key_type: str, ids: dict[str, int], given: dict[Any, int]
+async def test_ids_are_converted_to_the_type_of_the_key_column(
+    world: World, key_type: str, ids: dict[str, int], expected: dict[Any, int]
 ) -> None:
     await world.sql.execute("CREATE DOMAIN short AS varchar(4); CREATE DOMAIN shorter AS short")
     await world.sql.execute(
         f'CREATE SCHEMA app; CREATE TABLE app."Vod" (id {key_type} PRIMARY KEY, "viewCount" bigint)'
     )
-    for key in given:
+    for key in expected:
         await world.sql.execute('INSERT INTO app."Vod" (id) VALUES ($1)', key)  # the total is NULL at first
     for vod_id, views in ids.items():
         await world.view(vod_id, views)
     worker = world.worker(**vod_table.SETTINGS | {"VIEW_TARGET_TABLE": "app.Vod"})
     await worker.cycle()
     found = {row["id"]: row["viewCount"] for row in await world.sql.fetch('SELECT * FROM app."Vod"')}
-    assert found == given
-    assert sum(vod_table.skipped(worker).values()) == sum(ids.values()) - sum(given.values())
+    assert found == expected
+    assert sum(vod_table.skipped(worker).values()) == sum(ids.values()) - sum(expected.values())
     await world.assert_exact()
 
 
-async def test_key_whose_type_the_application_changes_is_looked_at_anew(world: World) -> None:
+async def test_changed_type_of_the_key_is_detected(world: World) -> None:
     await world.sql.execute('CREATE TABLE "Vod" (id bigint PRIMARY KEY, "viewCount" int NOT NULL DEFAULT 0)')
     await world.sql.execute('INSERT INTO "Vod" VALUES (7)')
     worker = world.worker(**vod_table.SETTINGS)
@@ -94,7 +94,7 @@ async def test_key_whose_type_the_application_changes_is_looked_at_anew(world: W
         ),
     ],
 )
-async def test_table_that_does_not_fit_is_told_and_nothing_is_flushed(world: World, ddl: str, problem: str) -> None:
+async def test_unsuitable_table_is_reported_and_nothing_is_flushed(world: World, ddl: str, problem: str) -> None:
     await world.sql.execute(ddl)
     worker = world.worker(**vod_table.SETTINGS)
     await world.view("a")
@@ -114,7 +114,7 @@ async def test_the_worker_s_own_table_is_refused(world: World) -> None:
 
 @pytest.fixture
 async def role(world: World) -> AsyncIterator[str]:
-    """One that may do what the worker needs, in this database."""
+    """A role with only the rights on the table that the worker needs."""
     name = f"limited_{uuid4().hex[:8]}"
     await vod_table.create(world)
     await world.sql.execute(f'CREATE ROLE {name}; GRANT SELECT, UPDATE ("viewCount") ON "Vod" TO {name}')
@@ -133,7 +133,7 @@ async def problem_of(world: World, role: str) -> TargetUnusable | None:
     return None
 
 
-async def test_rights_that_are_missing_are_named(world: World, role: str) -> None:
+async def test_missing_rights_are_named(world: World, role: str) -> None:
     assert await problem_of(world, role) is None
     await world.sql.execute(f'REVOKE UPDATE ("viewCount") ON "Vod" FROM {role}')
     problem = await problem_of(world, role)
@@ -158,9 +158,18 @@ async def test_rights_that_are_missing_are_named(world: World, role: str) -> Non
             False,
         ),
     ],
-    ids=["none", "some rows", "reading", "some changes", "another's", "all", "everybody's", "restricted"],
+    ids=[
+        "no policy",
+        "some rows",
+        "select only",
+        "some updates",
+        "another role",
+        "all rows",
+        "every role",
+        "restrictive",
+    ],
 )
-async def test_rows_that_row_level_security_may_hide_are_not_guessed_about(
+async def test_row_level_security_is_accepted_only_if_it_hides_no_rows(
     world: World, role: str, policies: str, fits: bool
 ) -> None:
     await world.sql.execute('ALTER TABLE "Vod" ENABLE ROW LEVEL SECURITY')
@@ -170,7 +179,7 @@ async def test_rows_that_row_level_security_may_hide_are_not_guessed_about(
     assert problem is None or "row-level security may hide rows of Vod" in str(problem)
 
 
-async def test_looking_whether_it_fits_waits_for_no_lock(world: World, role: str) -> None:
+async def test_check_of_the_table_waits_for_no_lock(world: World, role: str) -> None:
     await world.sql.execute('ALTER TABLE "Vod" ENABLE ROW LEVEL SECURITY')
     await world.sql.execute(f'CREATE POLICY p ON "Vod" TO {role} USING (true) WITH CHECK (true)')
     async with world.sql.transaction():
@@ -183,18 +192,18 @@ async def test_looking_whether_it_fits_waits_for_no_lock(world: World, role: str
     ("name", "expected"),
     [("Vod", (None, "Vod")), ("app.Vod", ("app", "Vod")), ('"a.b"', (None, "a.b")), ('s."a""b"', ("s", 'a"b'))],
 )
-def test_names_are_taken_as_they_are_written(name: str, expected: tuple[str | None, str]) -> None:
+def test_names_are_used_exactly_as_written(name: str, expected: tuple[str | None, str]) -> None:
     names = parse_target(name, "id", "n")
     assert (names.schema, names.table) == expected
 
 
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a.b.c", '"a', 'a"b"'])
-def test_names_that_are_none_are_refused(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="the exact name of a table"):
         parse_target(name, "id", "n")
 
 
-async def test_hostile_names_are_only_names(world: World) -> None:
+async def test_hostile_names_are_quoted(world: World) -> None:
     await world.sql.execute('CREATE TABLE "x""; DROP TABLE y; --" ("i d" text PRIMARY KEY, "%(n)s :n" int)')
     await world.sql.execute("""INSERT INTO "x""; DROP TABLE y; --" VALUES ('a', 1)""")
     hostile = {

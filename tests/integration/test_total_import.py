@@ -1,4 +1,4 @@
-"""Totals that the application has already, imported into the worker's."""
+"""Import of the application's existing totals into the worker's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_totals_of_the_application_are_imported_once(world: World, monkeyp
     await world.sql.execute('UPDATE "Vod" SET "viewCount" = -5 WHERE id = \'e\'')
     worker = world.worker(**vod_table.SETTINGS)
     await world.view("a", 3)
-    await worker.cycle()  # what was flushed before stands in the table too
+    await worker.cycle()  # views that were flushed before are in the table, too
     assert await imported(world, worker) == (3, 300)
     assert await imported(world, worker) == (0, 0)
     await world.view("b", 2)
@@ -54,7 +54,7 @@ async def test_totals_are_imported_for_every_kind_of_key(
     assert dict(await world.totals()) == expected
 
 
-async def test_importing_while_the_worker_flushes_misses_nothing(world: World) -> None:
+async def test_import_while_the_worker_flushes_misses_nothing(world: World) -> None:
     await vod_table.create(world, ids=",".join(f"vod_{number:03}" for number in range(100)))
     await world.sql.execute('UPDATE "Vod" SET "viewCount" = 1000')
     worker = world.worker(BATCH_SIZE="10", **vod_table.SETTINGS)
@@ -77,7 +77,7 @@ async def test_importing_while_the_worker_flushes_misses_nothing(world: World) -
     assert dict(await world.totals()) == await vod_table.shown(world)
 
 
-async def test_a_worker_that_never_ran_before_does_not_flush_into_an_import(world: World) -> None:
+async def test_first_flush_waits_for_a_running_import(world: World) -> None:
     await vod_table.create(world, ids="a")
     await world.view("a", 3)
     reading, go_on = asyncio.Event(), asyncio.Event()

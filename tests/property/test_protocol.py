@@ -1,12 +1,12 @@
-"""The flush protocol against everything that real life does to it.
+"""The flush protocol under crashes, lost replies and restored data.
 
-A state machine over the real code and real servers: three workers are stopped before and after every command they send,
-and go on in any order; between any two steps, workers are killed or frozen, replies are lost, Redis and Postgres go
-back in time, markers and counters are deleted. The invariants are checked after every step.
+A state machine over the real code and real servers: three workers stop before and after every command they send, and
+continue in any order. Between any two steps, workers are killed or frozen, replies are lost, Redis and Postgres are
+restored to older states, and markers and counters are deleted. The invariants are checked after every step.
 
-Two things are played: the identity that Redis gives itself (`master_replid`, started empty or not), where a rewind
-stands for a restart from an older copy, and so changes it; and the channel, whose messages reach each worker that
-listens when the machine says so.
+Two things are simulated. One is Redis's identity (`master_replid`, and whether it started empty): a rewind stands for a
+restart from an older copy, so it changes the identity. The other is the channel: its messages reach a listening worker
+when the machine delivers them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Actor:
         self.at = ""
         self.backend: int | None = None
         self.listens = False
-        self.on_the_way: list[str] = []
+        self.undelivered: list[str] = []
         self._arrived = asyncio.Event()
         self._go: asyncio.Future[None] | None = None
 
@@ -126,19 +126,19 @@ class Actor:
         return await counters.loop.cycle()
 
     def listen(self) -> None:
-        """Subscribe anew, if this worker believes to hold the lease."""
+        """Subscribe again, if this worker believes that it holds the lease."""
         epoch = self.worker.counters.lease.token
-        self.on_the_way.clear()
+        self.undelivered.clear()
         if epoch is not None:
             self.worker.counters.backlog.announced.begin(epoch)
             self.listens = True
 
     def hear(self) -> None:
-        self.worker.counters.backlog.announced.add(Counter(self.on_the_way))
-        self.on_the_way.clear()
+        self.worker.counters.backlog.announced.add(Counter(self.undelivered))
+        self.undelivered.clear()
 
     async def step(self, *, fail: bool = False) -> None:
-        """Go on to the next gate, or to the end of the cycle; with `fail`, the current command fails instead."""
+        """Run to the next gate or to the end of the cycle. With `fail`, the current command fails instead."""
         if self.task is None:
             self.task = asyncio.create_task(self._cycle())
         elif self._go is not None and not self._go.done():
@@ -163,7 +163,7 @@ class Actor:
                 raise error
 
     async def kill(self) -> None:
-        """As by kill -9: nothing it would have done is done; what it sent is done."""
+        """Like kill -9: commands that were sent take effect, and no others follow."""
         if self.backend is not None:
             await self._machine.terminate(self.backend)
         if self.task is not None:
@@ -181,7 +181,7 @@ class RedisState:
 
 @dataclass
 class Allowances:
-    """What excuses a total from being exact. Nothing excuses it from never being more."""
+    """Faults after which a total may be too low. No fault allows it to be too high."""
 
     rewound: bool = False
     marker_deleted: bool = False
@@ -195,7 +195,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     redis_url: ClassVar[str]
     postgres_url: ClassVar[str]
     template: ClassVar[str]
-    # In half of the runs nothing is ever lost on either side: these must end exact.
+    # In half of the runs no data is lost on either side: these must end exact.
     lossy = False
 
     def run(self, coroutine: Any) -> Any:
@@ -216,11 +216,11 @@ class ProtocolMachine(RuleBasedStateMachine):
         await self.admin.execute(f"CREATE DATABASE {self.name} TEMPLATE {self.template}")
         self.world = World(self.redis_url, database_url_for(self.postgres_url, self.name))
         await self.world.__aenter__()
-        # The row is there before they start: an INSERT would wait for that of a worker that stands still.
+        # Create the row before the workers start: an INSERT would wait for the INSERT of a stopped worker.
         await self.world.sql.execute("INSERT INTO view_count_sources (source) VALUES ('default')")
         await self.world.sql.execute('CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int NOT NULL DEFAULT 0)')
         await self.world.sql.execute('INSERT INTO "Vod" (id) SELECT unnest($1::text[])', WITH_A_ROW)
-        # Views, and by which witness they were told; a view may be told by both.
+        # Views, those that were incremented, and those that were published; a view may be in both.
         self.happened: Counter[str] = Counter()
         self.counted: Counter[str] = Counter()
         self.announced: Counter[str] = Counter()
@@ -248,8 +248,8 @@ class ProtocolMachine(RuleBasedStateMachine):
             self.run(self.actors[actor].step())
 
     @rule(actor=st.integers(0, WORKERS - 1), vod_id=st.sampled_from(IDS), gate=st.sampled_from(GATES))
-    def flush_as_far_as(self, actor: int, vod_id: str, gate: str) -> None:
-        """There are views, the lease is free, and a worker goes on to an interesting place, if it comes by there."""
+    def flush_up_to(self, actor: int, vod_id: str, gate: str) -> None:
+        """Add views, free the lease, and run a worker to the gate, or to the end of its cycle."""
         self.views(vod_id, 2)
         self.run(self._expire())
         for _ in range(60):
@@ -292,7 +292,7 @@ class ProtocolMachine(RuleBasedStateMachine):
                 async with self.world.sql.transaction():
                     await self.world.sql.execute(expire)
 
-    # What the world does
+    # What producers, operators and servers do
 
     @rule(vod_id=st.sampled_from(IDS), count=st.integers(1, 5))
     def views(self, vod_id: str, count: int) -> None:
@@ -301,7 +301,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.counted[vod_id] += count
 
     @rule(vod_id=st.sampled_from(IDS))
-    def view_told_by_both(self, vod_id: str) -> None:
+    def view_reported_by_both(self, vod_id: str) -> None:
         self.views(vod_id, 1)
         self._publish(vod_id)
 
@@ -314,7 +314,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.announced[vod_id] += 1
         for actor in self.actors:
             if actor.listens:
-                actor.on_the_way.append(vod_id)
+                actor.undelivered.append(vod_id)
 
     @rule(actor=st.integers(0, WORKERS - 1))
     def listen(self, actor: int) -> None:
@@ -371,7 +371,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lossy and self.database_states)
     @rule(index=st.integers(0, 100))
     def rewind_database(self, index: int) -> None:
-        """Restored or cloned: every connection to the old one is gone."""
+        """Restore or clone the database: every connection to the old one is closed."""
         for number in range(WORKERS):
             self.kill(number)
         self.run(self._restore(self.database_states[index % len(self.database_states)]))
@@ -414,7 +414,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert announced <= self.announced, f"stored {announced}, announced {self.announced}"
 
     async def _stored(self) -> tuple[Counter[str], Counter[str], Counter[str]]:
-        """Totals by id: views, and what each witness told."""
+        """Totals by id: views, counted views and announced views."""
         rows = await self.world.sql.fetch("SELECT vod_id, views, counted, announced FROM view_counts")
         views, counted, announced = (
             Counter({row["vod_id"]: row[name] for row in rows}) for name in ("views", "counted", "announced")
@@ -422,7 +422,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         return views, counted, announced
 
     @invariant()
-    def the_application_s_table_was_given_the_totals(self) -> None:
+    def application_s_table_has_the_totals(self) -> None:
         rows = self.run(self.world.sql.fetch('SELECT id, "viewCount" FROM "Vod"'))
         views, _, _ = self.run(self._stored())
         assert {row["id"]: row["viewCount"] for row in rows} == {vod_id: views[vod_id] for vod_id in WITH_A_ROW}
@@ -432,7 +432,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.run(self.world.assert_consistent(lineages_may_change=True))
 
     @invariant()
-    def what_is_settled_and_pending_happened(self) -> None:
+    def settled_and_pending_views_happened(self) -> None:
         if not self.allowed.database_rewound:
             self.run(self._settled_and_pending())
 
@@ -468,7 +468,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             )
         )
         assert shown.total() <= self.counted.total() + (last or 0)
-        # And what `/v1/views` says is exact: it knows what of a flush is in the counters still.
+        # And the answer of `/v1/views` is exact: it accounts for flushed views that are still in the counters.
         for number in self.run(self.reader.counters.display.views(IDS)):
             assert number.views == max(self.counted[number.vod_id], announced[number.vod_id])
 
@@ -500,7 +500,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             await self.admin.close()
 
     async def _after_the_faults(self) -> None:
-        """Drained, or on hold for a reason: never looping. And exact, if nothing was lost on either side."""
+        """A new worker drains everything or holds for a reason. Totals are exact if no data was lost on either side."""
         await self._expire()
         last = self.world.worker(**TARGET)
 
@@ -526,7 +526,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert counted >= self.counted - allowed.forgotten
 
 
-# pytest collects the machine through this; its length is a matter of time, not of truth.
+# pytest collects the machine through this. The number of examples is limited only to save time.
 ProtocolTest = ProtocolMachine.TestCase
 ProtocolTest.settings = settings(
     max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "45")),

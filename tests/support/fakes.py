@@ -9,7 +9,7 @@ from worker.db.counters.reads import Shown, Top, TopEntry
 
 
 class FakeNumbers:
-    """Answers with the settings of the question; fails with `error` if there is one."""
+    """Returns numbers computed from the request; raises `error` if it is set."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -24,7 +24,7 @@ class FakeNumbers:
 
 
 class FakeClock:
-    """Stands still until it is told to advance."""
+    """A clock that moves only when `advance` is called."""
 
     def __init__(self) -> None:
         self._seconds = 1000.0

@@ -1,4 +1,4 @@
-"""The two servers as a careful operator runs them: TLS, passwords, and for the worker the rights in deploy/ only."""
+"""Redis and Postgres as a careful operator runs them: TLS, passwords, and only the rights in deploy/ for the worker."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from worker.db.session import Database
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-# The tests themselves come in by the first line.
+# The first line lets the tests connect as administrators.
 HBA = "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
 
-in_both_worlds = pytest.mark.parametrize("world", ["open", "guarded"], indirect=True)
-# For what takes long: in the open world only where that has servers of its own, which the guarded one never uses.
-in_the_guarded_world = (
-    in_both_worlds
+on_open_and_guarded_servers = pytest.mark.parametrize("world", ["open", "guarded"], indirect=True)
+# For slow tests. They run on open servers only if TEST_DATABASE_URL names those: the guarded ones are always embedded.
+on_guarded_servers = (
+    on_open_and_guarded_servers
     if "TEST_DATABASE_URL" in os.environ
     else pytest.mark.parametrize("world", ["guarded"], indirect=True)
 )
@@ -38,7 +38,7 @@ in_the_guarded_world = (
 class GuardedServers:
     """Valkey with deploy/redis/users.acl and Postgres with deploy/postgres/role.sql, each behind TLS.
 
-    They are started for the first world that asks for them.
+    They start when the first world is requested.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class GuardedServers:
 
     @asynccontextmanager
     async def world(self, database: int = 0) -> AsyncIterator[World]:
-        """A world that the tests see as administrators, and its workers as limited users over verified TLS."""
+        """A world. The tests connect as administrators, the workers as limited users over verified TLS."""
         if self._template is None:
             await self._start()
         name = f"vw_{uuid4().hex[:12]}"
@@ -65,10 +65,10 @@ class GuardedServers:
             async with world:
                 yield world
         finally:
-            await self._forget(name)
+            await self._clean_up(name)
 
-    async def _forget(self, name: str) -> None:
-        """The rights as they were, for the next world."""
+    async def _clean_up(self, name: str) -> None:
+        """Drop this world's database, and restore the users' rights for the next world."""
         async with aioredis.from_url(f"{self._admin_redis_url}/0") as redis:
             await redis.execute_command("ACL LOAD")
             await redis.execute_command("ACL LOG RESET")
@@ -112,7 +112,7 @@ class GuardedServers:
         return front.port
 
     async def _prepare(self, password: str) -> str:
-        """A database with the tables, migrated by their owner, and the limited role on it."""
+        """Create and migrate a database as its owner, and create the limited role. Returns the name of the database."""
         name = "vw_guarded"
         await self.administrate(f"CREATE DATABASE {name}")
         url = database_url_for(self.postgres.url, name)
@@ -123,5 +123,5 @@ class GuardedServers:
         await self.administrate(f"ALTER ROLE viewer_worker PASSWORD '{password}'")
         return name
 
-    def _password(self, of: str) -> str:
-        return (self._folder / "secrets" / f"{of}_password").read_text()
+    def _password(self, name: str) -> str:
+        return (self._folder / "secrets" / f"{name}_password").read_text()

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can fall silent or hang up at the worst moment."""
+"""A TCP proxy on loopback that can drop traffic or reset connections at a chosen point."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 class Mode(Enum):
     FORWARD = "forward"
-    SWALLOW = "the server gets every byte, its answers are lost"
-    VANISH = "nothing gets through, either way"
-    HANG_UP = "the server gets every byte, and instead of its answer the connection is reset"
+    DROP_ANSWERS = "the server gets every byte, its answers are lost"
+    DROP_ALL = "nothing gets through in either direction"
+    RESET = "the server gets every byte, and the connection is reset instead of its answer"
 
 
 class Proxy:
@@ -21,31 +21,31 @@ class Proxy:
     def __init__(self, server_url: str) -> None:
         self._server = urlsplit(server_url)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_words: bytes | None = None
+        self._reset_at: bytes | None = None
         self._last_request: bytes | None = None
         self._addition: tuple[bytes, bytes] | None = None
         self.mode = Mode.FORWARD
         self.requests: list[bytes] = []
         self.connections = 0
 
-    def hang_up_at(self, words: bytes) -> None:
-        """Reset the connection on which the server answers these words, instead of passing them on."""
-        self._last_words = words
+    def reset_at(self, answer: bytes) -> None:
+        """Reset the connection when the server sends these bytes, instead of passing them on."""
+        self._reset_at = answer
 
-    def lose_answer_to(self, words: bytes) -> None:
-        """From the first request with these words in it on, hang up instead of answering."""
-        self._last_request = words
+    def lose_answer_to(self, request: bytes) -> None:
+        """From the first request that contains these bytes on, reset connections instead of answering."""
+        self._last_request = request
 
-    def add_to(self, answer: bytes, words: bytes) -> None:
-        """Pass on this answer with words that the server did not say behind it."""
-        self._addition = (answer, words)
+    def append_to(self, answer: bytes, extra: bytes) -> None:
+        """After data that ends with `answer`, also send `extra`, which the server did not send."""
+        self._addition = (answer, extra)
 
-    def add_nothing(self) -> None:
+    def append_nothing(self) -> None:
         self._addition = None
 
     @property
     def url(self) -> str:
-        """The server's own address, by way of this proxy."""
+        """The server's URL, with this proxy's host and port."""
         credentials, _, _ = self._server.netloc.rpartition("@")
         here = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self._server._replace(netloc=f"{credentials}@{here}" if credentials else here).geturl()
@@ -85,8 +85,8 @@ class Proxy:
         while chunk := await reader.read(65536):
             self.requests.append(chunk)
             if self._last_request is not None and self._last_request in chunk:
-                self.mode = Mode.HANG_UP
-            if self.mode is not Mode.VANISH:
+                self.mode = Mode.RESET
+            if self.mode is not Mode.DROP_ALL:
                 to_server.write(chunk)
                 await to_server.drain()
         to_client.close()
@@ -94,9 +94,9 @@ class Proxy:
     async def _replies(self, upstream: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         before = b""
         while chunk := await upstream.read(65536):
-            found = self._last_words is not None and self._last_words in before + chunk
+            found = self._reset_at is not None and self._reset_at in before + chunk
             before = chunk
-            if self.mode is Mode.HANG_UP or found:
+            if self.mode is Mode.RESET or found:
                 return to_client.transport.abort()
             if self.mode is Mode.FORWARD:
                 added = self._addition[1] if self._addition is not None and chunk.endswith(self._addition[0]) else b""

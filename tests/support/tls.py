@@ -1,4 +1,4 @@
-"""TLS for servers that are built without it, as the embedded ones are: it ends in front of them."""
+"""TLS termination for servers that are built without TLS, as the embedded ones are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SSL_REQUEST = bytes.fromhex("0000000804d2162f")
 
 
 class Certificates:
-    """A certificate authority, and a server certificate for 127.0.0.1 made by it."""
+    """A certificate authority, and a server certificate for 127.0.0.1 that it issued."""
 
     def __init__(self) -> None:
         self.authority = trustme.CA()
@@ -24,14 +24,14 @@ class Certificates:
 
 
 class TlsFront:
-    """Listens on 127.0.0.1:`port` with TLS, and passes everything on to 127.0.0.1:`behind`.
+    """Listens on 127.0.0.1:`port` with TLS, and forwards to 127.0.0.1:`server_port`.
 
-    With `postgres`, TLS begins when the client asks for it, as Postgres's protocol has it; who does not is hung up on.
+    With `postgres`, TLS begins when the client asks for it, as in Postgres's protocol. Other clients are disconnected.
     """
 
-    def __init__(self, certificates: Certificates, behind: int, *, postgres: bool = False) -> None:
+    def __init__(self, certificates: Certificates, server_port: int, *, postgres: bool = False) -> None:
         self._tls = certificates.server
-        self._behind = behind
+        self._server_port = server_port
         self._postgres = postgres
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -58,7 +58,7 @@ class TlsFront:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
             if not self._postgres or await self._upgraded(reader, writer):
-                upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._behind)
+                upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._server_port)
                 await asyncio.gather(_pass_on(reader, upstream), _pass_on(upstream_reader, writer))
         writer.close()
 

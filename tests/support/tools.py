@@ -1,4 +1,4 @@
-"""What tests need of the machine or of a registry. What is missing fails in CI and skips elsewhere."""
+"""Tools that tests need from the machine or a registry. Missing tools fail a test in CI and skip it elsewhere."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def missing(reason: str) -> NoReturn:
 
 
 def tool(name: str, package: str) -> str:
-    """Where a program is; `package` is Debian's name for what has it."""
+    """The path of a program. `package` is the Debian package that contains it."""
     return shutil.which(name) or missing(f"no {name}: apt-get install {package}")
 
 
 def install_node_packages(source: Path, folder: Path) -> None:
-    """Install into `folder` what the lock file in `source` lists."""
+    """Install the packages of the lock file in `source` into `folder`."""
     for name in ("package.json", "package-lock.json", ".npmrc"):
         shutil.copy(source / name, folder)
     command = [NODE, NPM, "ci", "--no-audit", "--no-fund"]
     installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if installed.returncode:
-        missing(f"the Node.js packages of {source.name} cannot be had: {installed.stderr[-200:]}")
+        missing(f"the Node.js packages of {source.name} cannot be installed: {installed.stderr[-200:]}")

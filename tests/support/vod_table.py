@@ -1,4 +1,4 @@
-"""The application's own table of the tests: what Prisma makes of a model with an integer column."""
+"""The application's own table in the tests, as Prisma creates it for a model with an integer column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One Redis prefix, one database, any number of workers, and what must be true of them."""
+"""One Redis prefix, one database, any number of workers, and checks of what they wrote."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from worker.runtime.clock import SystemClock
 from worker.settings.environment import load_settings, without_settings
 from worker.settings.model import Settings
 
-USUAL_PREFIX = "vod:views:"
+DEFAULT_PREFIX = "vod:views:"
 
 
 def database_url_for(postgres_url: str, name: str) -> str:
-    """The same server, another database."""
+    """The URL of another database on the same server."""
     scheme, rest = postgres_url.split("://", 1)
     location, _, query = rest.partition("?")
     host = location.split("/", 1)[0]
@@ -46,7 +46,7 @@ def database_url_for(postgres_url: str, name: str) -> str:
 
 
 class InProcessWorker:
-    """The real parts of one worker, to be driven step by step."""
+    """The real parts of one worker, driven step by step by a test."""
 
     def __init__(self, settings: Settings, database: Database | None = None) -> None:
         self.database = database or Database(settings.database)
@@ -56,19 +56,19 @@ class InProcessWorker:
         self.counters: ViewCounters = build_counters(settings, self.database, self.redis, self.status, self.metrics)
 
     async def cycle(self) -> Any:
-        """One cycle, as after the lease of whoever held it expired and with a sweep due."""
+        """Take the lease, as if it had expired, and run one cycle with a sweep due."""
         async with self.database.transaction() as tx:
             await tx.execute(text("UPDATE view_count_sources SET lease_until = NULL, lease_holder = NULL"))
         await self.counters.lease.take()
         return await self.sweep_and_flush()
 
     async def sweep_and_flush(self) -> Any:
-        """One cycle of the worker that holds the lease already."""
+        """Run one cycle with a sweep due. The worker already holds the lease."""
         self.counters.loop.sweep_soon()
         return await self.counters.loop.cycle()
 
     async def cycle_until_done(self) -> Any:
-        """As the loop does it: try again while another worker is at it."""
+        """Like the loop: try again while another worker is flushing."""
         from worker.counters.flush.flusher import Busy
 
         while isinstance(outcome := await self.cycle(), Busy):
@@ -77,21 +77,21 @@ class InProcessWorker:
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        """As in a running worker that holds the lease: messages are summed up until the block ends."""
+        """Listen as a running worker with the lease does: sum up messages until the block ends."""
         for check in SERVERS:
             self.status.ok(check)
         await self.counters.lease.take()
         stop = asyncio.Event()
         task = asyncio.create_task(self.counters.listener.run(stop))
         try:
-            await self.heard(lambda: self.status.checks["messages"].facts.get("role") == "listening")
+            await self.wait_until(lambda: self.status.checks["messages"].facts.get("role") == "listening")
             yield
         finally:
             stop.set()
             await asyncio.wait_for(task, 10)
 
-    async def heard(self, condition: Callable[[], Any]) -> None:
-        """Wait until what was published has arrived, as `condition` tells."""
+    async def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait until `condition` is true, for example because messages have arrived."""
         async with asyncio.timeout(10):
             while not condition():
                 await asyncio.sleep(0.01)
@@ -110,13 +110,15 @@ class World:
         self.database_url = database_url
         self.prefix = prefix or f"test:{uuid4().hex[:8]}:"
         self.keys = Keys(self.prefix.encode())
+        self.stream = "chunk_requests" if prefix == DEFAULT_PREFIX else f"chunk_requests {self.prefix}"
         self.environment = {
             "REDIS_URL": redis_url,
             "DATABASE_URL": database_url,
             "VIEW_KEY_PREFIX": self.prefix,
-            # Under the usual prefix, everything has its usual name.
-            "VIEW_CHANNEL": "view_count_updates" if prefix == USUAL_PREFIX else f"updates {self.prefix}",
-            "VIEW_TOTALS_CHANNEL": "view_counts" if prefix == USUAL_PREFIX else f"totals {self.prefix}",
+            # With the default prefix, the channels have their default names, too.
+            "VIEW_CHANNEL": "view_count_updates" if prefix == DEFAULT_PREFIX else f"updates {self.prefix}",
+            "VIEW_TOTALS_CHANNEL": "view_counts" if prefix == DEFAULT_PREFIX else f"totals {self.prefix}",
+            "CHUNK_REQUESTS_STREAM": self.stream,
             "BATCH_INTERVAL_MS": "100",
             "HEALTH_CHECK_HOST": "127.0.0.1",
             "HEALTH_CHECK_PORT": "0",
@@ -142,10 +144,11 @@ class World:
         self.redis = aioredis.from_url(self.redis_url, retry=Retry(NoBackoff(), 0))
 
     async def disconnect_redis(self) -> None:
-        """Leave nothing behind in a Redis that may be somebody's."""
+        """Delete the test's keys, as the Redis may be shared, and disconnect."""
         await self.redis.connection_pool.disconnect()  # the test may have restarted the server
         async for key in self.redis.scan_iter(match=b"*" + self.keys.pattern, count=1000):
             await self.redis.delete(key)
+        await self.redis.delete(self.stream)
         await self.redis.aclose()
 
     async def restart_redis(self, server: Server) -> None:
@@ -169,7 +172,7 @@ class World:
         self.truth.update(vod_ids)
 
     async def announce(self, vod_id: str, count: int = 1) -> None:
-        """Only the message of a view; the truth is the caller's to know."""
+        """Publish the message of a view only. The caller keeps `truth` up to date."""
         await self.publish(json.dumps({"vodId": vod_id, "count": count}))
 
     async def publish(self, message: str | bytes) -> None:
@@ -194,17 +197,17 @@ class World:
         return row
 
     async def expire_lease(self) -> None:
-        """As after eight seconds without a sign of life of the holder."""
+        """Expire the lease, as after eight seconds without a renewal by its holder."""
         await self.sql.execute("UPDATE view_count_sources SET lease_until = now() - interval '1 second'")
 
     async def assert_exact(self) -> None:
-        """Every view is in Postgres once; ledger, history and headers agree; nothing is pending."""
+        """Check that every view is in Postgres once, ledger, history and headers agree, and nothing is pending."""
         assert await self.totals() == self.truth
         assert await self.pending() == Counter()
         await self.assert_consistent()
 
     async def assert_consistent(self, *, lineages_may_change: bool = False) -> None:
-        """What the tables say of one another, at any moment."""
+        """Check that totals, ledger, history and headers agree. They do so at any moment."""
         wrong = await self.sql.fetch(
             """
             SELECT vod_id, t.views, l.views AS ledger, h.views AS hourly
@@ -233,7 +236,7 @@ class World:
 
 
 class CliWorker:
-    """`viewer-worker …` as a subprocess. Its log is kept for the assertion that fails."""
+    """`viewer-worker …` as a subprocess. Its log is kept for assertion messages."""
 
     def __init__(self, environment: dict[str, str], *arguments: str, program: list[str] | None = None) -> None:
         self._log_path = Path(os.environ.get("TMPDIR", "/tmp")) / f"viewer-worker-{uuid4().hex}.log"
@@ -262,7 +265,7 @@ class CliWorker:
         return await asyncio.to_thread(self.process.wait, timeout)
 
     async def wait_for_log(self, text: str, timeout: float = 30.0) -> str:
-        """The first line of the log that has `text` in it."""
+        """Wait for a log line that contains `text`, and return the first one."""
         async with asyncio.timeout(timeout):
             while True:
                 for line in self.log.splitlines():

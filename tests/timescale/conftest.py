@@ -1,4 +1,4 @@
-"""A real TimescaleDB without Docker: the extension compiled to WebAssembly, run by the Node.js of a wheel."""
+"""A real TimescaleDB without Docker: the extension compiled to WebAssembly, run by Node.js from a wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a database with TimescaleDB, the tables by time are hypertables, and everything works as without."""
+"""With TimescaleDB, the tables by time are hypertables, and everything works as it does without."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
     world.connect_redis()
     await world.view_many(["a", "b", "b"])
     await worker.cycle()
-    born = await world.marker()
-    assert born is not None
+    older_marker = await world.marker()
+    assert older_marker is not None
     await world.view_many(["b", "c"])
     await worker.cycle()
     totals = "SELECT vod_id, views FROM view_counts ORDER BY 1"
     assert await rows(one_connection, totals) == [("a", 1), ("b", 3), ("c", 1)]
 
-    # Redis comes back as it was after the first flush: the second is settled from the ledger, in its chunk.
-    await world.redis.set(world.keys.marker, born.encode())
+    # Redis is restored to its state after the first flush: the second is settled from the ledger, in its chunk.
+    await world.redis.set(world.keys.marker, older_marker.encode())
     await world.view_many(["b", "c"])
     await worker.cycle()
     assert worker.metric("view_count_settle_replays_total") == 1
@@ -59,7 +59,7 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
     await one_connection.close()
 
 
-async def test_limited_role_makes_chunks_and_removes_what_is_in_them(timescale_url: str) -> None:
+async def test_limited_role_can_create_chunks_and_delete_their_rows(timescale_url: str) -> None:
     owner = Database(parse_database_url(timescale_url), pool_size=1, overflow=0)
     await schema.upgrade(owner)
     await owner.close()

@@ -1,4 +1,4 @@
-"""Access logs: what is read from a line, and what becomes of one that is none."""
+"""Access logs: the fields of a line, and how malformed lines are reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_field_is_read(sample: list[Request | MalformedLine]) -> None:
     )
 
 
-def test_a_line_for_a_line(sample: list[Request | MalformedLine]) -> None:
+def test_every_line_is_a_request_or_malformed_with_a_reason(sample: list[Request | MalformedLine]) -> None:
     assert [line.path if isinstance(line, Request) else line.reason for line in sample] == [
         "/watch/vod_1",
         "/watch/vod_1",
@@ -61,8 +61,8 @@ def test_a_line_for_a_line(sample: list[Request | MalformedLine]) -> None:
     assert [line.number for line in sample if isinstance(line, MalformedLine)] == [7, 8, 9, 10, 11, 12, 15]
 
 
-def test_addresses_zones_and_escaped_quotes(sample: list[Request | MalformedLine]) -> None:
-    _, ipv6, quoted, zone, nobody, name, *_ = sample
+def test_addresses_time_zones_and_escaped_quotes_are_read(sample: list[Request | MalformedLine]) -> None:
+    _, ipv6, quoted, zone, no_address, name, *_ = sample
     assert isinstance(ipv6, Request)
     assert (ipv6.ip, ipv6.time, ipv6.referer, ipv6.user_agent) == (
         "2001:db8::17",
@@ -74,25 +74,25 @@ def test_addresses_zones_and_escaped_quotes(sample: list[Request | MalformedLine
     assert (quoted.referer, quoted.user_agent) == ('http://example.org/?q="quoted"', 'a "strange" agent \\o/')
     assert isinstance(zone, Request)
     assert (zone.time, zone.method) == (datetime(2016, 3, 1, 1, 29, 59, tzinfo=UTC), "HEAD")
-    assert isinstance(nobody, Request)
-    assert nobody.ip is None
+    assert isinstance(no_address, Request)
+    assert no_address.ip is None
     assert isinstance(name, Request)
     assert name.ip == "cache.example.org"
 
 
-def test_reading_goes_on_at_a_line(sample: list[Request | MalformedLine]) -> None:
+def test_reading_can_start_at_any_line(sample: list[Request | MalformedLine]) -> None:
     assert lines_of(LOG.read_bytes(), first_line=9) == sample[8:]
     assert lines_of(GOOD, first_line=2) == []
 
 
-def test_bytes_that_are_no_text_do_not_harm_the_path() -> None:
+def test_bytes_that_are_not_utf8_are_escaped_in_the_path() -> None:
     line = only(GOOD.replace(b"/a", b"/\xff\xc3\xa9"))
     assert isinstance(line, Request)
     assert line.path == "/\\xffé"
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
-def test_ends_of_lines(end: bytes) -> None:
+def test_every_line_ending_is_accepted(end: bytes) -> None:
     assert isinstance(only(GOOD.rstrip() + end), Request)
 
 
@@ -108,7 +108,7 @@ def test_ends_of_lines(end: bytes) -> None:
         (GOOD.replace(b"/a", b"/" + b"a" * MAX_LINE_BYTES), "longer than 65,536 bytes"),
     ],
 )
-def test_malformed_line_is_told_and_its_neighbours_are_read(line: bytes, reason: str) -> None:
+def test_malformed_line_is_reported_and_the_lines_around_it_are_read(line: bytes, reason: str) -> None:
     before, malformed, after = lines_of(GOOD + line.rstrip(b"\n") + b"\n" + GOOD)
     assert isinstance(before, Request)
     assert isinstance(after, Request)
@@ -121,8 +121,8 @@ def test_malformed_line_is_told_and_its_neighbours_are_read(line: bytes, reason:
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("repeated", [b" [", b" [x", b'"'])
-def test_hostile_line_is_refused_without_trying_every_way(repeated: bytes) -> None:
-    """It took 18 seconds where it was tried in every way."""
+def test_hostile_line_is_refused_without_backtracking(repeated: bytes) -> None:
+    """It took 18 seconds with backtracking."""
     line = b"1.1.1.1 - " + repeated * (MAX_LINE_BYTES // len(repeated) - 10)
     (found,) = read_access_log(io.BytesIO(line))
     assert isinstance(found, MalformedLine)

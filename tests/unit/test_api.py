@@ -1,4 +1,4 @@
-"""`/v1/views` and `/v1/top`: what they answer, and what they refuse."""
+"""`/v1/views` and `/v1/top`: their answers, and the requests they refuse."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ async def get(url: str) -> tuple[int, Any]:
     ("path", "vod_id"),
     [("vod_1", "vod_1"), ("a%2Fb", "a/b"), ("/a/b", "/a/b"), ("%C3%BC%3F%25", "ü?%"), ("a,b", "a,b")],
 )
-async def test_one_id(base: str, path: str, vod_id: str) -> None:
+async def test_one_id_is_answered_with_its_views(base: str, path: str, vod_id: str) -> None:
     code, body = await get(f"{base}/v1/views/{path}")
     assert (code, body) == (200, {"vodId": vod_id, "views": len(vod_id), "pending": 1})
 
 
-async def test_several_ids_in_their_order_without_repeats(base: str) -> None:
+async def test_several_ids_are_answered_in_their_order_without_repeats(base: str) -> None:
     code, body = await get(f"{base}/v1/views?ids=b,a%2Fx,b,,c+%C3%BC&ids=d")
     assert code == 200
     assert [entry["vodId"] for entry in body["views"]] == ["b", "a/x", "c ü", "d"]
 
 
-async def test_top_of_a_window(base: str) -> None:
+async def test_top_lists_the_most_viewed_ids_of_a_window(base: str) -> None:
     code, body = await get(f"{base}/v1/top?window=1h&limit=2")
     assert code == 200
     assert body == {"since": "2023-12-31T23:00:00Z", "top": [{"vodId": "a", "views": 5, "total": 7}] * 2}
@@ -79,13 +79,13 @@ async def test_top_of_a_window(base: str) -> None:
         ("/v1/top?limit=%D9%A3", "limit: expected"),
     ],
 )
-async def test_question_that_cannot_be_answered_is_400_and_says_why(base: str, path: str, expected: str) -> None:
+async def test_invalid_request_is_400_with_the_reason(base: str, path: str, expected: str) -> None:
     code, body = await get(base + path)
     assert code == 400
     assert expected in body["error"]
 
 
-async def test_server_that_cannot_be_asked_is_503_and_says_why(base: str, numbers: FakeNumbers) -> None:
+async def test_unavailable_database_is_503_with_the_cause_and_a_fix(base: str, numbers: FakeNumbers) -> None:
     numbers.error = DatabaseUnavailable("no answer in time")
     code, body = await get(f"{base}/v1/views/a")
     assert code == 503
@@ -93,12 +93,12 @@ async def test_server_that_cannot_be_asked_is_503_and_says_why(base: str, number
     assert "DATABASE_URL" in body["remedy"]
 
 
-async def test_nothing_can_be_changed(base: str) -> None:
+async def test_post_is_not_allowed(base: str) -> None:
     async with aiohttp.ClientSession() as session, session.post(f"{base}/v1/views/a") as response:
         assert response.status == 405
 
 
-async def test_mistake_of_our_own_is_not_the_asker_s(
+async def test_internal_error_is_500_and_its_text_is_only_logged(
     base: str, numbers: FakeNumbers, caplog: pytest.LogCaptureFixture
 ) -> None:
     numbers.error = ValueError("a bug")
@@ -108,11 +108,11 @@ async def test_mistake_of_our_own_is_not_the_asker_s(
     assert "a bug" in caplog.text
 
 
-async def test_path_may_be_encoded_in_any_way(base: str) -> None:
+async def test_percent_encoding_in_the_path_makes_no_difference(base: str) -> None:
     assert await get(f"{base}/%761/views/a") == await get(f"{base}/v1/views/a")
 
 
-async def test_idle_connections_keep_nobody_out(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_connections_do_not_block_new_ones(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.web.server.MAX_CONNECTIONS", 5)
     idle = [await asyncio.open_connection(URL(base).host, URL(base).port) for _ in range(12)]
     assert (await get(f"{base}/livez"))[0] == 200
@@ -121,7 +121,7 @@ async def test_idle_connections_keep_nobody_out(base: str, monkeypatch: pytest.M
         writer.close()
 
 
-async def test_what_is_no_http_is_not_logged_as_a_mistake(base: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_malformed_request_is_400_and_not_logged(base: str, caplog: pytest.LogCaptureFixture) -> None:
     reader, writer = await asyncio.open_connection(URL(base).host, URL(base).port)
     writer.write(b"\x16\x03\x01 what a port scanner says\r\n\r\n")
     assert b" 400 " in await reader.read()

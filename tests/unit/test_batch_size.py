@@ -5,7 +5,7 @@ from __future__ import annotations
 from worker.counters.flush.batch_size import BatchSize
 
 
-def test_batches_grow_under_backlog_shrink_when_slow_and_go_back() -> None:
+def test_batches_grow_with_a_backlog_shrink_when_slow_and_return_to_the_initial_size() -> None:
     size = BatchSize(100, 1000)
     grown = []
     for _ in range(5):

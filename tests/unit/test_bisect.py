@@ -1,4 +1,4 @@
-"""Items that make a step fail are found; the others get through."""
+"""Bisection finds the items that make a step fail, and processes the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.runtime.bisect import bisect
 
 
 async def run(items: list[int], bad: set[int]) -> tuple[list[int], list[int], int]:
-    """Items that got through, items that were rejected, and the number of attempts."""
+    """The processed items, the rejected items, and the number of attempts."""
     rejected: list[int] = []
     attempts = 0
 
@@ -32,7 +32,7 @@ async def run(items: list[int], bad: set[int]) -> tuple[list[int], list[int], in
 
 
 @given(st.lists(st.integers(0, 50), unique=True), st.sets(st.integers(0, 50)))
-async def test_every_item_gets_through_or_is_rejected_in_order(items: list[int], bad: set[int]) -> None:
+async def test_every_item_is_processed_or_rejected_in_order(items: list[int], bad: set[int]) -> None:
     done, rejected, _ = await run(items, bad)
     assert done == [item for item in items if item not in bad]
     assert rejected == [item for item in items if item in bad]
@@ -44,7 +44,7 @@ async def test_one_bad_item_of_a_thousand_costs_about_twenty_attempts() -> None:
     assert attempts <= 21
 
 
-async def test_other_errors_are_raised_and_so_is_one_without_items() -> None:
+async def test_other_errors_are_raised_and_so_is_an_error_without_items() -> None:
     async def attempt(_: Sequence[int]) -> None:
         raise ValueError
 

@@ -1,4 +1,4 @@
-"""The reference is that of the code."""
+"""The documentation matches the code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_reference_lists_every_table_with_its_columns() -> None:
         assert set(re.findall(r"`(\w+)`", rows[name])) == {column.name for column in table.columns}, name
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_point_to_files_that_exist() -> None:
     root = DOCS.parent
     documents = [root / "README.md", root / "CONTRIBUTING.md", root / "deploy" / "README.md", *DOCS.rglob("*.md")]
     for document in documents:
@@ -46,19 +46,19 @@ def test_links_between_documents_lead_somewhere() -> None:
 DOCUMENTS = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
 
 
-def spoken(document: Path) -> str:
-    """What it says in code, comments of deployment files included."""
+def code_in(document: Path) -> str:
+    """The code in a document: code blocks and inline code of Markdown, all text of other files."""
     text = document.read_text()
     if document.suffix != ".md":
         return text
     return "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
 
 
-def test_every_command_and_option_that_is_named_exists() -> None:
+def test_every_command_and_option_in_the_documents_exists() -> None:
     commands = get_command(cli).commands  # type: ignore[attr-defined]
     named = 0
     for document in filter(Path.is_file, DOCUMENTS):
-        for name, rest in re.findall(r"\bviewer-worker ([a-z-]+)((?: +[^\s`|#]+)*)", spoken(document)):
+        for name, rest in re.findall(r"\bviewer-worker ([a-z-]+)((?: +[^\s`|#]+)*)", code_in(document)):
             if name not in commands:
                 assert not re.match(r"(run|migrate|dev)", name), f"{document.name}: {name}"
                 continue
@@ -70,8 +70,8 @@ def test_every_command_and_option_that_is_named_exists() -> None:
     assert set(commands) <= {*re.findall(r"viewer-worker ([a-z-]+)", (DOCS.parent / "README.md").read_text())}
 
 
-def test_every_make_target_that_is_named_exists() -> None:
+def test_every_make_target_in_the_documents_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (DOCS.parent / "Makefile").read_text(), re.MULTILINE))
     for document in (path for path in DOCUMENTS if path.suffix == ".md"):
-        named = set(re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", spoken(document), re.MULTILINE))
+        named = set(re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", code_in(document), re.MULTILINE))
         assert {first or second for first, second in named} <= targets, document.name

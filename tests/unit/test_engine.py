@@ -38,7 +38,7 @@ class UntilStop:
         await stop.wait()
 
 
-class Dies:
+class Fails:
     async def run(self, stop: asyncio.Event) -> None:
         raise ValueError("broken")
 
@@ -60,15 +60,15 @@ class NeverStops:
 
 
 async def test_stop_ends_all_loops_cleanly() -> None:
-    told: list[bool] = []
-    supervisor = Supervisor(5, on_stop=lambda: told.append(True))
+    stopped: list[bool] = []
+    supervisor = Supervisor(5, on_stop=lambda: stopped.append(True))
     asyncio.get_running_loop().call_soon(supervisor.stop)
     assert await supervisor.run({"a": UntilStop(), "b": UntilStop()})
-    assert told == [True]
+    assert stopped == [True]
 
 
-@pytest.mark.parametrize("bad", [Dies(), ReturnsEarly()])
-async def test_loop_that_ends_by_itself_ends_the_worker_unclean(bad: Dies | ReturnsEarly) -> None:
+@pytest.mark.parametrize("bad", [Fails(), ReturnsEarly()])
+async def test_loop_that_ends_by_itself_stops_the_worker_with_a_failure(bad: Fails | ReturnsEarly) -> None:
     assert not await asyncio.wait_for(Supervisor(5).run({"good": UntilStop(), "bad": bad}), 5)
 
 
@@ -79,7 +79,7 @@ async def test_loop_that_misses_the_deadline_is_cancelled() -> None:
     assert loop.cancelled
 
 
-async def test_first_signal_asks_to_drain() -> None:
+async def test_first_signal_stops_the_loops_cleanly() -> None:
     asyncio.get_running_loop().call_later(0.01, os.kill, os.getpid(), signal.SIGTERM)
     assert await Supervisor(5).run({"a": UntilStop()})
 
@@ -92,7 +92,7 @@ class SwallowsTheFirstCancellation:
             await asyncio.Event().wait()
 
 
-async def test_loop_that_swallows_a_cancellation_ends_all_the_same() -> None:
+async def test_supervisor_ends_even_if_a_loop_swallows_its_cancellation() -> None:
     supervisor = Supervisor(0.01)
     supervisor.stop()
     assert not await asyncio.wait_for(supervisor.run({"deaf": SwallowsTheFirstCancellation()}), 5)

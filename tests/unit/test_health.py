@@ -1,4 +1,4 @@
-"""What the endpoints say, from the status alone."""
+"""The answers of the health endpoints, computed from the status."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def all_ok(status: Status) -> None:
     status.ok("postgres")
 
 
-def test_healthy_has_the_shape_that_existing_probes_know(status: Status, health: Health) -> None:
+def test_healthy_answer_has_the_fields_that_existing_probes_expect(status: Status, health: Health) -> None:
     all_ok(status)
     answer = health.health()
     assert answer.code == 200
@@ -69,7 +69,9 @@ def test_outage_is_degraded_within_the_grace_and_unhealthy_after(
     assert health.health().body["status"] == "healthy"
 
 
-def test_server_that_never_came_counts_from_the_start(status: Status, health: Health, clock: FakeClock) -> None:
+def test_outage_of_a_server_that_was_never_reached_counts_from_the_start(
+    status: Status, health: Health, clock: FakeClock
+) -> None:
     status.ok("redis")
     assert health.health().body["status"] == "degraded"
     clock.advance(31)
@@ -84,7 +86,7 @@ def test_hold_stays_degraded(status: Status, health: Health, clock: FakeClock) -
     assert health.ready().code == 503
 
 
-def test_live_depends_on_the_loops_alone(status: Status, health: Health, clock: FakeClock) -> None:
+def test_liveness_depends_only_on_the_loops(status: Status, health: Health, clock: FakeClock) -> None:
     status.failing("redis", "x", "y")
     status.expect_beat("view_counts", within=10)
     assert health.live().code == 200
@@ -134,7 +136,7 @@ async def test_endpoints_answer_json_to_get_and_head_only(url: str, status: Stat
             assert response.status == 404
 
 
-async def test_metrics_speak_both_formats(url: str) -> None:
+async def test_metrics_are_served_in_both_formats(url: str) -> None:
     async with aiohttp.ClientSession(url) as session:
         async with session.get("/metrics") as response:
             text = await response.text()
@@ -159,7 +161,7 @@ async def test_metrics_speak_both_formats(url: str) -> None:
         assert f"\n{name}" in text, name
 
 
-async def test_client_that_never_reads_does_not_hold_up_the_end(status: Status, health: Health) -> None:
+async def test_client_that_never_reads_does_not_delay_the_close(status: Status, health: Health) -> None:
     server = WebServer(health, Api(FakeNumbers()), Metrics().registry, "127.0.0.1", 0)
     await server.start()
     port = int(server.url.rpartition(":")[2])

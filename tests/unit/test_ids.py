@@ -13,7 +13,7 @@ def test_text_that_fits_is_its_own_id() -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 257, "é" * 200, "x" + "é" * 200, "€" * 100])
-def test_text_that_is_too_long_becomes_an_id_that_only_it_has(text: str) -> None:
+def test_text_that_is_too_long_becomes_a_unique_id(text: str) -> None:
     vod_id = fitting_id(text)
     assert check_id(vod_id) == vod_id
     assert MAX_ID_BYTES - 4 < len(vod_id.encode()) <= MAX_ID_BYTES

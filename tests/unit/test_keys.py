@@ -1,4 +1,4 @@
-"""Names of keys, and the values of counters."""
+"""Key names and counter values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from worker.contract.keys import MAX_COUNTER, Keys, parse_count
 KEYS = Keys(b"vod:views:")
 
 
-def test_marker_key_follows_from_the_prefix() -> None:
+def test_marker_key_is_derived_from_the_prefix() -> None:
     assert KEYS.marker == b"viewer-worker:settled:vod:views:"
     assert not KEYS.marker.startswith(KEYS.prefix)
 
 
 @given(st.text(min_size=1).filter(lambda text: "\x00" not in text and len(text.encode()) <= 256))
-def test_every_valid_id_survives_the_way_into_a_key_and_back(vod_id: str) -> None:
+def test_every_valid_id_survives_the_conversion_to_a_key_and_back(vod_id: str) -> None:
     assert KEYS.vod_id(KEYS.counter(vod_id)) == vod_id
 
 
@@ -51,5 +51,5 @@ def test_counts_are_read_as_redis_writes_them(count: int) -> None:
         b"9223372036854775808",
     ],
 )
-def test_values_that_are_no_count(value: bytes) -> None:
+def test_values_that_are_not_counts_are_refused(value: bytes) -> None:
     assert parse_count(value) is None

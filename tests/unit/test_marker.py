@@ -1,4 +1,4 @@
-"""The marker: its form, and every row of the table that compares it with the source row."""
+"""The marker: its format, and every case of comparing it with the source row."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from worker.db.counters.source_row import SourceState
 
 
 @given(st.uuids(), st.integers(0, MAX_COUNTER), st.uuids())
-def test_marker_is_read_as_it_is_written(lineage: UUID, flush_id: int, nonce: UUID) -> None:
+def test_marker_survives_encoding_and_parsing(lineage: UUID, flush_id: int, nonce: UUID) -> None:
     marker = Marker(lineage, flush_id, nonce)
     assert Marker.parse(marker.encode()) == marker
 
 
 @given(st.binary())
-def test_anything_else_is_no_marker(raw: bytes) -> None:
+def test_other_bytes_are_not_a_marker(raw: bytes) -> None:
     marker = Marker.parse(raw)
     assert marker is None or marker.encode() == raw
 
@@ -31,7 +31,7 @@ def test_anything_else_is_no_marker(raw: bytes) -> None:
     "text",
     ["{u}:1", "{u}:-1:{u}", "{u}:01:{u}", "{u}:1:{u} ", "{u}:1:{u}:", "{u}:x:{u}", "x:1:{u}", "{U}:1:{u}", "{u}:²:{u}"],
 )
-def test_near_misses_are_no_marker(text: str) -> None:
+def test_almost_valid_markers_are_refused(text: str) -> None:
     assert Marker.parse(text.format(u=uuid4(), U=str(uuid4()).upper().replace("0", "A")).encode()) is None
 
 
@@ -72,5 +72,5 @@ def row(last: int = 7, **changes: Any) -> SourceState:
         (Marker(OTHER, 0, NONCE).encode(), row(0, lineage=None, last_nonce=None), Hold),
     ],
 )
-def test_marker_table(raw: bytes | None, state: SourceState, verdict: type) -> None:
+def test_marker_is_judged_against_the_source_row(raw: bytes | None, state: SourceState, verdict: type) -> None:
     assert isinstance(judge(raw, state), verdict)

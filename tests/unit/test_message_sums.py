@@ -1,4 +1,4 @@
-"""What messages say, what cannot be counted, and the sums that are kept until they are written."""
+"""Valid and invalid messages, and the sums that are kept until they are written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from worker.observability.metrics import Metrics
         (b'{"vodId":"' + b"x" * 256 + b'","count":1}', ("x" * 256, 1)),
     ],
 )
-def test_messages_that_count(raw: bytes, expected: tuple[str, int]) -> None:
+def test_valid_message_is_parsed(raw: bytes, expected: tuple[str, int]) -> None:
     assert parse_message(raw) == expected
 
 
@@ -67,23 +67,23 @@ BAD = {
 
 
 @pytest.mark.parametrize(("kind", "raw"), [(kind, raw) for kind, raws in BAD.items() for raw in raws])
-def test_messages_that_do_not_count_say_why(kind: str, raw: bytes) -> None:
+def test_invalid_message_is_refused_with_a_reason(kind: str, raw: bytes) -> None:
     with pytest.raises(InvalidMessage, match=f"^{kind}$"):
         parse_message(raw)
 
 
-def test_number_too_long_for_python_in_a_field_that_is_ignored_hinders_nobody() -> None:
+def test_number_too_long_for_python_is_accepted_in_an_ignored_field() -> None:
     number = b'"n":' + b"1" * 5000
     assert parse_message(b'{"vodId":"a","count":1,"x":{"count":0},' + number + b"}") == ("a", 1)
 
 
-def test_lone_surrogate_is_no_id() -> None:
+def test_lone_surrogate_is_not_an_id() -> None:
     with pytest.raises(InvalidMessage):
         parse_message(b'{"vodId":"\\ud800","count":1}')
 
 
 @given(st.binary())
-def test_no_bytes_do_more_than_be_refused(raw: bytes) -> None:
+def test_any_bytes_are_parsed_or_refused(raw: bytes) -> None:
     try:
         vod_id, count = parse_message(raw)
     except InvalidMessage:
@@ -96,12 +96,12 @@ SCALARS = st.none() | st.booleans() | st.floats() | st.text()
 
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-def test_no_json_does_more_than_be_refused(value: object) -> None:
+def test_any_other_json_is_refused(value: object) -> None:
     with pytest.raises(InvalidMessage):
         parse_message(json.dumps(value).encode())
 
 
-def test_bad_messages_are_measured_and_logged_once_and_hinder_nobody() -> None:
+def test_invalid_messages_are_measured_and_logged_once_a_minute_and_valid_ones_count() -> None:
     metrics, clock = Metrics(), FakeClock()
     messages = MessageSummer(metrics, clock)
     good = b'{"vodId":"a","count":2}'
@@ -122,7 +122,7 @@ def announced(metrics: Metrics | None = None) -> Announced:
     return made
 
 
-def test_sums_are_those_of_one_epoch() -> None:
+def test_sums_belong_to_one_epoch() -> None:
     sums = announced()
     sums.add({"a": 2, "b": 1})
     assert sums.copy(["a", "c"], epoch=1) == {"a": 2}
@@ -133,7 +133,7 @@ def test_sums_are_those_of_one_epoch() -> None:
     assert sums.copy(["a"], epoch=2) == {}
 
 
-def test_what_was_written_is_subtracted_and_what_was_not_is_kept() -> None:
+def test_written_sums_are_subtracted_and_others_are_kept() -> None:
     sums, nonce = announced(), uuid4()
     sums.add({"a": 2, "b": 1})
     sums.sending(nonce, {"a": 2, "b": 1})
@@ -149,7 +149,7 @@ def test_what_was_written_is_subtracted_and_what_was_not_is_kept() -> None:
     assert sums.ids() == ["a"]
 
 
-def test_memory_is_bounded_and_what_is_dropped_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_and_dropped_views_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.counters.intake.announced.ID_LIMIT", 2)
     metrics = Metrics()
     sums = announced(metrics)

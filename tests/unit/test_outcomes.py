@@ -37,8 +37,8 @@ LOST = redis.ConnectionError("Connection closed by server.")
 ABORTED = ExecAbortError("Transaction discarded because of previous errors.")
 
 
-def told(error: type[redis.ConnectionError], code: str) -> redis.ConnectionError:
-    """An error of the server's that the library takes for one of the connection."""
+def server_error(error: type[redis.ConnectionError], code: str) -> redis.ConnectionError:
+    """A server error that the Redis library reports as a connection error."""
     return error("text", status_code=code)
 
 
@@ -57,7 +57,7 @@ def demoted() -> redis.ConnectionError:
     [[b"OK", QUEUED, QUEUED, [4, 0]], [NoPermissionError("no MULTI"), 4, 0, NoPermissionError("no EXEC")]],
     ids=["together", "one by one"],
 )
-def test_all_results_without_an_error_are_proof(replies: list[object]) -> None:
+def test_replies_without_an_error_prove_that_everything_was_applied(replies: list[object]) -> None:
     raise_unless_applied(replies, 2)
 
 
@@ -67,9 +67,9 @@ def test_all_results_without_an_error_are_proof(replies: list[object]) -> None:
         [b"OK", OutOfMemoryError("OOM"), QUEUED, ABORTED],
         [b"OK", QUEUED, NoPermissionError("no channel"), ABORTED],
         [b"OK", QUEUED, QUEUED, ABORTED],
-        [b"OK", told(BusyLoadingError, "LOADING")],
+        [b"OK", server_error(BusyLoadingError, "LOADING")],
         [b"OK", demoted()],
-        [told(AuthenticationError, "NOAUTH")],
+        [server_error(AuthenticationError, "NOAUTH")],
         [NoPermissionError("a")] * 4,
     ],
     ids=["oom", "no channel", "aborted", "loading", "demoted", "no auth", "no rights"],
@@ -92,7 +92,7 @@ def test_refusal_in_the_queue_proves_that_nothing_was_applied(replies: list[obje
         [NoPermissionError("no MULTI"), NoPermissionError("no INCRBY"), LOST],
     ],
 )
-def test_without_proof_it_is_indeterminate(replies: list[object]) -> None:
+def test_replies_that_prove_nothing_are_indeterminate(replies: list[object]) -> None:
     with pytest.raises(ViewIndeterminate):
         raise_unless_applied(replies, 2)
 
@@ -129,7 +129,7 @@ def test_invalid_view_never_reaches_redis(vod_id: object, count: object) -> None
 
 
 @pytest.mark.parametrize("views", [None, ["vod_1"], "vod_1", {"vod_1": 0}])
-def test_views_that_are_no_mapping_are_invalid_and_not_raised(views: object) -> None:
+def test_views_that_are_not_a_mapping_are_not_recorded_and_raise_nothing(views: object) -> None:
     with SyncViewProducer("unix:///nowhere/redis.sock") as producer:
         assert producer.record_many(views) is Outcome.NOT_RECORDED  # type: ignore[arg-type]
 
@@ -153,13 +153,15 @@ class Number(IntEnum):
     SEVEN = 7
 
 
-@pytest.mark.parametrize(("given", "meant"), [("vod_1", "vod_1"), (7, "7"), (Word.VOD, "vod_1"), (Number.SEVEN, "7")])
-def test_id_is_its_text_or_decimals(given: str | int, meant: str) -> None:
-    assert check_id(given) == meant
+@pytest.mark.parametrize(
+    ("value", "expected"), [("vod_1", "vod_1"), (7, "7"), (Word.VOD, "vod_1"), (Number.SEVEN, "7")]
+)
+def test_id_is_a_text_or_the_decimal_digits_of_a_number(value: str | int, expected: str) -> None:
+    assert check_id(value) == expected
 
 
 class StuckPool:
-    """Hands out no connection until it is told to."""
+    """Blocks until `freed` is set, then fails to connect."""
 
     def __init__(self) -> None:
         self.asked, self.freed = Event(), Event()
@@ -170,7 +172,7 @@ class StuckPool:
         raise redis.ConnectionError("gone")
 
 
-def test_thread_that_finds_no_free_connection_in_time_sent_nothing() -> None:
+def test_view_is_not_recorded_if_no_connection_becomes_free_in_time() -> None:
     pool = StuckPool()
     transactions = BlockingTransactions(SimpleNamespace(connection_pool=pool), timeout=0.01, max_connections=1)  # type: ignore[arg-type]
     with ThreadPoolExecutor(1) as other:
@@ -184,7 +186,7 @@ def test_thread_that_finds_no_free_connection_in_time_sent_nothing() -> None:
         transactions.execute([("PING",)])
 
 
-def test_url_that_is_none_is_told_without_quoting_it() -> None:
+def test_invalid_url_is_reported_without_quoting_it() -> None:
     with pytest.raises(ValueError, match="scheme") as caught:
         SyncViewProducer("nosql://me:hunter2@db")
     assert "hunter2" not in str(caught.value)
@@ -215,9 +217,9 @@ def test_each_kind_of_failure_is_logged_once_a_minute(caplog: pytest.LogCaptureF
     assert logged_of(ViewNotRecorded("refused")) == [logging.WARNING]
 
 
-def test_importing_it_loads_redis_and_little_else() -> None:
+def test_import_loads_the_redis_library_and_few_modules_of_the_worker() -> None:
     probe = (
-        # What the Redis library loads besides is its own business.
+        # Modules that the Redis library itself loads are not checked.
         "import sys, redis.asyncio, redis.asyncio.sentinel; before = set(sys.modules); from worker import ViewProducer;"
         "names = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names);"
         "print(sorted(names), sorted(name for name in sys.modules if name.startswith('worker.')))"
@@ -229,7 +231,7 @@ def test_importing_it_loads_redis_and_little_else() -> None:
     assert done.stdout.strip() == f"['worker'] {[f'worker.{name}' for name in own]}"
 
 
-def test_package_offers_the_library_and_nothing_else_by_accident() -> None:
+def test_package_exports_only_the_client_library() -> None:
     assert {name: getattr(worker, name).__module__ for name in worker.__all__} == dict.fromkeys(
         ("Outcome", "SyncViewProducer", "ViewProducer"), "worker.producer.client"
     )
@@ -238,7 +240,7 @@ def test_package_offers_the_library_and_nothing_else_by_accident() -> None:
 
 
 class TaskLimit(Exception):
-    """Raised by a signal handler of the application, wherever its code is just then."""
+    """Raised by an application's signal handler at any point of its code."""
 
 
 class LimitedPool:
@@ -246,14 +248,14 @@ class LimitedPool:
         raise TaskLimit
 
 
-def test_exception_of_the_application_s_own_passes_and_takes_no_connection_with_it() -> None:
+def test_exception_of_the_application_passes_through_and_loses_no_connection() -> None:
     transactions = BlockingTransactions(SimpleNamespace(connection_pool=LimitedPool()), 0.01, 1)  # type: ignore[arg-type]
     for _ in range(3):
         with pytest.raises(TaskLimit):
             transactions.execute([("PING",)])
 
 
-def test_permit_of_a_call_that_was_cut_off_is_free_again() -> None:
+def test_permit_of_an_interrupted_call_is_free_again() -> None:
     permits = Permits(1)
     permit = permits.take(0.01)
     assert permit is not None
@@ -267,7 +269,7 @@ def test_permit_of_a_call_that_was_cut_off_is_free_again() -> None:
     assert permits.take(0.01) is not None
 
 
-def test_permits_are_gone_with_their_producer() -> None:
+def test_permits_are_garbage_collected_with_their_producer() -> None:
     permits = Permits(3)
     gone = weakref.ref(permits._free)
     del permits

@@ -15,7 +15,7 @@ from worker.redis.client import RedisClient
 KEYS = Keys(b"vod:views:")
 
 
-def test_pending_gives_the_oldest_first_and_sorted() -> None:
+def test_pending_returns_the_oldest_ids_first_and_sorted() -> None:
     clock = FakeClock()
     pending = Pending(clock)
     pending.add(["z", "y"])
@@ -56,7 +56,7 @@ async def test_sweep_scans_at_most_its_share_of_the_time() -> None:
     assert sweep.is_due
 
 
-async def test_sweep_is_due_after_a_request_and_stays_due_when_it_breaks_off() -> None:
+async def test_sweep_is_due_after_a_request_and_stays_due_when_it_is_interrupted() -> None:
     clock = FakeClock()
     sweep = Sweep(SlowRedis(clock, pages=3), KEYS, clock)  # type: ignore[arg-type]
     async for _ in sweep.pages():

@@ -1,4 +1,4 @@
-"""Text from outside is safe to print."""
+"""Untrusted text is safe to print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from worker.observability.printable import excerpt, printable
 
 
 @given(st.binary(max_size=400))
-def test_excerpt_is_short_and_harmless(key: bytes) -> None:
+def test_excerpt_is_short_printable_ascii(key: bytes) -> None:
     shown = excerpt(key)
     assert len(shown) <= 64
     assert shown.isascii()

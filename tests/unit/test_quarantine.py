@@ -8,7 +8,7 @@ from tests.support.fakes import FakeClock
 from worker.counters.intake.quarantine import REMEMBERED_KEYS, REPORTED_KEYS, REST_S, Quarantine
 
 
-def test_quarantine_lists_a_hundred_keys_and_forgets_those_that_were_mended() -> None:
+def test_quarantine_lists_a_hundred_keys_and_drops_those_that_were_fixed() -> None:
     quarantine = Quarantine(FakeClock())
     for number in range(150):
         quarantine.report(b"key%d" % number, "bad")
@@ -46,7 +46,7 @@ def test_quarantine_is_bounded() -> None:
     assert len(quarantine) == 0
 
 
-def test_keys_that_rest_are_bounded_and_the_newest_are_among_them() -> None:
+def test_resting_keys_are_bounded_and_the_newest_are_kept() -> None:
     quarantine = Quarantine(clock := FakeClock())
     for number in range(REMEMBERED_KEYS + 1):
         quarantine.report(b"%d" % number, "bad", rest=True)

@@ -1,4 +1,4 @@
-"""A wrong setting stops the start and names itself; secrets never show."""
+"""A wrong setting prevents the start and is named; secrets are never shown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_defaults_are_those_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
-def test_postgres_urls_run_on_asyncpg(scheme: str) -> None:
+def test_every_scheme_of_a_postgres_url_is_accepted(scheme: str) -> None:
     address = load(DATABASE_URL=f"{scheme}://u:p%40ss@db:5433/app?sslmode=require&sslrootcert=/ca.pem").database
     assert (address.user, address.password, address.host) == ("u", "p@ss", "db")
     assert (address.port, address.name) == (5433, "app")
@@ -71,13 +71,13 @@ def test_password_that_was_not_encoded_still_works() -> None:
     assert load(DB_PASSWORD="p@:/%#w").database.password == "p@:/%#w"
 
 
-def test_target_goes_together_and_its_key_is_not_its_total() -> None:
+def test_target_settings_belong_together_and_its_key_is_not_its_total() -> None:
     assert problem(VIEW_TARGET_TABLE="Vod").startswith("VIEW_TARGET_KEY=")
     same = problem(VIEW_TARGET_TABLE="Vod", VIEW_TARGET_KEY="id", VIEW_TARGET_COLUMN="id")
     assert same.startswith("VIEW_TARGET_COLUMN=")
 
 
-def test_url_of_a_prisma_application_works_as_it_is() -> None:
+def test_url_of_a_prisma_application_works_unchanged() -> None:
     url = "postgresql://u:p@db/app?schema=My App&connection_limit=5&pool_timeout=2&pgbouncer=true&sslmode=require"
     assert load(DATABASE_URL=url).database.options == "search_path=%22My+App%22&sslmode=require"
     assert load(LOG_LEVEL="WARN").log_level == "warning"
@@ -91,7 +91,7 @@ def test_db_group_is_used_only_without_database_url() -> None:
     assert load(DB_HOST="db.internal", DATABASE_URL="postgresql://u@other/x").database.host == "other"
 
 
-def test_redis_urls() -> None:
+def test_redis_urls_are_parsed() -> None:
     tls = load(REDIS_URL="rediss://user:pw@cache:6380/3?ssl_ca_certs=/ca.pem").redis
     assert (tls.hosts, tls.tls, tls.user, tls.password, tls.database) == ((("cache", 6380),), True, "user", "pw", 3)
     assert tls.options == {"ssl_ca_certs": "/ca.pem"}
@@ -165,7 +165,7 @@ def test_empty_optional_variable_counts_as_unset() -> None:
     assert load(DATABASE_URL="", DB_HOST="", VIEW_TARGET_TABLE="").database == load().database
 
 
-def test_secret_from_a_file(tmp_path: Path) -> None:
+def test_secret_is_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("postgresql://u:hunter2@db/app\n")
     settings = load(DATABASE_URL_FILE=str(tmp_path / "secret"))
     assert settings.database.password == "hunter2"
@@ -201,7 +201,7 @@ CANARY = "c4n4ry/@:%#"
         "postgresql://u:{}/db",
     ],
 )
-def test_secrets_never_show(name: str, form: str) -> None:
+def test_secrets_are_never_shown(name: str, form: str) -> None:
     try:
         settings = load(**{name: form.format(CANARY)})
     except InvalidSettings as error:
@@ -212,7 +212,7 @@ def test_secrets_never_show(name: str, form: str) -> None:
 
 
 @given(st.integers(1, 10**9))
-def test_durations_are_printed_as_they_are_read(milliseconds: int) -> None:
+def test_printed_duration_is_parsed_to_the_same_value(milliseconds: int) -> None:
     duration = timedelta(milliseconds=milliseconds)
     assert parse_duration(format_duration(duration)) == duration
 
@@ -244,19 +244,21 @@ def test_database_group_of_the_environment_wins_over_a_url_in_the_file(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "setting"),
     [
         ({"BATCH_SIZE": "1" * 5000}, "BATCH_SIZE"),
         ({"VIEW_KEY_PREFIX": "v\udcff:"}, "VIEW_KEY_PREFIX"),
         ({"DB_PASSWORD_FILE": "/dev/null"}, "DB_PASSWORD_FILE"),
     ],
 )
-def test_odd_value_is_a_wrong_setting_and_no_crash(environ: dict[str, str], told: str) -> None:
-    with pytest.raises(InvalidSettings, match=f"^{told}="):
+def test_unusual_value_is_reported_as_a_wrong_setting(environ: dict[str, str], setting: str) -> None:
+    with pytest.raises(InvalidSettings, match=f"^{setting}="):
         load_settings(environ=environ)
 
 
-def test_env_file_that_is_no_text_is_a_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_file_that_is_not_text_is_reported_as_a_wrong_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".env").write_bytes(b"BATCH_SIZE=\xff")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidSettings, match=r"^\.env="):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from worker import __version__
 from worker.app.connections import open_connections
 from worker.app.counters import ViewCounters, build_counters
+from worker.app.pipelines import build_pipelines, name_streams
 from worker.app.probes import PostgresProbe, RedisProbe
 from worker.counters.retention import LOOP as RETENTION
 from worker.db.lease import LOOP as LEASE
@@ -37,7 +38,8 @@ async def run(settings: Settings) -> bool:
     """
     clock = SystemClock()
     metrics = Metrics()
-    status = Status(clock.monotonic, (*SERVERS, VIEW_COUNTS, *((MESSAGES,) if settings.listens else ())))
+    metrics.build_info.labels(__version__).set(1)
+    status = Status(clock.monotonic, _name_checks(settings))
     async with open_connections(settings) as (database, redis), AsyncExitStack() as resources:
         counters = build_counters(settings, database, redis, status, metrics)
         health = Health(status, clock, __version__, settings.health_grace, counters.backlog.quarantine.listed)
@@ -56,9 +58,17 @@ async def run(settings: Settings) -> bool:
             postgres=settings.redacted()["DATABASE_URL"],
         )
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
-        clean = await supervisor.run(_make_loops(settings, database, redis, counters, status, metrics))
+        loops = _make_loops(settings, database, redis, counters, status, metrics)
+        for stream in build_pipelines(settings, database, redis, status, metrics):
+            loops |= {stream.name: stream.pipeline, f"{stream.name} lease": stream.lease}
+        clean = await supervisor.run(loops)
     log.info("stopped", clean=clean)
     return clean
+
+
+def _name_checks(settings: Settings) -> tuple[str, ...]:
+    counters = [VIEW_COUNTS, *([MESSAGES] if settings.listens else [])] if settings.counts_views else []
+    return (*SERVERS, *counters, *(name for _, _, name in name_streams(settings)))
 
 
 def _make_loops(
@@ -69,14 +79,15 @@ def _make_loops(
     status: Status,
     metrics: Metrics,
 ) -> dict[str, Loop]:
+    """The monitors, and the loops of the counters where views are counted."""
     probe = PostgresProbe(database=database, status=status, target=counters.target, migrate=settings.migrate_on_start)
     loops: dict[str, Loop] = {
         REDIS: Monitor(REDIS, RedisProbe(redis), status, metrics.redis_up, counters.loop.sweep_soon),
         POSTGRES: Monitor(POSTGRES, probe, status, metrics.postgres_up),
-        LEASE: counters.lease,
-        VIEW_COUNTS: counters.loop,
-        RETENTION: counters.retention,
     }
-    if settings.listens:
-        loops[MESSAGES] = counters.listener
+    if settings.counts_views:
+        metrics.lease_held.labels(VIEW_COUNTS).set_function(lambda: counters.lease.token is not None)
+        loops |= {LEASE: counters.lease, VIEW_COUNTS: counters.loop, RETENTION: counters.retention}
+        if settings.listens:
+            loops[MESSAGES] = counters.listener
     return loops

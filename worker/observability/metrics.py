@@ -15,6 +15,9 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+RECORDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
+
 
 class Metrics:
     """All metrics of one worker, in a registry of its own."""
@@ -24,18 +27,27 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.registry.register(PLATFORM_COLLECTOR)
         self.registry.register(GC_COLLECTOR)
+        self._add_worker()
+        self._add_views()
+        self._add_records()
+        self._add_streams()
 
+    def _add_worker(self) -> None:
+        self.build_info = self._gauge("viewer_worker_build_info", "1, with the version as its label.", "version")
+        self.lease_held = self._gauge(
+            "viewer_worker_lease_held", "1 while this worker holds the lease, else 0.", "lease"
+        )
         self.redis_up = self._gauge("redis_up", "1 while Redis answers, else 0.")
         self.postgres_up = self._gauge("postgres_up", "1 while Postgres answers, else 0.")
 
+    def _add_views(self) -> None:
         self.flushes = self._counter("view_count_flushes_total", "Flushes committed to Postgres.")
         self.flushed_views = self._counter("view_count_flushed_views_total", "Views committed to Postgres.")
         self.flush_failures = self._counter("view_count_flush_failures_total", "Flushes that ended in an error.")
-        self.flush_seconds = Histogram(
+        self.flush_seconds = self._histogram(
             "view_count_flush_seconds",
             "Duration of a flush from the probe of Redis to its confirmed settle, in seconds.",
-            buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-            registry=self.registry,
+            SECONDS,
         )
         self.target_skipped = self._counter(
             "view_count_target_skipped_total",
@@ -74,8 +86,62 @@ class Metrics:
             "view_count_quarantined_keys", "Counter keys left as they are: their id or value cannot be counted."
         )
 
+    def _add_records(self) -> None:
+        self.records_in_flight = self._gauge(
+            "persistence_queue_depth", "Records that are buffered or being written.", "pipeline"
+        )
+        self.record_batches = self._histogram(
+            "persistence_batch_size", "Records in a batch that was written.", RECORDS, "pipeline"
+        )
+        self.records_written = self._counter("persistence_success_total", "Records written as rows.", "pipeline")
+        self.records_failed = self._counter(
+            "persistence_failure_total", "Records whose write failed. They are tried again.", "pipeline"
+        )
+        self.records_retried = self._counter("persistence_retry_total", "Records that are written again.", "pipeline")
+        self.records_exhausted = self._counter(
+            "persistence_retry_exhausted_total", "Records whose tries are used up: the pipeline is on hold.", "pipeline"
+        )
+        self.dead_letters = self._counter("persistence_dead_letters_total", "Records kept as dead letters.", "pipeline")
+        self.record_latency = self._histogram(
+            "persistence_latency_seconds",
+            "From the arrival of a batch's oldest record to its commit.",
+            SECONDS,
+            "pipeline",
+        )
+        self.writes = self._counter(
+            "timescale_write_total", "Records whose write succeeded or failed.", "pipeline", "status"
+        )
+        self.write_errors = self._counter(
+            "timescale_write_errors_total", "Records whose write failed, by error.", "pipeline", "error_type"
+        )
+        self.write_seconds = self._histogram(
+            "timescale_write_latency_seconds", "Duration of a write at the database.", SECONDS, "pipeline", "operation"
+        )
+        self.write_queue_depth = self._gauge("timescale_write_queue_depth", "Records being written.", "pipeline")
+        self.write_batches = self._histogram(
+            "timescale_write_batch_size", "Records in a write.", RECORDS, "pipeline", "operation"
+        )
+
+    def _add_streams(self) -> None:
+        labels = ("pipeline", "stream")
+        self.entries_carried = self._counter("stream_entries_carried_total", "Entries carried to Postgres.", *labels)
+        self.entries_lost = self._counter(
+            "stream_entries_lost_total", "Entries that were deleted or trimmed before they were carried.", *labels
+        )
+        self.stream_gaps = self._counter(
+            "stream_gaps_total", "Moments at which entries may have been lost, their number unknown.", *labels
+        )
+        self.backlog = self._gauge("stream_backlog_entries", "Entries that are not carried yet.", *labels)
+        self.oldest_unread = self._gauge(
+            "stream_oldest_unread_seconds", "Age of the oldest entry that is not carried yet.", *labels
+        )
+        self.stream_holds = self._gauge("stream_holds", "1 while the stream is on hold; /health says why.", *labels)
+
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, registry=self.registry)
 
-    def _gauge(self, name: str, meaning: str) -> Gauge:
-        return Gauge(name, meaning, registry=self.registry)
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(name, meaning, labels, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)

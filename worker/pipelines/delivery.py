@@ -47,22 +47,26 @@ class Delivery(Generic[R]):
         """Raises Unavailable and TableRefused; the batch is then as it was, or written: its claim finds out."""
         for attempt in range(self._max_retries + 1):
             try:
-                return await self._write(batch)
+                return await self._write(batch, again=attempt > 0)
             except UnknownFailure as error:
                 if attempt == self._max_retries:
+                    self._observer.exhausted(len(batch))
                     raise TableRefused(str(error), TRIES_OVER) from error
                 log.warning("write failed", cause=str(error), attempt=attempt + 1)
             await self._sleep(self._retry_delay * 2**attempt)
         raise AssertionError("unreachable")
 
-    async def _write(self, batch: Batch[R]) -> WriteOutcome:
+    async def _write(self, batch: Batch[R], *, again: bool) -> WriteOutcome:
+        self._observer.writing(len(batch), again=again)
         started = self._clock.monotonic()
         try:
             outcome = await self._sink.write(batch)
-        except (Unavailable, TableRefused, UnknownFailure) as error:
-            self._observer.failed(len(batch), type(error).__name__)
+        except (Unavailable, TableRefused, UnknownFailure):
+            self._observer.failed(len(batch))
             raise
-        if isinstance(outcome, Written):
+        if not isinstance(outcome, Written):
+            self._observer.not_claimed()
+        else:
             seconds = self._clock.monotonic() - started
             latency = None if batch.oldest is None else max(0.0, self._clock.now().timestamp() - batch.oldest)
             self._observer.written(outcome.rows, outcome.letters, seconds, latency)

@@ -1,4 +1,4 @@
-"""What a pipeline reports of its work. The metrics are one implementation."""
+"""What a pipeline reports of its work. `metrics.py` implements it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ class StreamObserver(Protocol):
     def looked(self, row: Position, evidence: Evidence) -> None:
         """A look was taken at the stream."""
 
-    def moved(self, move: Move, row: Position, evidence: Evidence | None) -> None:
-        """A move was committed; `row` is what it left."""
+    def moved(self, move: Move, entries: int, backlog: int) -> None:
+        """A move over `entries` was committed; `backlog` entries are left."""
 
 
 class WriteObserver(Protocol):
-    """Records are counted, not batches. Durations are seconds."""
+    """Numbers are records. Durations are seconds."""
+
+    def writing(self, records: int, *, again: bool) -> None:
+        """A write begins; `again` after one that failed."""
 
     def written(self, rows: int, letters: int, seconds: float, latency: float | None) -> None:
         """`latency`: from the arrival of the oldest record to the commit."""
 
-    def failed(self, records: int, error_class: str) -> None:
-        """A write failed and is tried again."""
+    def failed(self, records: int) -> None: ...
+
+    def exhausted(self, records: int) -> None:
+        """All tries failed."""
+
+    def not_claimed(self) -> None: ...

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlencode
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     model_validator,
 )
 
-from worker.contract.durations import format_duration, parse_duration
+from worker.contract.durations import format_duration
 from worker.contract.keys import DEFAULT_PREFIX, OWN_KEYS
 from worker.contract.message import DEFAULT_CHANNEL
 from worker.contract.urls import MASK, mask_url
 from worker.db.address import DatabaseAddress, parse_database_url
 from worker.db.counters.count_source import CountSource
 from worker.db.target.names import TargetNames, parse_target
+from worker.pipelines.model import RecordType
+from worker.pipelines.records import RECORD_TYPES
 from worker.redis.address import RedisAddress, parse_redis_url
+from worker.settings.pipelines import Duration, PipelineFields, PipelineSettings, read_pipeline
 
-PIPELINES = ("view_counts",)
-
-
-def _duration(value: object) -> object:
-    return parse_duration(value) if isinstance(value, str) else value
+VIEW_COUNTS = "view_counts"
+PIPELINES = (VIEW_COUNTS, *RECORD_TYPES)
+# What the counters, readers and monitors need besides one connection for each stream.
+BASE_CONNECTIONS = 3
 
 
 def _database_url(value: SecretStr) -> SecretStr:
@@ -79,9 +79,6 @@ def _level(value: object) -> object:
     return "warning" if level == "warn" else level
 
 
-Duration = Annotated[timedelta, BeforeValidator(_duration)]
-
-
 class ConflictingSettings(ValueError):
     """Settings contradict each other. `field` is the one to change, `expected` says to what."""
 
@@ -91,10 +88,8 @@ class ConflictingSettings(ValueError):
         self.expected = expected
 
 
-class Settings(BaseModel):
+class Settings(PipelineFields):
     """The field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(None)
     db_host: Annotated[str, AfterValidator(_host)] | None = Field(None)
@@ -130,6 +125,7 @@ class Settings(BaseModel):
     view_target_column: str | None = Field(None)
     view_ledger_retention: Duration = Field(timedelta(days=30))
 
+    dead_letter_retention: Duration = Field(timedelta(days=30))
     shutdown_timeout: Duration = Field(timedelta(seconds=8))
     migrate_on_start: bool = Field(False)
 
@@ -141,6 +137,7 @@ class Settings(BaseModel):
             raise ConflictingSettings("db_max_idle_conns", "DB_MAX_CONNECTIONS or less")
         if self.view_channel == self.view_totals_channel:
             raise ConflictingSettings("view_totals_channel", "a channel other than VIEW_CHANNEL")
+        self._check_streams()
         target = ("view_target_table", "view_target_key", "view_target_column")
         missing = [name for name in target if getattr(self, name) is None]
         if 0 < len(missing) < len(target):
@@ -152,6 +149,35 @@ class Settings(BaseModel):
         except ValueError as error:
             raise ConflictingSettings("view_target_table", str(error)) from None
         return self
+
+    def _check_streams(self) -> None:
+        carried_by: dict[str, str] = {}
+        for record in self.records:
+            for stream in self.pipeline(record).streams:
+                field = f"{record.name}_stream"
+                if stream in carried_by:
+                    raise ConflictingSettings(field, f"streams that {carried_by[stream]} does not carry")
+                if stream.startswith((self.view_key_prefix, OWN_KEYS)):
+                    raise ConflictingSettings(field, f"names outside VIEW_KEY_PREFIX and {OWN_KEYS}")
+                carried_by[stream] = record.name
+        least = BASE_CONNECTIONS + len(carried_by)
+        if self.db_max_connections < least:
+            raise ConflictingSettings(
+                "db_max_connections", f"{least} or more: {BASE_CONNECTIONS} and one for each stream"
+            )
+
+    @property
+    def records(self) -> list[RecordType[Any]]:
+        """The records that are carried."""
+        return [RECORD_TYPES[name] for name in self.pipelines if name in RECORD_TYPES]
+
+    def pipeline(self, record: RecordType[Any]) -> PipelineSettings:
+        """The settings of the pipeline of a record."""
+        return read_pipeline(self, record)
+
+    @property
+    def counts_views(self) -> bool:
+        return VIEW_COUNTS in self.pipelines
 
     @property
     def database(self) -> DatabaseAddress:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
+from worker.pipelines.metrics import count_backlog
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.pipelines.sources.stream.entries import MAX_ENTRY_BYTES, read_entries, size_of
 from worker.pipelines.sources.stream.evidence import Evidence
@@ -53,6 +54,7 @@ class StreamBatch(Batch[R]):
     """A batch with what the next one builds on: the row as it is after the commit, and where it was read."""
 
     following: Position | None = None
+    backlog: int = 0
     mark: str = ""
     opened: int = 0
 
@@ -145,9 +147,8 @@ class StreamSource(Generic[R]):
     def done(self, batch: Batch[R], outcome: WriteOutcome) -> None:
         """Go on after `batch`, or read the row again: it was moved, by another worker or by this batch before."""
         if isinstance(outcome, Written) and isinstance(batch, StreamBatch) and batch.following is not None:
-            claim = batch.claim
-            if isinstance(claim, PositionClaim):
-                self._observer.moved(claim.move, batch.following, self._seen)
+            if isinstance(batch.claim, PositionClaim):
+                self._observer.moved(batch.claim.move, len(batch), batch.backlog)
             self._row = batch.following
         else:
             self._row = None
@@ -223,6 +224,7 @@ class StreamSource(Generic[R]):
             full=full,
             oldest=entries[0][0].ms / 1000 if entries else None,
             following=following,
+            backlog=count_backlog(following, seen.first) if isinstance(seen.first, Evidence) else 0,
             mark=move.incarnation,
             opened=seen.opened,
         )

@@ -1,0 +1,123 @@
+"""Makes the parts of the pipelines, and connects them: a pipeline for each stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from worker.db.lease import Lease
+from worker.db.positions import StreamPosition
+from worker.db.upsert import RecordTable
+from worker.observability.status import State
+from worker.pipelines.delivery import Delivery
+from worker.pipelines.metrics import StreamMetrics, WriteMetrics
+from worker.pipelines.pipeline import Pipeline
+from worker.pipelines.sink import PostgresSink
+from worker.pipelines.sources.stream.look import Looker
+from worker.pipelines.sources.stream.source import StreamReading, StreamSource
+from worker.runtime.clock import SystemClock
+from worker.runtime.worker_id import new_worker_id
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from worker.db.session import Database
+    from worker.observability.metrics import Metrics
+    from worker.observability.status import Status
+    from worker.pipelines.model import RecordType
+    from worker.redis.client import RedisClient
+    from worker.settings.model import Settings
+    from worker.settings.pipelines import PipelineSettings
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPipeline:
+    """The loops of one stream: the pipeline, and its lease."""
+
+    pipeline: Pipeline[Any]
+    lease: Lease[UUID]
+
+    @property
+    def name(self) -> str:
+        return self.pipeline.name
+
+
+def name_streams(settings: Settings) -> list[tuple[RecordType[Any], str, str]]:
+    """Record, stream, and name of the loop and check, for each stream: that of the pipeline where it has one stream."""
+    return [
+        (record, stream, record.name if len(streams) == 1 else f"{record.name}:{stream}")
+        for record in settings.records
+        for streams in [settings.pipeline(record).streams]
+        for stream in streams
+    ]
+
+
+def build_pipelines(
+    settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
+) -> list[StreamPipeline]:
+    """Nothing is read or written yet. `status` has a check for each name of `name_streams`."""
+    return [
+        _build(settings, record, stream, name, database, redis, status, metrics)
+        for record, stream, name in name_streams(settings)
+    ]
+
+
+def _build(
+    settings: Settings,
+    record: RecordType[Any],
+    stream: str,
+    name: str,
+    database: Database,
+    redis: RedisClient,
+    status: Status,
+    metrics: Metrics,
+) -> StreamPipeline:
+    clock = SystemClock()
+    own = settings.pipeline(record)
+    position = StreamPosition(settings.view_source_name, stream, record.name)
+    lease = Lease(database, position, new_worker_id(), status, loop=f"{name} lease")
+    source = StreamSource(
+        database=database,
+        position=position,
+        lease=lease,
+        looker=Looker(
+            connection=redis.stream_connection(),
+            stream=stream,
+            group=own.group,
+            keep_ms=None if own.keep is None else round(own.keep.total_seconds() * 1000),
+        ),
+        waiting=redis.stream_connection(),
+        reading=_make_reading(record, own),
+        observer=StreamMetrics(metrics, clock, record.name, stream),
+        new_mark=lambda: uuid4().hex,
+    )
+    delivery = Delivery(
+        PostgresSink(database, record, RecordTable(record)),
+        WriteMetrics(metrics, record.name),
+        clock,
+        max_retries=own.max_retries,
+        retry_delay=own.retry_delay.total_seconds(),
+    )
+    metrics.stream_holds.labels(record.name, stream).set_function(lambda: status.checks[name].state is State.HOLD)
+    metrics.lease_held.labels(name).set_function(lambda: lease.token is not None)
+    pipeline = Pipeline(
+        name=name,
+        source=source,
+        delivery=delivery,
+        lease=lease,
+        status=status,
+        clock=clock,
+        interval=own.interval.total_seconds(),
+    )
+    return StreamPipeline(pipeline, lease)
+
+
+def _make_reading(record: RecordType[Any], own: PipelineSettings) -> StreamReading[Any]:
+    return StreamReading(
+        record=record,
+        field=own.field.encode(),
+        window=own.window,
+        batch_size=own.batch_size,
+        settings_prefix=record.name.upper(),
+    )

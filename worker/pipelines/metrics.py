@@ -1,0 +1,101 @@
+"""The metrics of a pipeline, written at one point."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.db.positions import Move, Position
+    from worker.observability.metrics import Metrics
+    from worker.pipelines.sources.stream.evidence import Evidence
+    from worker.runtime.clock import Clock
+
+WRITE_FAILED = "write_failed"
+
+
+class WriteMetrics:
+    """Implements WriteObserver."""
+
+    def __init__(self, metrics: Metrics, pipeline: str) -> None:
+        self._in_flight = metrics.records_in_flight.labels(pipeline)
+        self._queue = metrics.write_queue_depth.labels(pipeline)
+        self._batches = (metrics.record_batches.labels(pipeline), metrics.write_batches.labels(pipeline, "write"))
+        self._written = metrics.records_written.labels(pipeline)
+        self._failed = metrics.records_failed.labels(pipeline)
+        self._retried = metrics.records_retried.labels(pipeline)
+        self._exhausted = metrics.records_exhausted.labels(pipeline)
+        self._letters = metrics.dead_letters.labels(pipeline)
+        self._latency = metrics.record_latency.labels(pipeline)
+        self._succeeded = metrics.writes.labels(pipeline, "success")
+        self._errors = metrics.writes.labels(pipeline, "error")
+        self._error_types = metrics.write_errors.labels(pipeline, WRITE_FAILED)
+        self._seconds = metrics.write_seconds.labels(pipeline, "write")
+
+    def writing(self, records: int, *, again: bool) -> None:
+        self._in_flight.set(records)
+        self._queue.set(records)
+        if again:
+            self._retried.inc(records)
+
+    def written(self, rows: int, letters: int, seconds: float, latency: float | None) -> None:
+        self._idle()
+        for batches in self._batches:
+            batches.observe(rows + letters)
+        self._written.inc(rows)
+        self._succeeded.inc(rows)
+        self._letters.inc(letters)
+        self._seconds.observe(seconds)
+        if latency is not None:
+            self._latency.observe(latency)
+
+    def failed(self, records: int) -> None:
+        self._idle()
+        self._failed.inc(records)
+        self._errors.inc(records)
+        self._error_types.inc(records)
+
+    def exhausted(self, records: int) -> None:
+        self._exhausted.inc(records)
+
+    def not_claimed(self) -> None:
+        self._idle()
+
+    def _idle(self) -> None:
+        self._in_flight.set(0)
+        self._queue.set(0)
+
+
+class StreamMetrics:
+    """Implements StreamObserver."""
+
+    def __init__(self, metrics: Metrics, clock: Clock, pipeline: str, stream: str) -> None:
+        labels = (pipeline, stream)
+        self._clock = clock
+        self._carried = metrics.entries_carried.labels(*labels)
+        self._lost = metrics.entries_lost.labels(*labels)
+        self._gaps = metrics.stream_gaps.labels(*labels)
+        self._backlog = metrics.backlog.labels(*labels)
+        self._oldest: float | None = None
+        metrics.oldest_unread.labels(*labels).set_function(self._oldest_seconds)
+
+    def looked(self, row: Position, evidence: Evidence) -> None:
+        self._backlog.set(count_backlog(row, evidence))
+        self._oldest = None if evidence.above is None else evidence.above.ms / 1000
+
+    def moved(self, move: Move, entries: int, backlog: int) -> None:
+        self._carried.inc(entries)
+        self._lost.inc(move.lost)
+        self._gaps.inc(move.gap)
+        self._backlog.set(backlog)
+        if not backlog:
+            self._oldest = None
+
+    def _oldest_seconds(self) -> float:
+        return 0.0 if self._oldest is None else max(0.0, self._clock.now().timestamp() - self._oldest)
+
+
+def count_backlog(row: Position, evidence: Evidence) -> int:
+    """Entries above the position. Where it is not known how many were read, all that are present."""
+    if row.entries_read is None or (evidence.first is not None and evidence.first > row.last):
+        return evidence.length
+    return max(0, evidence.added - row.entries_read)

@@ -1,0 +1,92 @@
+"""The settings of each pipeline, made from its record: `<PIPELINE>_STREAM` and so on, and names of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from worker.contract.durations import parse_duration
+from worker.pipelines.model import RecordType, Window
+from worker.pipelines.records import RECORD_TYPES
+
+DEFAULT_FIELD = "data"
+DEFAULT_GROUP = "viewer-worker"
+
+
+def _duration(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+def _streams(value: object) -> object:
+    names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+    if not isinstance(names, tuple) or not all(names) or len(set(names)) != len(names):
+        raise ValueError("one or more names of streams, separated by commas, each once")
+    return names
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
+Streams = Annotated[tuple[str, ...], BeforeValidator(_streams)]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSettings:
+    """The settings of one pipeline. `keep` and `retention`: None is for ever."""
+
+    streams: tuple[str, ...]
+    field: str
+    group: str
+    keep: timedelta | None
+    retention: timedelta | None
+    window: Window
+    batch_size: int
+    interval: timedelta
+    max_retries: int
+    retry_delay: timedelta
+
+
+def read_pipeline(settings: BaseModel, record: RecordType[Any]) -> PipelineSettings:
+    """The settings of the pipeline of this record."""
+    own, name = record.defaults, record.name
+
+    def get(field: str) -> Any:
+        return getattr(settings, field)
+
+    return PipelineSettings(
+        streams=get(f"{name}_stream"),
+        field=get(f"{name}_stream_field"),
+        group=get(f"{name}_stream_group"),
+        keep=get(f"{name}_stream_keep"),
+        retention=get(f"{name}_retention"),
+        window=Window(get(f"{name}_accept_past").total_seconds(), get(f"{name}_accept_future").total_seconds()),
+        batch_size=get(own.batch_size[0].lower()),
+        interval=get(own.interval[0].lower()),
+        max_retries=get(own.max_retries[0].lower()),
+        retry_delay=get(own.retry_delay[0].lower()),
+    )
+
+
+def _fields(record: RecordType[Any]) -> Iterator[tuple[str, Any]]:
+    own, name = record.defaults, record.name
+    yield f"{name}_stream", (Streams, Field((name,)))
+    yield f"{name}_stream_field", (str, Field(DEFAULT_FIELD, min_length=1))
+    yield f"{name}_stream_group", (str, Field(DEFAULT_GROUP, min_length=1))
+    yield f"{name}_stream_keep", (Duration | None, Field(None))
+    yield f"{name}_retention", (Duration | None, Field(None))
+    yield f"{name}_accept_past", (Duration, Field(timedelta(seconds=own.accept_past)))
+    yield f"{name}_accept_future", (Duration, Field(timedelta(seconds=own.accept_future)))
+    yield own.batch_size[0].lower(), (int, Field(own.batch_size[1], ge=1, le=10_000))
+    yield own.interval[0].lower(), (Duration, Field(timedelta(seconds=own.interval[1])))
+    yield own.max_retries[0].lower(), (int, Field(own.max_retries[1], ge=0, le=100))
+    yield own.retry_delay[0].lower(), (Duration, Field(timedelta(seconds=own.retry_delay[1])))
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+_ALL: dict[str, Any] = {field: made for record in RECORD_TYPES.values() for field, made in _fields(record)}
+PipelineFields: type[BaseModel] = create_model("PipelineFields", __base__=_Frozen, **_ALL)

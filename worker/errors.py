@@ -11,6 +11,7 @@ ViewerWorkerError
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── TableRefused             (pipelines) the table, or the right to it, does not fit: a hold until somebody changes it
 ├── UnknownFailure           (pipelines) an error of no known class: worth a few tries
+├── PositionNotSet           (pipelines) the position of a stream cannot be set there
 ├── OnHold                   Redis and Postgres contradict each other; flushing waits until they agree or `adopt` is run
 ├── NothingToAdopt           there is no hold for `adopt` to end, or it changed since it was shown
 ├── ViewNotRecorded          (producer) certainly not in Redis; safe to send again
@@ -129,3 +130,7 @@ class TableRefused(ViewerWorkerError):
 
 class UnknownFailure(ViewerWorkerError):
     """A write failed for a reason that is not known to heal by waiting."""
+
+
+class PositionNotSet(ViewerWorkerError):
+    """There is no such stream, group or id."""

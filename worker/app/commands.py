@@ -6,17 +6,24 @@ import asyncio
 import contextlib
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from worker.app.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
 from worker.app.connections import open_connections, open_database
 from worker.app.counters import build_counters, make_keys, make_target_table
+from worker.app.pipelines import make_adjustments, make_sink
 from worker.counters.flush.outcome import Busy
+from worker.db import dead_letters
+from worker.db.dead_letters import read_letters
 from worker.db.schema import read_schema, upgrade
 from worker.db.target.total_import import import_totals as import_pages
 from worker.errors import Unavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import POSTGRES, REDIS, SCHEMA, VIEW_COUNTS, Status
+from worker.pipelines.records import RECORD_TYPES
+from worker.pipelines.replay import replay
+from worker.pipelines.retention import LETTERS_AT_ONCE
 from worker.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -24,9 +31,12 @@ if TYPE_CHECKING:
 
     from worker.app.counters import ViewCounters
     from worker.counters.flush.outcome import FlushOutcome
+    from worker.db.dead_letters import LetterFilter, StoredLetter
     from worker.db.schema import SchemaState
     from worker.db.session import Database
     from worker.db.target.table import Page
+    from worker.pipelines.replay import Replayed
+    from worker.pipelines.sources.stream.adjust import Adjustment
     from worker.redis.client import RedisClient
     from worker.settings.model import Settings
 
@@ -89,11 +99,63 @@ async def import_totals(settings: Settings) -> AsyncIterator[Page]:
     target = make_target_table(settings)
     if target is None:
         return
+    async with _open_tables(settings) as database:
+        async for page in import_pages(database, target):
+            yield page
+
+
+@asynccontextmanager
+async def open_adjustments(settings: Settings) -> AsyncIterator[dict[str, Adjustment]]:
+    """Stream → what looks at it and sets its position. Raises as `open_counters`."""
+    async with open_connections(settings) as (database, redis):
+        async with database.transaction() as tx:
+            (await read_schema(tx)).require_current()
+        yield make_adjustments(settings, database, redis)
+
+
+async def list_letters(
+    settings: Settings, wanted: LetterFilter, at_most: int
+) -> tuple[list[StoredLetter], dict[tuple[str, str], int]]:
+    """The oldest letters, and how many there are by pipeline and error class. Raises Unavailable, SchemaNotCurrent."""
+    async with _open_tables(settings) as database, database.transaction() as tx:
+        return await read_letters(tx, wanted, 0, at_most), await dead_letters.count_letters(tx, wanted)
+
+
+async def count_letters(settings: Settings, wanted: LetterFilter) -> int:
+    """Raises as `list_letters`."""
+    async with _open_tables(settings) as database, database.transaction() as tx:
+        return sum((await dead_letters.count_letters(tx, wanted)).values())
+
+
+async def replay_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[Replayed]:
+    """Replay letters, page by page. Raises as `list_letters`, and TableRefused, UnknownFailure."""
+    async with _open_tables(settings) as database:
+        for record in RECORD_TYPES.values():
+            if wanted.pipeline in (None, record.name):
+                chosen = replace(wanted, pipeline=record.name)
+                window, sink = settings.pipeline(record).window, make_sink(database, record)
+                async for page in replay(database, record, sink, chosen, window):
+                    yield page
+
+
+async def purge_letters(settings: Settings, wanted: LetterFilter) -> int:
+    """Returns how many were deleted. Raises as `list_letters`."""
+    gone = 0
+    async with _open_tables(settings) as database:
+        while True:
+            async with database.transaction() as tx:
+                deleted = await dead_letters.purge_letters(tx, wanted, LETTERS_AT_ONCE)
+            gone += deleted
+            if deleted < LETTERS_AT_ONCE:
+                return gone
+
+
+@asynccontextmanager
+async def _open_tables(settings: Settings) -> AsyncIterator[Database]:
     async with open_database(settings) as database:
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
-        async for page in import_pages(database, target):
-            yield page
+        yield database
 
 
 async def check(settings: Settings) -> list[Finding]:

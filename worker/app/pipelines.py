@@ -8,12 +8,17 @@ from uuid import uuid4
 
 from worker.db.lease import Lease
 from worker.db.positions import StreamPosition
+from worker.db.record_retention import RecordRetention
 from worker.db.upsert import RecordTable
 from worker.observability.status import State
 from worker.pipelines.delivery import Delivery
 from worker.pipelines.metrics import StreamMetrics, WriteMetrics
 from worker.pipelines.pipeline import Pipeline
+from worker.pipelines.records import RECORD_TYPES
+from worker.pipelines.retention import LOOP as RETENTION
+from worker.pipelines.retention import PipelineRetention
 from worker.pipelines.sink import PostgresSink
+from worker.pipelines.sources.stream.adjust import Adjustment
 from worker.pipelines.sources.stream.look import Looker
 from worker.pipelines.sources.stream.source import StreamReading, StreamSource
 from worker.runtime.clock import SystemClock
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from worker.observability.status import Status
     from worker.pipelines.model import RecordType
     from worker.redis.client import RedisClient
+    from worker.runtime.supervisor import Loop
     from worker.settings.model import Settings
     from worker.settings.pipelines import PipelineSettings
 
@@ -43,6 +49,21 @@ class StreamPipeline:
         return self.pipeline.name
 
 
+@dataclass(frozen=True, slots=True)
+class Pipelines:
+    """All streams, and what deletes old rows of their tables."""
+
+    streams: list[StreamPipeline]
+    retention: PipelineRetention
+
+    def loops(self) -> dict[str, Loop]:
+        """Name → loop; none where there is no stream."""
+        loops: dict[str, Loop] = {RETENTION: self.retention} if self.streams else {}
+        for stream in self.streams:
+            loops |= {stream.name: stream.pipeline, f"{stream.name} lease": stream.lease}
+        return loops
+
+
 def name_streams(settings: Settings) -> list[tuple[RecordType[Any], str, str]]:
     """Record, stream, and name of the loop and check, for each stream: that of the pipeline where it has one stream."""
     return [
@@ -55,12 +76,42 @@ def name_streams(settings: Settings) -> list[tuple[RecordType[Any], str, str]]:
 
 def build_pipelines(
     settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
-) -> list[StreamPipeline]:
+) -> Pipelines:
     """Nothing is read or written yet. `status` has a check for each name of `name_streams`."""
-    return [
-        _build(settings, record, stream, name, database, redis, status, metrics)
-        for record, stream, name in name_streams(settings)
-    ]
+    streams: list[StreamPipeline] = []
+    tables: list[tuple[Lease[UUID], RecordRetention]] = []
+    for record, stream, name in name_streams(settings):
+        streams.append(_build(settings, record, stream, name, database, redis, status, metrics))
+        age = settings.pipeline(record).retention
+        # Of several streams, the first one's lease decides who deletes.
+        if age is not None and record.name not in {table.name for _, table in tables}:
+            tables.append((streams[-1].lease, RecordRetention(record.name, record.rule.time, age)))
+    retention = PipelineRetention(
+        database=database,
+        status=status,
+        tables=tables,
+        leases=[stream.lease for stream in streams],
+        letters=settings.dead_letter_retention,
+    )
+    return Pipelines(streams, retention)
+
+
+def make_adjustments(settings: Settings, database: Database, redis: RedisClient) -> dict[str, Adjustment]:
+    """Stream → what looks at it and sets its position; for every pipeline, whether it is carried or not."""
+    return {
+        stream: Adjustment(
+            database=database,
+            position=StreamPosition(settings.view_source_name, stream, record.name),
+            looker=Looker(connection=redis.stream_connection(), stream=stream, group=settings.pipeline(record).group),
+            pipeline=record.name,
+        )
+        for record in RECORD_TYPES.values()
+        for stream in settings.pipeline(record).streams
+    }
+
+
+def make_sink(database: Database, record: RecordType[Any]) -> PostgresSink[Any]:
+    return PostgresSink(database, record, RecordTable(record))
 
 
 def _build(
@@ -93,7 +144,7 @@ def _build(
         new_mark=lambda: uuid4().hex,
     )
     delivery = Delivery(
-        PostgresSink(database, record, RecordTable(record)),
+        make_sink(database, record),
         WriteMetrics(metrics, record.name),
         clock,
         max_retries=own.max_retries,

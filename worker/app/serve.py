@@ -59,8 +59,7 @@ async def run(settings: Settings) -> bool:
         )
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         loops = _make_loops(settings, database, redis, counters, status, metrics)
-        for stream in build_pipelines(settings, database, redis, status, metrics):
-            loops |= {stream.name: stream.pipeline, f"{stream.name} lease": stream.lease}
+        loops |= build_pipelines(settings, database, redis, status, metrics).loops()
         clean = await supervisor.run(loops)
     log.info("stopped", clean=clean)
     return clean

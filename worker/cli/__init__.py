@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli import adopt, dev, inspection, publish, run, totals
+from worker.cli import adopt, dead_letters, dev, inspection, publish, run, streams, totals
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNAVAILABLE, fail
 
 cli = typer.Typer(
@@ -24,6 +24,7 @@ for command in (
     adopt.adopt,
     totals.top,
     totals.forget,
+    streams.streams,
     publish.publish,
     inspection.config,
     inspection.healthcheck,
@@ -31,6 +32,7 @@ for command in (
 ):
     cli.command()(command)
 cli.command("import")(totals.import_)
+cli.add_typer(dead_letters.dead_letters, name="dead-letters")
 
 
 @cli.callback(invoke_without_command=True)

@@ -102,6 +102,21 @@ _MOVE = (
         lease_until=UNTIL,
     )
 )
+_SET = (
+    update(stream_positions)
+    .where(*_this)
+    .values(
+        last_ms=bindparam("b_ms"),
+        last_seq=bindparam("b_seq"),
+        entries_read=None,
+        high_ms=None,
+        high_seq=None,
+        incarnation=bindparam("mark", type_=Text),
+        lease_holder=None,
+        lease_token=bindparam("new_token", type_=Uuid),
+        lease_until=None,
+    )
+)
 _OWNER = (
     select(_row.source, _row.stream)
     .where(_row.incarnation == bindparam("mark"))
@@ -173,6 +188,12 @@ class StreamPosition:
             },
         )
         return done.rowcount == 1
+
+    async def set(self, tx: AsyncConnection, to: EntryId, mark: str) -> None:
+        """Continue after `to`, on the stream with this mark. A batch that is being written is not claimed any more."""
+        values = {"b_ms": to.ms, "b_seq": to.seq, "mark": mark, "new_token": uuid4()}
+        await tx.execute(APPLY_SETTINGS)
+        await tx.execute(_SET, self._key | values)
 
     async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState[UUID] | None:
         """Take the lease if it is free, expired, our own, or held by `dead`. A takeover changes the token."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LOOK = LuaScript.load(Path(__file__).with_name("look.lua"))
 LOOK_TIMEOUT_S = 4.0
 MAX_DISAGREEMENTS = 10
+PEEK_COUNT = 1000
 
 
 class NotAllowed(Exception):
@@ -71,9 +72,19 @@ class Looker:
                 return seen
         raise Disagreed
 
-    async def _look(self, row: Position, after: EntryId, count: int, new_mark: str) -> Seen | None:
+    async def peek(self, row: Position) -> Seen:
+        """As `look`, after the position, without writing anything. Raises as `look`."""
+        for _ in range(MAX_DISAGREEMENTS):
+            seen = await self._look(row, row.last, PEEK_COUNT, "", look_only=True)
+            if seen is not None:
+                return seen
+        raise Disagreed
+
+    async def _look(
+        self, row: Position, after: EntryId, count: int, new_mark: str, *, look_only: bool = False
+    ) -> Seen | None:
         commands: list[Command] = [
-            self._script(row, after, new_mark, look_only=False),
+            self._script(row, after, new_mark, look_only=look_only),
             ("XRANGE", self.stream, f"({after}", "+", "COUNT", count),
             self._script(row, after, new_mark, look_only=True),
         ]

@@ -23,8 +23,13 @@ GRANT SELECT                 ON viewer_worker_schema TO viewer_worker;
 -- Totals and history are added to.
 GRANT SELECT, INSERT, UPDATE ON view_counts          TO viewer_worker;
 GRANT SELECT, INSERT, UPDATE ON view_counts_hourly   TO viewer_worker;
--- The ledger is written once, and removed when it is older than VIEW_LEDGER_RETENTION.
+-- The ledger is written once, and deleted when it is older than VIEW_LEDGER_RETENTION.
 GRANT SELECT, INSERT, DELETE ON view_count_deltas    TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON view_count_flushes   TO viewer_worker;
 -- One row for each source: the lease, and the lock that flushes take.
 GRANT SELECT, INSERT, UPDATE ON view_count_sources   TO viewer_worker;
+-- One row for each stream: how far it is carried, and the lease.
+GRANT SELECT, INSERT, UPDATE ON stream_positions     TO viewer_worker;
+-- Records are written once, and deleted when they are older than their retention.
+GRANT SELECT, INSERT, DELETE ON dead_letters         TO viewer_worker;
+GRANT SELECT, INSERT, DELETE ON chunk_requests       TO viewer_worker;

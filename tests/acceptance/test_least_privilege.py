@@ -21,10 +21,11 @@ from tests.support.tls import Certificates, TlsFront
 from tests.support.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
 from worker.db.counters.ledger import Ledger
-from worker.db.rights import RIGHTS
+from worker.db.rights import RECORD_RIGHTS, RIGHTS, STREAM_RIGHTS
 from worker.db.schema import VERSION_TABLE
 from worker.db.tables import metadata
 from worker.errors import DatabaseUnavailable
+from worker.pipelines.records import RECORD_TYPES
 
 Start = Callable[..., CliWorker]
 GRANTS = "SELECT table_name, privilege_type FROM information_schema.role_table_grants WHERE grantee = 'viewer_worker'"
@@ -58,8 +59,9 @@ async def use_every_right(worker: InProcessWorker, world: World) -> None:
 
 async def test_role_has_the_rights_that_the_worker_checks_and_no_others(world: World) -> None:
     granted = {(row["table_name"], row["privilege_type"]) for row in await world.sql.fetch(GRANTS)}
-    assert granted == {(table, right) for table in RIGHTS for right in RIGHTS[table]} | {(VERSION_TABLE, "SELECT")}
-    assert set(RIGHTS) == set(metadata.tables)
+    needed = RIGHTS | STREAM_RIGHTS | dict.fromkeys(RECORD_TYPES, RECORD_RIGHTS)
+    assert granted == {(table, right) for table in needed for right in needed[table]} | {(VERSION_TABLE, "SELECT")}
+    assert {*RIGHTS, *STREAM_RIGHTS} == set(metadata.tables)
 
 
 async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World) -> None:
@@ -81,11 +83,25 @@ async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, s
     granted = set(re.findall(r"\+([a-z|]+)", line.group()))
     async with guarded.world(database=1) as world:
         await world.view("a")
+        # Trimmed, where no other group needs it.
+        await world.redis.xadd(world.stream, {"data": "not json"}, id="1-1")
+        await world.redis.xgroup_create(world.stream, "another", "$")
         await world.redis.script_flush()
         await world.redis.config_resetstat()
-        worker = start(world.environment, "run")
+        settings = {"PIPELINES": "view_counts,chunk_requests", "CHUNK_REQUESTS_STREAM_KEEP": "1s"}
+        worker = start(world.environment | settings, "run")
         await worker.wait_for_log("batch flushed")
         await worker.wait_for_log('"redis ok"')
+        while not await world.sql.fetchval("SELECT count(*) FROM dead_letters"):
+            await asyncio.sleep(0.05)
+        setting = start(world.environment | settings, "streams", "--set", world.stream, "0", "--yes")
+        assert await setting.wait() == 0, setting.log
+        while await world.sql.fetchval("SELECT count(*) FROM dead_letters") < 2:
+            await asyncio.sleep(0.05)
+        # A command that blocks is counted when an entry ends it.
+        while "cmdstat_xread" not in await world.redis.info("commandstats"):
+            await world.redis.xadd(world.stream, {"data": "not json"})
+            await asyncio.sleep(0.2)
         worker.terminate()
         assert await worker.wait() == 0
         used = {name.removeprefix("cmdstat_") for name in await world.redis.info("commandstats")}

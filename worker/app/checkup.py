@@ -7,15 +7,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.db.schema import read_schema, read_versions
+from worker.db.rights import RECORD_RIGHTS, STREAM_RIGHTS, missing_rights
+from worker.db.schema import GRANT, read_schema, read_versions
 from worker.errors import SchemaNotCurrent, TargetUnusable
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from worker.contract.keys import Keys
     from worker.counters.adopt import Adoption
     from worker.db.session import Database
     from worker.db.target.table import TargetTable
+    from worker.pipelines.sources.stream.adjust import Adjustment
     from worker.redis.client import RedisClient
 
 RIGHTS = LuaScript.load(Path(__file__).with_name("rights.lua"))
@@ -66,10 +70,35 @@ async def _target(database: Database, target: TargetTable) -> Finding:
     return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 
-async def check_redis(redis: RedisClient, keys: Keys, channels: list[str]) -> list[Finding]:
-    """Check Redis. `channels` are those that the worker uses. Raises RedisUnavailable."""
+async def check_record_tables(database: Database, tables: Sequence[str]) -> list[Finding]:
+    """Check the rights on the tables of the pipelines that are carried. Raises DatabaseUnavailable."""
+    if not tables:
+        return []
+    async with database.transaction() as tx:
+        lacking = await missing_rights(tx, STREAM_RIGHTS | dict.fromkeys(tables, RECORD_RIGHTS))
+    if lacking:
+        return [Finding("record tables", Level.FAILURE, f"this role lacks {', '.join(lacking)}", GRANT)]
+    return [Finding("record tables", Level.OK, "the role may read and write them")]
+
+
+async def check_streams(adjustments: Iterable[Adjustment]) -> list[Finding]:
+    """Check whether each stream can be carried. Raises Unavailable."""
+    findings = []
+    for adjustment in adjustments:
+        state, name = await adjustment.look(), f"stream {adjustment.position.stream}"
+        if state.remedy:
+            findings.append(Finding(name, Level.FAILURE, state.problem, state.remedy))
+        elif state.problem:
+            findings.append(Finding(name, Level.OK, state.problem))
+        else:
+            findings.append(Finding(name, Level.OK, f"carried to {state.row.last}; waiting entries: {state.backlog}"))
+    return findings
+
+
+async def check_redis(redis: RedisClient, keys: Keys, channels: list[str], streams: list[str]) -> list[Finding]:
+    """Check Redis. `channels` and `streams` are those that the worker uses. Raises RedisUnavailable."""
     facts = await redis.info()
-    rights = await _rights(redis, keys, [channel.encode() for channel in channels])
+    rights = await _rights(redis, keys, [channel.encode() for channel in channels], streams)
     return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
 
 
@@ -80,8 +109,8 @@ def shared_channel(channel: str) -> Finding:
     return Finding("view channel", Level.WARNING, found, remedy)
 
 
-async def _rights(redis: RedisClient, keys: Keys, channels: list[bytes]) -> list[Finding]:
-    asked = (keys.marker, keys.probe, keys.counter("check"))
+async def _rights(redis: RedisClient, keys: Keys, channels: list[bytes], streams: list[str]) -> list[Finding]:
+    asked = (keys.marker, keys.probe, keys.counter("check"), *(stream.encode() for stream in streams))
     denied: list[bytes] | None = await redis.run(RIGHTS, asked, channels)
     if denied is None:
         return []

@@ -9,7 +9,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from worker.app.checkup import Finding, Level, check_agreement, check_postgres, check_redis, shared_channel
+from worker.app.checkup import (
+    Finding,
+    Level,
+    check_agreement,
+    check_postgres,
+    check_record_tables,
+    check_redis,
+    check_streams,
+    shared_channel,
+)
 from worker.app.connections import open_connections, open_database
 from worker.app.counters import build_counters, make_keys, make_target_table
 from worker.app.pipelines import make_adjustments, make_sink
@@ -162,13 +171,18 @@ async def check(settings: Settings) -> list[Finding]:
     """Check everything the worker relies on. A server that cannot be used is a finding; the other checks go on."""
     async with open_connections(settings) as (database, redis):
         findings = await _look(POSTGRES, check_postgres(database, make_target_table(settings)))
-        findings += await _look(REDIS, check_redis(redis, make_keys(settings), settings.channels))
+        findings += await _look(REDIS, check_redis(redis, make_keys(settings), settings.channels, settings.streams))
         if settings.shares_usual_channel:
             findings.append(shared_channel(settings.view_channel))
         failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
         if not failed & AGREEMENT_NEEDS:
             counters = _build(settings, database, redis)
             findings += await _look("marker", check_agreement(counters.adoption))
+            adjustments = make_adjustments(settings, database, redis)
+            findings += await _look(
+                POSTGRES, check_record_tables(database, [record.name for record in settings.records])
+            )
+            findings += await _look("streams", check_streams(adjustments[stream] for stream in settings.streams))
     return findings
 
 

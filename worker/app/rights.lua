@@ -1,7 +1,8 @@
 #!lua flags=no-writes,allow-oom
 -- Checks which commands of the worker and its scripts the Redis user may not run, without running them.
 --
--- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   ARGV[1] channel of totals   ARGV[2] channel of messages, if used
+-- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   KEYS[4…] streams, if used
+-- ARGV[1] channel of totals   ARGV[2] channel of messages, if used
 --
 -- Returns the names of the denied commands; false if the server cannot check them (before Redis 7).
 
@@ -14,6 +15,14 @@ local commands = {
   {'EVALSHA', '', '1', KEYS[1]}, {'PUBLISH', ARGV[1], ''},
 }
 if ARGV[2] then table.insert(commands, {'SUBSCRIBE', ARGV[2]}) end
+for i = 4, #KEYS do
+  for _, command in ipairs({
+    {'XRANGE', KEYS[i], '-', '+'}, {'XREAD', 'STREAMS', KEYS[i], '0'}, {'XTRIM', KEYS[i], 'MINID', '0'},
+    {'XINFO', 'STREAM', KEYS[i]}, {'XINFO', 'GROUPS', KEYS[i]}, {'XINFO', 'CONSUMERS', KEYS[i], ''},
+    {'XGROUP', 'CREATE', KEYS[i], '', '0'}, {'XGROUP', 'CREATECONSUMER', KEYS[i], '', ''},
+    {'XGROUP', 'SETID', KEYS[i], '', '0'}, {'XPENDING', KEYS[i], ''}, {'TIME'},
+  }) do table.insert(commands, command) end
+end
 for _, command in ipairs(commands) do
   if not redis.acl_check_cmd(unpack(command)) then table.insert(denied, command[1]) end
 end

@@ -58,7 +58,8 @@ async def _show(settings: Settings, *, as_json: bool) -> None:
         row = state.row
         carried = "yes" if state.pipeline in settings.pipelines else "not in PIPELINES"
         typer.echo(
-            f"{printable(state.stream):<{width}}  {row.last!s:<22} {waiting:>10} {row.lost:>8,} {row.gaps:>5,}  {carried}"
+            f"{printable(state.stream):<{width}}  {row.last!s:<22} {waiting:>10}"
+            f" {row.lost:>8,} {row.gaps:>5,}  {carried}"
         )
         for line in (state.problem, state.remedy):
             if line:

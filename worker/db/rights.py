@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sqlalchemy import ARRAY, Text, bindparam, text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 RIGHTS = {
@@ -16,7 +19,12 @@ RIGHTS = {
     "view_count_flushes": ("SELECT", "INSERT", "DELETE"),
     "view_count_sources": ("SELECT", "INSERT", "UPDATE"),
 }
-_NEEDED = [(right, table) for table, rights in RIGHTS.items() for right in rights]
+# Not needed to count views: without them only the pipelines are on hold.
+STREAM_RIGHTS = {
+    "stream_positions": ("SELECT", "INSERT", "UPDATE"),
+    "dead_letters": ("SELECT", "INSERT", "DELETE"),
+}
+RECORD_RIGHTS = ("SELECT", "INSERT", "DELETE")
 _MISSING = text(
     """
     SELECT needed.privilege || ' on ' || needed.name
@@ -27,8 +35,11 @@ _MISSING = text(
 ).bindparams(bindparam("rights", type_=ARRAY(Text)), bindparam("tables", type_=ARRAY(Text)))
 
 
-async def missing_rights(connection: AsyncConnection) -> tuple[str, ...]:
-    """The rights that this session's role lacks, such as `INSERT on view_counts`. Ignores missing tables."""
-    rights, tables = zip(*_NEEDED, strict=True)
-    found = await connection.execute(_MISSING, {"rights": list(rights), "tables": list(tables)})
+async def missing_rights(
+    connection: AsyncConnection, rights: Mapping[str, Sequence[str]] = MappingProxyType(RIGHTS)
+) -> tuple[str, ...]:
+    """Rights that this session's role lacks, such as `INSERT on view_counts`. Ignores missing tables."""
+    needed = [(right, table) for table, each in rights.items() for right in each]
+    names, tables = zip(*needed, strict=True)
+    found = await connection.execute(_MISSING, {"rights": list(names), "tables": list(tables)})
     return tuple(found.scalars())

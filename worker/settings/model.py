@@ -176,6 +176,11 @@ class Settings(PipelineFields):
         return read_pipeline(self, record)
 
     @property
+    def streams(self) -> list[str]:
+        """The streams that are carried."""
+        return [stream for record in self.records for stream in self.pipeline(record).streams]
+
+    @property
     def counts_views(self) -> bool:
         return VIEW_COUNTS in self.pipelines
 

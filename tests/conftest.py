@@ -13,6 +13,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from tests.support.records import Records
 from tests.support.world import World, database_url_for
 from worker.db import schema
 from worker.db.address import parse_database_url
@@ -108,6 +109,14 @@ async def world(redis_url: str, database_url: str) -> AsyncIterator[World]:
     """A Redis prefix and a database for one test, with workers that use them."""
     async with World(redis_url, database_url) as made:
         yield made
+
+
+@pytest.fixture
+def records(world: World) -> Iterator[Records]:
+    """Chunk requests in the world."""
+    made = Records(world)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -57,7 +57,16 @@ async def test_page_prints_what_it_shows(programs: Programs, servers: dict[str, 
     async def row_count() -> int:
         return len((await shows("paths")).splitlines())
 
+    async def is_ready() -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
     with programs.started(START, environment) as worker:
+        await until(is_ready, True)
         assert re.fullmatch(r"\d+-\d+", await shows("add"))
         await until(row_count, 1)
         assert await shows("rows") == shown("rows")

@@ -68,8 +68,6 @@ _CLASSES = {
     "44": ErrorClass.ROW,
     "54": ErrorClass.ROW,
     "P0": ErrorClass.ROW,
-    "42804": ErrorClass.ROW,
-    "42846": ErrorClass.ROW,
     "0A": ErrorClass.HOLD,
     "21": ErrorClass.HOLD,
     "3F": ErrorClass.HOLD,

@@ -22,8 +22,13 @@ D = TypeVar("D")
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_ID_BYTES = 256
+# No address with brackets, zone and port is longer. Addresses are cached, so a long zone would fill the memory.
+MAX_ADDRESS_LENGTH = 128
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.(\d{1,9}))?(?:[Zz]|[+-]\d\d:\d\d)?", re.ASCII)
+# Newer Pythons parse an hour of 24, all of them an offset of +05:99.
+_RFC3339 = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)?", re.ASCII
+)
 _WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]+)\](?::\d{1,5})?|(?P<ipv4>[\d.]+):\d{1,5}", re.ASCII)
 
 
@@ -95,6 +100,8 @@ def parse_address(text: str) -> str | None:
     if text in ("", "-"):
         return None
     try:
+        if len(text) > MAX_ADDRESS_LENGTH:
+            raise ValueError
         if match := _WITH_PORT.fullmatch(text):
             text = match["ipv6"] or match["ipv4"]
         # Without a zone (fe80::1%eth0): Postgres has no place for it.

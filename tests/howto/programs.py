@@ -108,6 +108,8 @@ class Programs:
         tool("redis-cli", "redis-tools")
         tool("psql", "postgresql-client")
         tool("curl", "curl")
+        if "jq " in path.read_text():
+            tool("jq", "jq")
         return ["sh", "-eu", str(path)]
 
     def _sql(self, path: Path) -> list[str]:

@@ -13,7 +13,6 @@ from tests.howto.pages import Snippet, snippets
 from tests.howto.programs import Programs
 from tests.howto.waiting import until
 from tests.support.proxy import Proxy
-from tests.support.tools import tool
 from tests.support.world import CliWorker, World
 from worker.contract.entry_id import EntryId
 from worker.dev.servers import free_port
@@ -32,11 +31,6 @@ ONE_ENTRY = PAGE.pop("one-entry.sh")
 DEAD_LETTERS = PAGE.pop("dead-letters.sql")
 PROGRAMS = [pytest.param(snippet, id=snippet.title) for snippet in PAGE.values()]
 each = pytest.mark.parametrize("snippet", PROGRAMS)
-
-
-@pytest.fixture(autouse=True)
-def json_tool() -> None:
-    tool("jq", "jq")
 
 
 async def documents(world: World, stream: str = "chunk_requests") -> list[bytes]:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.contract.entry_id import EntryId
@@ -188,15 +188,17 @@ def test_nul_and_too_long_text_are_refused_in_every_text(name: str) -> None:
             read(document(**{name: text}))
 
 
-@pytest.mark.parametrize("found", [found for documents in BAD.values() for found in documents if b"canary" not in found])
-def test_errors_have_no_values(found: bytes) -> None:
-    with pytest.raises(InvalidRecord) as caught:
-        read(found.replace(b"/a", b"/canary"))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("time", "canary"), ("path", "canary\x00"), ("ip", "canary"), ("event_id", "canary" * 50), ("sid", ["canary"])],
+)
+def test_error_names_the_field_and_has_no_value(name: str, value: object) -> None:
+    with pytest.raises(InvalidRecord, match=name) as caught:
+        read(document(**{name: value}))
     assert "canary" not in str(caught.value)
-    assert len(str(caught.value)) < 100
 
 
-def is_clean(event: ChunkEvent) -> None:
+def assert_fits(event: ChunkEvent) -> None:
     """A row that Postgres takes: texts that are UTF-8 without NUL, a time with an offset inside the window."""
     assert -WINDOW.past <= (event.time - TEN).total_seconds() <= WINDOW.future
     for text in CHUNK_REQUESTS.row(event)[1:]:
@@ -205,9 +207,9 @@ def is_clean(event: ChunkEvent) -> None:
 
 def read_or_refuse(found: bytes) -> None:
     try:
-        is_clean(read(found))
+        assert_fits(read(found))
     except InvalidRecord as error:
-        assert error.error_class in BAD  # noqa: PT017
+        assert error.error_class in BAD
 
 
 @given(st.binary())
@@ -219,12 +221,13 @@ COMPLETE = json.dumps(FULL, ensure_ascii=False).encode()
 places = st.integers(0, len(COMPLETE))
 pieces = st.one_of(
     st.binary(max_size=4),
-    st.sampled_from([b"\\u0000", b"\\ud800", b"\x00", b"\xed\xa0\x80", b'"', b"\\", b"{", b"}", b"[", b"1e999", b"true"]),
+    st.sampled_from(
+        [b"\\u0000", b"\\ud800", b"\x00", b"\xed\xa0\x80", b'"', b"\\", b"{", b"}", b"[", b"1e999", b"true"]
+    ),
 )
 
 
 @given(st.lists(st.tuples(places, st.integers(0, 8), pieces), min_size=1, max_size=4))
-@example([(0, 0, b"")])
 def test_mutated_document_is_a_record_or_refused(mutations: list[tuple[int, int, bytes]]) -> None:
     found = COMPLETE
     for place, length, piece in mutations:

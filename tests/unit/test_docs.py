@@ -11,6 +11,7 @@ from typer.main import get_command
 from worker.cli import cli
 from worker.db.tables import metadata
 from worker.observability.metrics import Metrics
+from worker.pipelines.records import RECORD_TYPES
 
 DOCS = Path(__file__).parents[2] / "docs"
 DEPLOY = DOCS.parent / "deploy"
@@ -30,9 +31,11 @@ def full_name(metric: Metric) -> str:
 def test_reference_lists_every_table_with_its_columns() -> None:
     text = (DOCS / "reference" / "tables.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| (.*?) \|", text, re.MULTILINE))
-    assert set(rows) == set(metadata.tables)
-    for name, table in metadata.tables.items():
-        assert set(re.findall(r"`(\w+)`", rows[name])) == {column.name for column in table.columns}, name
+    columns = {name: {column.name for column in table.columns} for name, table in metadata.tables.items()}
+    columns |= {name: {column.name for column in record.columns} for name, record in RECORD_TYPES.items()}
+    assert set(rows) == set(columns)
+    for name, expected in columns.items():
+        assert set(re.findall(r"`(\w+)`", rows[name])) == expected, name
 
 
 def test_links_between_documents_point_to_files_that_exist() -> None:

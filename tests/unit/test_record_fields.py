@@ -77,8 +77,8 @@ def test_time_is_parsed(value: str | int, time: datetime) -> None:
         "0000-01-01T00:00:00Z",
         "10000-01-01T00:00:00Z",
         "-2025-11-27T10:00:00Z",
-        "²025-11-27T10:00:00Z",
-        "٢٠٢٥-11-27T10:00:00Z",
+        "\u00b2025-11-27T10:00:00Z",
+        "\u0662\u0660\u0662\u0665-11-27T10:00:00Z",
         "2025-11-27T10:00:00\x00",
         "x" * 100_000,
         10**15,
@@ -97,7 +97,7 @@ offsets = st.timedeltas(timedelta(hours=-23, minutes=-59), timedelta(hours=23, m
 zones = offsets.map(lambda offset: timezone(timedelta(minutes=offset // timedelta(minutes=1))))
 
 
-@given(st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=zones))  # noqa: DTZ001
+@given(st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=zones))
 def test_every_time_survives_its_text(time: datetime) -> None:
     assert parse_time(time.isoformat(), "time") == time
 
@@ -109,7 +109,7 @@ def test_anything_is_a_time_with_an_offset_or_refused(value: str | int) -> None:
         assert time.utcoffset() is not None
         check_time(time, ARRIVED, Window(1e12, 1e12), "time")
     except InvalidRecord as error:
-        assert error.error_class == "invalid_field"  # noqa: PT017
+        assert error.error_class == "invalid_field"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_address_is_parsed(text: str, address: str | None) -> None:
         "1.2.3.4\n",
         "1.2.3.4, 5.6.7.8",
         "1.2.3.4\x00",
-        "١.2.3.4",
+        "\u0661.2.3.4",
         ":443",
         "[::1",
         "::1]",

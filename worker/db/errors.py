@@ -80,12 +80,24 @@ NOT_NULL_VIOLATION = "23502"
 
 def classify(error: BaseException, columns: Container[str]) -> ErrorClass:
     """The class of an error of a statement that fills `columns`. The driver's state decides before the SQLSTATE."""
+    if _is_disconnected(error):
+        return ErrorClass.WAIT
     state = sqlstate(error)
     if state is None:
         return ErrorClass.WAIT if is_transient(error) or isinstance(error, DatabaseUnavailable) else ErrorClass.UNKNOWN
     if state == NOT_NULL_VIOLATION and _column_of(error) not in columns:
         return ErrorClass.HOLD
     return next(_CLASSES[state[:length]] for length in range(len(state), -1, -1) if state[:length] in _CLASSES)
+
+
+def _is_disconnected(error: BaseException) -> bool:
+    """True when the driver closed the connection at this error, whatever the server said last."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DBAPIError):
+            return seen.connection_invalidated
+        seen = seen.__cause__
+    return False
 
 
 def _column_of(error: BaseException) -> str | None:

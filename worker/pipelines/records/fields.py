@@ -26,9 +26,7 @@ MAX_ID_BYTES = 256
 MAX_ADDRESS_LENGTH = 128
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Newer Pythons parse an hour of 24, all of them an offset of +05:99.
-_RFC3339 = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)?", re.ASCII
-)
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)?", re.ASCII)
 _WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]+)\](?::\d{1,5})?|(?P<ipv4>[\d.]+):\d{1,5}", re.ASCII)
 
 

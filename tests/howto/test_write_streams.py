@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -164,16 +164,46 @@ async def test_redis_that_refuses_is_reported(snippet: Snippet, programs: Progra
     assert ended.returncode != 0
 
 
-async def test_repeated_entry_is_one_row_and_a_bad_one_a_dead_letter(run: Callable[..., str], world: World) -> None:
+@pytest.fixture
+def start() -> Iterator[Callable[..., CliWorker]]:
+    """Starts the command with these settings and arguments."""
+    started: list[CliWorker] = []
+
+    def start(environment: dict[str, str], *arguments: str) -> CliWorker:
+        started.append(CliWorker(environment | {"PIPELINES": "chunk_requests"}, *arguments))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.close()
+
+
+async def carried(world: World, entries: int) -> list[str]:
+    """Wait until so many entries are carried, and return the paths in the table."""
+    await until(lambda: world.sql.fetchval("SELECT entries_read FROM stream_positions"), entries)
+    return [row["path"] for row in await world.sql.fetch("SELECT path FROM chunk_requests")]
+
+
+async def test_repeated_entry_is_one_row(
+    run: Callable[..., str], world: World, start: Callable[..., CliWorker]
+) -> None:
     run(PAGE["redis-py.py"], REQUEST_PATH=PATH, EVENT_ID="e1")
     (document,) = await documents(world)
     await world.redis.xadd("chunk_requests", {"data": document})
-    bad_id = await world.redis.xadd("chunk_requests", {"data": "{}"})
-    worker = CliWorker(world.environment | {"PIPELINES": "chunk_requests"}, "run")
-    try:
-        await until(lambda: world.sql.fetchval("SELECT entries_read FROM stream_positions"), 3)
-        assert [row["path"] for row in await world.sql.fetch("SELECT path FROM chunk_requests")] == [PATH]
-        (letter,) = run(DEAD_LETTERS).splitlines()
-        assert letter.split("|")[1:3] == [f"chunk_requests/{bad_id.decode()}", "invalid_field"]
-    finally:
-        worker.close()
+    start(world.environment, "run")
+    assert await carried(world, 2) == [PATH]
+
+
+async def test_bad_document_is_a_dead_letter_that_other_settings_accept(
+    run: Callable[..., str], world: World, start: Callable[..., CliWorker]
+) -> None:
+    old = json.dumps({"time": "1999-12-31T23:59:59Z", "path": PATH})
+    entry_id = await world.redis.xadd("chunk_requests", {"data": old})
+    start(world.environment, "run")
+    assert await carried(world, 1) == []
+    (letter,) = run(DEAD_LETTERS).splitlines()
+    assert letter.split("|")[1:3] == [f"chunk_requests/{entry_id.decode()}", "time_out_of_range"]
+    replay = start(world.environment | {"CHUNK_REQUESTS_ACCEPT_PAST": "36500d"}, "dead-letters", "replay")
+    assert await replay.wait() == 0, replay.log
+    assert await carried(world, 1) == [PATH]
+    assert run(DEAD_LETTERS) == ""

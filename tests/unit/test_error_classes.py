@@ -57,7 +57,7 @@ def refused(state: str, column: str | None = None) -> Exception:
     return asyncpg.PostgresError.new(fields)
 
 
-def translated(error: Exception) -> DatabaseUnavailable | DatabaseRefused:
+def translated(error: Exception) -> Exception:
     """The error as it leaves a transaction."""
     with pytest.raises((DatabaseUnavailable, DatabaseRefused)) as caught, database_errors():
         raise error

@@ -86,8 +86,8 @@ def test_largest_ids_that_fit_are_carried() -> None:
     assert decide(row(), seen(9, last=MAX_PART, above=largest), None, largest) == Carry("ours")
 
 
-# In the order of the table. A hold is named by words of its cause.
-TABLE: list[tuple[str, Position, Evidence, str | None, Verdict | str]] = [
+# In the order of the table. The last column is a verdict, the type of one, or words of a hold's cause.
+TABLE: list[tuple[str, Position, Evidence, str | None, Any]] = [
     ("several consumers", row(), seen(*ALL, mark=None, consumers=2), None, "several consumers"),
     ("mark of another row", row(), seen(*ALL, mark="b"), "b/requests", "b/requests carries this stream"),
     ("foreign mark ahead", row(), seen(*ALL, mark="b", delivered=at(6)), None, "another database carries"),

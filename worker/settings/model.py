@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlencode
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     SecretStr,
+    create_model,
     model_validator,
 )
 
@@ -24,7 +27,7 @@ from worker.db.target.names import TargetNames, parse_target
 from worker.pipelines.model import RecordType
 from worker.pipelines.records import RECORD_TYPES
 from worker.redis.address import RedisAddress, parse_redis_url
-from worker.settings.pipelines import Duration, PipelineFields, PipelineSettings, read_pipeline
+from worker.settings.pipelines import Duration, PipelineSettings, make_fields, read_pipeline
 
 VIEW_COUNTS = "view_counts"
 PIPELINES = (VIEW_COUNTS, *RECORD_TYPES)
@@ -88,8 +91,10 @@ class ConflictingSettings(ValueError):
         self.expected = expected
 
 
-class Settings(PipelineFields):
+class CoreSettings(BaseModel):
     """The field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(None)
     db_host: Annotated[str, AfterValidator(_host)] | None = Field(None)
@@ -240,6 +245,15 @@ class Settings(PipelineFields):
         if self.database_url is None:
             values["DATABASE_URL"] = self.database.redacted()
         return values
+
+
+if TYPE_CHECKING:
+
+    class Settings(CoreSettings):
+        """With the settings of each pipeline, which `pipeline` returns."""
+
+else:
+    Settings = create_model("Settings", __base__=CoreSettings, **make_fields())
 
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field
 
 from worker.contract.durations import parse_duration
 from worker.pipelines.model import RecordType, Window
@@ -84,9 +84,6 @@ def _fields(record: RecordType[Any]) -> Iterator[tuple[str, Any]]:
     yield own.retry_delay[0].lower(), (Duration, Field(timedelta(seconds=own.retry_delay[1])))
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-_ALL: dict[str, Any] = {field: made for record in RECORD_TYPES.values() for field, made in _fields(record)}
-PipelineFields: type[BaseModel] = create_model("PipelineFields", __base__=_Frozen, **_ALL)
+def make_fields() -> dict[str, Any]:
+    """Field → type and default, for all pipelines."""
+    return {field: made for record in RECORD_TYPES.values() for field, made in _fields(record)}

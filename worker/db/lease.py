@@ -162,6 +162,7 @@ class Lease(Generic[T]):
         if token == self.token:
             return
         before, self.token = self.token, token
-        log.info("lease taken" if token is not None else event, token=str(before if token is None else token))
+        shown = str(before if token is None else token)
+        log.info("lease taken" if token is not None else event, loop=self._loop, token=shown)
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()

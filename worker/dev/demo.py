@@ -27,6 +27,7 @@ from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tables import view_counts
 from worker.dev.process import WorkerProcess
+from worker.dev.requests import Requests, Rows
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.servers_only import locked
 from worker.dev.viewers import Audience, Reported, Viewers
@@ -34,6 +35,7 @@ from worker.errors import ViewerWorkerError
 from worker.runtime.waiting import wait_first
 
 ENDLESS_KILL_AFTER_S = 10.0
+REQUESTS_PER_VIEW = 0.25
 DRAIN_TIMEOUT_S = 20.0
 
 
@@ -89,15 +91,18 @@ class Demo:
             stack.callback(worker.kill)
             worker.start()
             self._print_addresses(valkey, postgres, worker)
-            traffic = asyncio.create_task(viewers.run(self._stop), name="viewers")
+            requests = Requests(client, self._rate * REQUESTS_PER_VIEW)
+            traffic = asyncio.gather(viewers.run(self._stop), requests.run(self._stop))
             stack.callback(traffic.cancel)
             await self._watch(viewers, database, client, worker, before)
             await traffic
             self._print("Traffic stopped. Waiting until the worker has flushed the rest, then stopping it (SIGTERM) …")
-            await self._drained(client)
+            await self._drained(client, database, requests)
             code = worker.stop()
             pending = await self._pending(client)
-            return self._report(viewers, before, await self._totals(database), pending, worker.kills, code)
+            rows = await requests.read_rows(database)
+            views_exact = self._report(viewers, before, await self._totals(database), pending, worker.kills, code)
+            return self._report_requests(requests, rows) and views_exact
 
     async def _watch(
         self, viewers: Viewers, database: Database, client: aioredis.Redis, worker: WorkerProcess, before: Counter[str]
@@ -122,11 +127,22 @@ class Demo:
                 raise ViewerWorkerError(f"the worker exited with code {worker.exit_code}; its log: {worker.log}")
         self._stop.set()
 
-    async def _drained(self, client: aioredis.Redis) -> None:
+    async def _drained(self, client: aioredis.Redis, database: Database, requests: Requests) -> None:
         """Wait until nothing is pending. A restarted worker may have to wait until the killed one's lease expires."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        while await self._pending(client) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if not await self._pending(client) and requests.is_exact(await requests.read_rows(database)):
+                return
             await asyncio.sleep(0.1)
+
+    def _report_requests(self, requests: Requests, rows: Rows) -> bool:
+        exact = requests.is_exact(rows)
+        result = "[bold green]EXACT[/]: each entry is one row" if exact else "[bold red]DIFFERENT[/]"
+        self._console.print(
+            f"Chunk requests, from a stream: {requests.acknowledged:,} sent, {rows.stored:,} rows, "
+            f"{rows.different:,} of them different. {result}."
+        )
+        return exact
 
     def _report(
         self,

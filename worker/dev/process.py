@@ -27,7 +27,7 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self.env_file.write_text(
             f"REDIS_URL={redis_url}\nDATABASE_URL={database_url}\nBATCH_INTERVAL_MS={INTERVAL_MS}\n"
-            f"HEALTH_CHECK_HOST=127.0.0.1\nHEALTH_CHECK_PORT={self._port}\n"
+            f"PIPELINES=view_counts,chunk_requests\nHEALTH_CHECK_HOST=127.0.0.1\nHEALTH_CHECK_PORT={self._port}\n"
         )
         self.log.unlink(missing_ok=True)
 

@@ -1,0 +1,154 @@
+"""The parts of workers that carry a stream, driven step by step, and the documents of its entries."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+from worker.app.pipelines import build_pipelines
+from worker.contract.entry_id import EntryId
+from worker.db.session import Database
+from worker.observability.metrics import Metrics
+from worker.observability.status import SERVERS, Status
+from worker.pipelines.model import Batch, ReadOutcome, WriteOutcome
+from worker.redis.client import RedisClient
+from worker.runtime.clock import SystemClock
+from worker.settings.model import Settings
+
+# When the tests' entries are added, in milliseconds. It lies in the past, so KEEP never protects an entry.
+BEGAN_MS = 1_700_000_000_000
+GROUP = "viewer-worker"
+NAME = "chunk_requests"
+SETTINGS = {"PIPELINES": NAME, "CHUNKLOG_BATCH_SIZE": "2", "CHUNKLOG_BATCH_TIMEOUT": "1ms"}
+# The table refuses such a path where `REFUSE` is in force.
+REFUSE = "ALTER TABLE chunk_requests ADD CHECK (path NOT LIKE '/refused%')"
+_NUMBER = re.compile(rb"#(\d+)")
+
+
+def good(number: int) -> bytes:
+    return json.dumps({"time": BEGAN_MS, "path": f"/#{number}"}).encode()
+
+
+def poison(number: int) -> bytes:
+    """No record: it becomes a dead letter."""
+    return b"poison #%d" % number
+
+
+def refused(number: int) -> bytes:
+    """A record that the table refuses: it becomes a dead letter."""
+    return json.dumps({"time": BEGAN_MS, "path": f"/refused#{number}"}).encode()
+
+
+def number_of(text: bytes | str) -> int:
+    """The number of the entry that a document, or a path, is of."""
+    found = _NUMBER.search(text if isinstance(text, bytes) else text.encode())
+    assert found is not None
+    return int(found[1])
+
+
+class StreamWorker:
+    """The real parts of one worker with one stream."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.database = Database(settings.database)
+        self.redis = RedisClient(settings.redis)
+        self.metrics = Metrics()
+        self.status = Status(SystemClock().monotonic, (*SERVERS, NAME))
+        for check in SERVERS:
+            self.status.ok(check)
+        (built,) = build_pipelines(settings, self.database, self.redis, self.status, self.metrics)
+        self.pipeline: Any = built.pipeline
+        self.lease = built.lease
+        self.source: Any = self.pipeline.source
+        self.looker: Any = self.source._looker
+        self.connection: Any = self.looker.connection
+
+    async def read(self) -> ReadOutcome[Any]:
+        """Take the lease if it is free, and read what follows the committed position."""
+        await self.lease.take()
+        self.source.reset()
+        return await self.source.read()
+
+    async def write(self, batch: Any) -> WriteOutcome:
+        outcome = await self.pipeline.delivery.deliver(batch)
+        self.source.done(batch, outcome)
+        return outcome
+
+    async def carry(self) -> ReadOutcome[Any]:
+        """Read and write until there is no batch; return what was read instead."""
+        read = await self.read()
+        while isinstance(read, Batch):
+            await self.write(read)
+            read = await self.source.read()
+        return read
+
+    def in_the_next_look(self, step: int, action: Callable[[], Awaitable[Any]], times: int = 1) -> None:
+        """Run `action` before this command of the next look: 1 is XRANGE, 2 the second run of the script."""
+        send = self.connection.send
+        left = times
+
+        async def split(commands: Sequence[Any], timeout: float) -> list[Any]:
+            nonlocal left
+            if len(commands) != 3 or not left:
+                return await send(commands, timeout)
+            left -= 1
+            replies = []
+            for number, command in enumerate(commands):
+                if number == step:
+                    await action()
+                replies += await send([command], timeout)
+            return replies
+
+        self.connection.send = split
+
+    async def close(self) -> None:
+        await self.source.close()
+        await self.database.close()
+        await self.redis.close()
+
+
+class Row(NamedTuple):
+    """The row of `stream_positions`."""
+
+    last: EntryId
+    entries_read: int | None
+    high: EntryId | None
+    incarnation: str | None
+    lost: int
+    gaps: int
+
+
+class Stored(NamedTuple):
+    """What is in Postgres at one instant: numbers of rows and of dead letters, and the row of the stream."""
+
+    rows: list[int]
+    letters: list[int]
+    row: Row
+
+    @property
+    def carried(self) -> list[int]:
+        return sorted(self.rows + self.letters)
+
+
+_STORED = """
+    SELECT (SELECT coalesce(array_agg(path), '{}') FROM chunk_requests) AS paths,
+           (SELECT coalesce(array_agg(payload), '{}') FROM dead_letters) AS payloads,
+           p.* FROM stream_positions p WHERE stream = $1 AND source = $2
+"""
+
+
+async def read_stored(sql: Any, stream: str, source: str = "default") -> Stored:
+    found = await sql.fetchrow(_STORED, stream, source)
+    assert found is not None
+    high = None if found["high_ms"] is None else EntryId(found["high_ms"], found["high_seq"])
+    row = Row(
+        EntryId(found["last_ms"], found["last_seq"]),
+        found["entries_read"],
+        high,
+        found["incarnation"],
+        found["lost"],
+        found["gaps"],
+    )
+    return Stored([number_of(path) for path in found["paths"]], [number_of(text) for text in found["payloads"]], row)

@@ -36,7 +36,51 @@ def crash_at(point: str) -> None:
 
             Settler.settle = settle_then_die  # type: ignore[method-assign]
         case _:
-            raise SystemExit(f"no such point: {point}")
+            crash_in_a_stream_at(point)
+
+
+def crash_in_a_stream_at(point: str) -> None:
+    from worker.db.positions import StreamPosition
+    from worker.pipelines import sink
+    from worker.pipelines.sources.stream.source import StreamSource
+
+    move, write_letters, read = StreamPosition.move, sink.write_letters, StreamSource.read
+
+    async def move_then_die(self: StreamPosition, *args: Any) -> None:
+        await move(self, *args)
+        die()
+
+    async def write_then_die(*args: Any) -> None:
+        await write_letters(*args)
+        die()
+
+    written = False
+
+    def note(self: StreamSource[Any], *_: Any) -> None:
+        nonlocal written
+        self.reset()
+        written = True
+
+    async def read_then_die(self: StreamSource[Any]) -> Any:
+        """The look that follows a commit has mirrored the position."""
+        found = await read(self)
+        return die() if written else found
+
+    async def die_or_read(self: StreamSource[Any]) -> Any:
+        return die() if written else await read(self)
+
+    points: dict[str, list[tuple[Any, str, Any]]] = {
+        "before the claim": [(StreamPosition, "move", die)],
+        "after the claim": [(StreamPosition, "move", move_then_die)],
+        "before the COMMIT of a batch": [(sink, "write_letters", write_then_die)],
+        "after the COMMIT of a batch": [(StreamSource, "done", die)],
+        "before the mirror": [(StreamSource, "done", note), (StreamSource, "read", die_or_read)],
+        "after the mirror": [(StreamSource, "done", note), (StreamSource, "read", read_then_die)],
+    }
+    if point not in points:
+        raise SystemExit(f"no such point: {point}")
+    for owner, name, replacement in points[point]:
+        setattr(owner, name, replacement)
 
 
 if __name__ == "__main__":

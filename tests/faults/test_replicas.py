@@ -7,11 +7,13 @@ duration and the seed. The seed is printed, so that a failure can be reproduced.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import shutil
 import signal
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -56,6 +58,8 @@ class Chaos:
         self.postgres = PostgresServer(folder / "postgres")
         self.truth = Truth()
         self.replicas: list[CliWorker] = []
+        self.requests: set[int] = set()
+        self.requests_sent = 0
         self.samples = 0
         self.done = asyncio.Event()
 
@@ -65,6 +69,9 @@ class Chaos:
             "DATABASE_URL": self.postgres.url,
             "BATCH_INTERVAL_MS": "50",
             "BATCH_SIZE": "20",
+            "PIPELINES": "view_counts,chunk_requests",
+            "CHUNKLOG_BATCH_SIZE": "50",
+            "CHUNKLOG_BATCH_TIMEOUT": "20ms",
             "HEALTH_CHECK_HOST": "127.0.0.1",
             "HEALTH_CHECK_PORT": "0",
         }
@@ -88,6 +95,33 @@ class Chaos:
                 else:
                     self.truth.acknowledged.update(views)
                 await asyncio.sleep(0.005)
+
+    async def add_requests(self) -> None:
+        """Entries of the stream, numbered."""
+        async with self.redis() as client:
+            while not self.done.is_set():
+                numbers = range(self.requests_sent, self.requests_sent + 20)
+                self.requests_sent += len(numbers)
+                pipeline = client.pipeline(transaction=False)
+                for number in numbers:
+                    document = {"time": datetime.now(UTC).isoformat(), "path": "/", "uid": str(number)}
+                    pipeline.xadd("chunk_requests", {"data": json.dumps(document)})
+                try:
+                    await pipeline.execute()
+                except (RedisError, OSError):
+                    await asyncio.sleep(0.05)
+                else:
+                    self.requests.update(numbers)
+                await asyncio.sleep(0.01)
+
+    async def carried(self) -> Counter[int]:
+        """How often each request is a row."""
+        with database_errors():
+            sql = await asyncpg.connect(self.postgres.url, timeout=2)
+            try:
+                return Counter(int(row["uid"]) for row in await sql.fetch("SELECT uid FROM chunk_requests"))
+            finally:
+                sql.terminate()
 
     async def read(self) -> None:
         """Check that GET + database, read in this order, is never too low, and that a total is never too high."""
@@ -160,10 +194,14 @@ async def test_three_replicas_are_exact_after_kills_and_freezes(servers_folder: 
         chaos.replicas = [chaos.start_replica() for _ in range(3)]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(chaos.produce())
+            tasks.create_task(chaos.add_requests())
             tasks.create_task(chaos.read())
             await chaos.inject_faults()
             chaos.done.set()
         await _wait_until_drained(chaos)
+        rows = await _wait_until_carried(chaos)
+        assert set(rows.values()) == {1}, "a request is two rows"
+        print(f"{len(chaos.requests)} requests acknowledged of {chaos.requests_sent}, {len(rows)} rows")
         totals, truth = await chaos.totals(), chaos.truth
         assert truth.acknowledged <= totals
         assert totals <= truth.sent
@@ -182,6 +220,14 @@ async def test_three_replicas_are_exact_after_kills_and_freezes(servers_folder: 
         chaos.valkey.kill()
         chaos.postgres.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _wait_until_carried(chaos: Chaos) -> Counter[int]:
+    """Every acknowledged request is a row."""
+    async with asyncio.timeout(60):
+        while not chaos.requests <= (rows := await chaos.carried()).keys():
+            await asyncio.sleep(0.2)
+    return rows
 
 
 async def _wait_until_drained(chaos: Chaos) -> None:

@@ -88,8 +88,8 @@ class Records:
     def carrier(self, **settings: str) -> InProcessCarrier:
         return InProcessCarrier(self.world.environment | SETTINGS | settings)
 
-    def start(self, *arguments: str, **settings: str) -> CliWorker:
-        worker = CliWorker(self.world.environment | SETTINGS | settings, *(arguments or ("run",)))
+    def start(self, *arguments: str, program: list[str] | None = None, **settings: str) -> CliWorker:
+        worker = CliWorker(self.world.environment | SETTINGS | settings, *(arguments or ("run",)), program=program)
         self.workers.append(worker)
         return worker
 

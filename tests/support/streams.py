@@ -7,21 +7,15 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
-from worker.app.pipelines import build_pipelines
+from tests.support.records import InProcessCarrier
 from worker.contract.entry_id import EntryId
-from worker.db.session import Database
-from worker.observability.metrics import Metrics
-from worker.observability.status import SERVERS, Status
+from worker.observability.status import SERVERS
 from worker.pipelines.model import Batch, ReadOutcome, WriteOutcome
-from worker.redis.client import RedisClient
-from worker.runtime.clock import SystemClock
-from worker.settings.model import Settings
 
 # When the tests' entries are added, in milliseconds. It lies in the past, so KEEP never protects an entry.
 BEGAN_MS = 1_700_000_000_000
 GROUP = "viewer-worker"
-NAME = "chunk_requests"
-SETTINGS = {"PIPELINES": NAME, "CHUNKLOG_BATCH_SIZE": "2", "CHUNKLOG_BATCH_TIMEOUT": "1ms"}
+SETTINGS = {"PIPELINES": "chunk_requests", "CHUNKLOG_BATCH_SIZE": "2", "CHUNKLOG_BATCH_TIMEOUT": "1ms"}
 # The table refuses such a path where `REFUSE` is in force.
 REFUSE = "ALTER TABLE chunk_requests ADD CHECK (path NOT LIKE '/refused%')"
 _NUMBER = re.compile(rb"#(\d+)")
@@ -51,19 +45,16 @@ def number_of(text: bytes | str) -> int:
 class StreamWorker:
     """The real parts of one worker with one stream."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.database = Database(settings.database)
-        self.redis = RedisClient(settings.redis)
-        self.metrics = Metrics()
-        self.status = Status(SystemClock().monotonic, (*SERVERS, NAME))
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._carrier = InProcessCarrier(environment)
         for check in SERVERS:
-            self.status.ok(check)
-        (built,) = build_pipelines(settings, self.database, self.redis, self.status, self.metrics)
-        self.pipeline: Any = built.pipeline
-        self.lease = built.lease
+            self._carrier.status.ok(check)
+        (stream,) = self._carrier.pipelines.streams
+        self.database = self._carrier.database
+        self.pipeline: Any = stream.pipeline
+        self.lease: Any = stream.lease
         self.source: Any = self.pipeline.source
-        self.looker: Any = self.source._looker
-        self.connection: Any = self.looker.connection
+        self.connection: Any = self.source._looker.connection
 
     async def read(self) -> ReadOutcome[Any]:
         """Take the lease if it is free, and read what follows the committed position."""
@@ -106,7 +97,7 @@ class StreamWorker:
     async def close(self) -> None:
         await self.source.close()
         await self.database.close()
-        await self.redis.close()
+        await self._carrier.redis.close()
 
 
 class Row(NamedTuple):

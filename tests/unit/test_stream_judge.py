@@ -69,7 +69,7 @@ def test_nothing_is_carried_where_there_is_no_stream(position: Position, kind: s
     [
         (seen(*ALL, last=MAX_PART + 1), []),
         (seen(*ALL, last=MAX_PART + 1, mark="other", delivered=at(8)), []),
-        (seen(6, 9, above=EntryId(6, MAX_PART + 1)), []),
+        (seen(6, 9), [EntryId(6, MAX_PART + 1), at(9)]),
         (seen(6, 9), [at(6), EntryId(7, HUGE), at(9)]),
         (seen(6, 9), [at(6), at(9), EntryId(HUGE, HUGE)]),
     ],
@@ -177,7 +177,7 @@ def test_position_moves_over_what_was_deleted_unread(position: Position, move: M
 
 @pytest.mark.parametrize(
     ("entries_read", "read", "same"),
-    [(5, [6, 7, 8, 9], True), (5, [6, 7, 8], False), (4, [6, 7, 8, 9], False), (None, [6, 7, 8, 9], False)],
+    [(5, [6, 7, 8, 9], True), (6, [6, 7, 8], False), (4, [6, 7, 8, 9], False), (None, [6, 7, 8, 9], False)],
     ids=["all that was not read", "not complete", "other number", "not known"],
 )
 def test_hold_says_when_it_looks_like_the_same_stream(entries_read: int | None, read: list[int], same: bool) -> None:

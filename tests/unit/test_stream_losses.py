@@ -32,6 +32,7 @@ FORMULA = [
     ("ends at G", 10, LOOK, LOOK, 20, 10, (20, 0, False)),
     ("ends at G, deleted in between", 10, seen(20, 20, 17, 1), seen(20, 20, 17, 1), 20, 7, (20, 3, False)),
     ("ends at the second G", 10, LOOK, seen(23, 23, 23, 1), 23, 13, (23, 0, False)),
+    ("ends at the second G, deleted in between", 10, seen(20, 20, 17, 1), seen(23, 23, 20, 1), 23, 10, (23, 3, False)),
     ("ends at the second G, trimmed", 10, TRIMMED, seen(23, 23, 8, 16), 23, 8, (23, 5, False)),
     ("ends at the first G, more came", 10, LOOK, seen(23, 23, 23, 1), 20, 10, (20, 0, False)),
     ("ends between the two G, trimmed", 10, TRIMMED, seen(23, 23, 8, 16), 22, 7, (22, 5, False)),

@@ -82,7 +82,7 @@ def judge(
             return Hold(f"the key {subject.stream} holds a {evidence.kind}, not a stream", "Rename the stream.")
         return Wait("there is no stream yet")
     # The last id may fit where an earlier one does not: 6-0 after 5-18446744073709551615.
-    if unfit := next((entry for entry in (evidence.last, evidence.above, *read) if entry and not entry.fits), None):
+    if unfit := next((entry for entry in (evidence.last, *read) if not entry.fits), None):
         return Hold(f"the id {unfit} does not fit into a bigint", f"Delete the stream. {subject.set_hint}")
     if evidence.consumers > 1:
         return Hold("the group of this worker has several consumers", SHARED_GROUP)

@@ -1,0 +1,786 @@
+"""Streams under crashes, lost replies, changed servers and restored data: each entry becomes a row exactly once.
+
+A state machine over the real code and real servers: three workers stop before and after every command of a look, every
+BEGIN and every COMMIT, and continue in any order. While one of them commits a batch and reads the next, the two go on
+in any order, too. Between any two steps, workers are killed or frozen, answers are lost, entries are added, deleted
+and trimmed, and each example has some of the faults in `FAULTS`. The invariants are checked after every step.
+
+A server is a key here. A connection stays with the server to which it was opened; a new one goes where the name points.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import redis.asyncio as aioredis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.support import streams
+from tests.support.streams import BEGAN_MS, GROUP, Row, Stored, StreamWorker, read_stored
+from tests.support.world import World, database_url_for
+from worker.contract.entry_id import BEGINNING, EntryId
+from worker.errors import DatabaseUnavailable, RedisUnavailable
+from worker.pipelines.model import Idle, OnHold
+from worker.runtime.backoff import Backoff
+
+WORKERS = 3
+BACKLOG = 10
+TABLES = ("stream_positions", "chunk_requests", "dead_letters")
+DOCUMENTS = {"good": streams.good, "poison": streams.poison, "refused": streams.refused}
+KINDS = st.lists(st.sampled_from(["good", "good", "good", "poison", "refused"]), min_size=1, max_size=5)
+FAULTS = {
+    "rewind": "Redis restarts from an older copy, or the key is restored from one",
+    "failover": "the name moves to a replica, which may lag, and back; old connections stay",
+    "elsewhere": "the name moves to another Redis, and back",
+    "delete": "the stream is deleted",
+    "destroy": "the group is destroyed",
+    "stranger": "another program reads with our group, or deletes our consumer",
+    "restore": "Postgres is restored to an earlier state",
+    "branch": "two copies of one stream are written, and the name moves between them",
+}
+# In half of the examples, no data is lost on either side: these must end exact.
+SOME_FAULTS = st.one_of(st.just(frozenset()), st.frozensets(st.sampled_from(sorted(FAULTS)), min_size=1, max_size=4))
+# What each hold needs to have happened.
+HOLDS = {
+    "several consumers": {"stranger"},
+    "another database carries this stream": {"rewind", "failover", "elsewhere", "restore", "stranger"},
+    "this is not the stream that was carried": {"rewind", "failover", "elsewhere", "delete", "destroy", "stranger"},
+    "may be carried already": {"rewind", "failover"},
+}
+WRITE_GATES = ["write: before BEGIN", "write: before COMMIT", "write: after COMMIT"]
+LOOK_GATES = ["before the look", "before XRANGE", "before the second look", "after the look"]
+GATES = [*WRITE_GATES, *WRITE_GATES, *LOOK_GATES, "idle", "idle"]
+IDLE = "idle"
+
+_kind: ContextVar[str] = ContextVar("_kind", default="read")
+_gated: ContextVar[bool] = ContextVar("_gated", default=True)
+
+
+@dataclass(eq=False)
+class Gate:
+    """Where a worker stands. `error`: what it gets if the command before or after the gate fails."""
+
+    label: str
+    error: type[Exception] | None
+    go: asyncio.Future[None]
+
+
+class Actor:
+    """One worker. It goes on from gate to gate; while it reads ahead, it stands at two gates."""
+
+    def __init__(self, machine: StreamMachine) -> None:
+        self._machine = machine
+        self.worker = StreamWorker(machine.environment)
+        self.task: asyncio.Task[Any] | None = None
+        self.gates: list[Gate] = []
+        self.backend: int | None = None
+        self.outcome: Any = None
+        self.is_cut = False
+        self._server: Server | None = None
+        self._branches = 0
+        self._moved = asyncio.Event()
+        self._gate_everything()
+
+    def _gate_everything(self) -> None:
+        pipeline, source, lease = self.worker.pipeline, self.worker.source, self.worker.lease
+        pipeline.interval = 0.0
+        pipeline._look_again = Backoff(0, 0)
+        self._send_now = self.worker.connection.send
+        self.worker.connection.send = self._send
+        self._begin = self.worker.database.transaction
+        self.worker.database.transaction = self._transaction
+        source.wait = self._wait
+        source.read = self._noted(source.read)
+        source.read_ahead = self._branch(source.read_ahead)
+        pipeline.delivery.deliver = self._branch(pipeline.delivery.deliver)
+        pipeline.delivery._sink.write = _as_kind("write", pipeline.delivery._sink.write)
+        lease.take = _as_kind("take", lease.take)
+        lease.release = _as_kind("release", lease.release)
+
+    def _branch(self, call: Callable[[Any], Awaitable[Any]]) -> Any:
+        async def branch(batch: Any) -> Any:
+            self._branches += 1
+            try:
+                return await call(batch)
+            finally:
+                self._branches -= 1
+                self._moved.set()
+
+        return branch
+
+    def _noted(self, read: Callable[[], Awaitable[Any]]) -> Any:
+        async def noted() -> Any:
+            self.outcome = None
+            self.outcome = await read()
+            self._machine.check_outcome(self.outcome)
+            return self.outcome
+
+        return noted
+
+    async def _wait(self, _: float) -> None:
+        await self._gate(IDLE)
+
+    async def _send(self, commands: Sequence[Any], timeout: float) -> list[Any]:
+        """Send one command after the other, to the server of this connection."""
+        replies: list[Any] = []
+        try:
+            for number, command in enumerate(commands):
+                if len(commands) == len(LOOK_GATES) - 1:
+                    await self._gate(LOOK_GATES[number], RedisUnavailable)
+                self._raise_if_cut()
+                if self.worker.connection._connection is None:
+                    self._server = self._machine.active
+                replies += await self._send_now([self._named(command)], timeout)
+            if len(commands) == len(LOOK_GATES) - 1:
+                await self._gate(LOOK_GATES[-1], RedisUnavailable)
+        except BaseException:
+            await self.worker.connection.drop()
+            raise
+        return replies
+
+    def _named(self, command: Sequence[Any]) -> tuple[Any, ...]:
+        assert self._server is not None
+        return tuple(self._server.key if part == self._machine.world.stream else part for part in command)
+
+    def _raise_if_cut(self) -> None:
+        if self.is_cut:
+            self.is_cut = False
+            raise RedisUnavailable("the server closed the connection")
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Any]:
+        kind = _kind.get()
+        await self._gate(f"{kind}: before BEGIN", DatabaseUnavailable)
+        try:
+            async with self._begin() as tx:
+                if _gated.get():
+                    self.backend = (await tx.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one()
+                yield tx
+                await self._gate(f"{kind}: before COMMIT", DatabaseUnavailable)
+        finally:
+            if _gated.get():
+                self.backend = None
+        await self._gate(f"{kind}: after COMMIT", DatabaseUnavailable)
+
+    async def _gate(self, label: str, error: type[Exception] | None = None) -> None:
+        if _gated.get():
+            gate = Gate(label, error, asyncio.get_running_loop().create_future())
+            self.gates.append(gate)
+            self._moved.set()
+            await gate.go
+
+    def stands_at(self, label: str) -> bool:
+        return any(gate.label == label for gate in self.gates)
+
+    @property
+    def locks_the_row(self) -> bool:
+        return any(gate.label.endswith("before COMMIT") and gate.label != "read: before COMMIT" for gate in self.gates)
+
+    async def _cycle(self) -> None:
+        """What `Pipeline.run` repeats."""
+        lease = self.worker.lease
+        if lease.token is None and not await lease.take():
+            return
+        self.worker.source.reset()
+        await self.worker.pipeline._carry(asyncio.Event())
+
+    async def step(self, turn: int = 0, *, fail: bool = False) -> bool:
+        """Run to the next gate, or to the end of the cycle. False if it only waits for another worker's lock.
+
+        With `fail`, the current command fails instead. `turn` chooses between the commit and the reading ahead.
+        """
+        if self.task is None:
+            self.task = asyncio.create_task(self._cycle())
+            self.task.add_done_callback(lambda _: self._moved.set())
+        else:
+            free = [gate for gate in self.gates if not self._is_blocked(gate)]
+            if not free:
+                return False
+            gate = free[turn % len(free)]
+            self.gates.remove(gate)
+            if fail and gate.error is not None:
+                gate.go.set_exception(gate.error(f"injected {gate.label}"))
+            else:
+                gate.go.set_result(None)
+        await self._until_it_stands()
+        return True
+
+    def _is_blocked(self, gate: Gate) -> bool:
+        """The claim, and the release of the lease, would wait for the row."""
+        return gate.label in ("write: before BEGIN", "release: before BEGIN") and self._machine.row_is_locked()
+
+    async def _until_it_stands(self) -> None:
+        assert self.task is not None
+        async with asyncio.timeout(30):
+            while True:
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                if self.task.done() or len(self.gates) >= max(1, self._branches):
+                    break
+                self._moved.clear()
+                await self._moved.wait()
+        if self.task.done():
+            task, self.task = self.task, None
+            error = task.exception()
+            if error is not None and not isinstance(error, RedisUnavailable | DatabaseUnavailable):
+                raise error
+
+    async def run_up_to(self, label: str, turn: int = 0) -> None:
+        """Run to the gate, or until it is idle, holds no lease, or waits for a lock."""
+        for _ in range(1000):
+            if not await self.step(turn) or self.task is None or self.stands_at(label) or self.stands_at(IDLE):
+                return
+        raise AssertionError("it never becomes idle")
+
+    async def renew(self) -> None:
+        """What the loop of the lease does at any time."""
+        _gated.set(False)
+        with contextlib.suppress(DatabaseUnavailable):
+            await self.worker.lease.take()
+
+    async def kill(self) -> None:
+        """Like kill -9: commands that were sent take effect, and no others follow."""
+        if self.backend is not None:
+            await self._machine.terminate(self.backend)
+        if self.task is not None:
+            self.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, RedisUnavailable, DatabaseUnavailable):
+                await self.task
+        await self.worker.close()
+
+
+def _as_kind(kind: str, call: Callable[..., Awaitable[Any]]) -> Any:
+    async def of_kind(*args: Any, **options: Any) -> Any:
+        before = _kind.set(kind)
+        try:
+            return await call(*args, **options)
+        finally:
+            _kind.reset(before)
+
+    return of_kind
+
+
+@dataclass(eq=False)
+class Server:
+    """A Redis. `line` is what happened to its stream: numbers of the entries added; negative: it was deleted.
+
+    Servers of one `family` have copies of the same stream.
+    """
+
+    key: str
+    family: int
+    line: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Copy:
+    dump: bytes | None
+    family: int
+    line: tuple[int, ...]
+
+
+@dataclass
+class Look:
+    """What a client sees of the stream and our group."""
+
+    ids: dict[int, EntryId] = field(default_factory=dict)
+    exists: bool = False
+    last: EntryId = BEGINNING
+    added: int = 0
+    consumers: list[str] = field(default_factory=list)
+    delivered: EntryId = BEGINNING
+    # Of the other group: the last entry that it has read, and the first one that it has not acknowledged.
+    other: EntryId | None = None
+    other_pending: EntryId | None = None
+
+    @property
+    def mark(self) -> str | None:
+        return self.consumers[0] if len(self.consumers) == 1 else None
+
+
+class StreamMachine(RuleBasedStateMachine):
+    loop: ClassVar[asyncio.AbstractEventLoop]
+    redis_url: ClassVar[str]
+    postgres_url: ClassVar[str]
+    template: ClassVar[str]
+    faults: frozenset[str] = frozenset()
+
+    def run(self, coroutine: Any) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    @initialize(faults=SOME_FAULTS, keep=st.booleans(), carried=st.integers(0, 3))
+    def begin(self, faults: frozenset[str], keep: bool, carried: int) -> None:
+        self.faults = faults
+        self.keep = keep
+        self.run(self._begin())
+        if carried:
+            self.add(["good"] * carried, same_ms=False)
+            self.take_over(0, turn=0)
+
+    async def _begin(self) -> None:
+        self.name = f"vw_prop_{uuid4().hex[:12]}"
+        self.admin = await asyncpg.connect(self.postgres_url)
+        await self.admin.execute(f"CREATE DATABASE {self.name} TEMPLATE {self.template}")
+        self.world = World(self.redis_url, database_url_for(self.postgres_url, self.name))
+        await self.world.__aenter__()
+        self.redis = self.world.redis
+        self.environment = self.world.environment | streams.SETTINGS
+        if self.keep:
+            self.environment["CHUNK_REQUESTS_STREAM_KEEP"] = "1ms"
+        await self.world.sql.execute(streams.REFUSE)
+        await self.world.sql.execute(
+            "INSERT INTO stream_positions (source, stream, pipeline) VALUES ('default', $1, 'chunk_requests')",
+            self.world.stream,
+        )
+        self.clock_ms = BEGAN_MS
+        # By the number in the document.
+        self.kinds: list[str] = []
+        self.ids: list[EntryId] = []
+        self.servers: list[Server] = []
+        self.newest: dict[int, tuple[int, ...]] = {}
+        self.active = self._new_server(family=0)
+        self.copies: list[Copy] = []
+        self.database_states: list[dict[str, list[Any]]] = []
+        self.happened: set[str] = set()
+        # The name came to a copy that is neither a part nor a continuation of the one before.
+        self.diverged = False
+        self.present: set[int] = set()
+        # Entries that were gone when they were not carried. They may return with an older copy.
+        self.removed: set[int] = set()
+        self.removed_before_the_first_commit: int | None = None
+        self.stored = await read_stored(self.world.sql, self.world.stream)
+        self.actors = [Actor(self) for _ in range(WORKERS)]
+
+    def _new_server(self, family: int, line: tuple[int, ...] = ()) -> Server:
+        server = Server(f"{self.world.stream}@{len(self.servers)}", family, line)
+        self.servers.append(server)
+        self.newest.setdefault(family, line)
+        return server
+
+    def row_is_locked(self) -> bool:
+        return any(actor.locks_the_row for actor in self.actors)
+
+    def check_outcome(self, outcome: Any) -> None:
+        if isinstance(outcome, OnHold):
+            assert any(cause in outcome.cause and faults & self.happened for cause, faults in HOLDS.items()), outcome
+
+    async def terminate(self, backend: int) -> None:
+        await self.admin.execute("SELECT pg_terminate_backend($1)", backend)
+        while await self.admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE pid = $1", backend):
+            await asyncio.sleep(0.001)
+
+    # What workers do
+
+    @rule(actor=st.integers(0, WORKERS - 1), steps=st.integers(1, 20), turn=st.integers(0, 1))
+    def step(self, actor: int, steps: int, turn: int) -> None:
+        for _ in range(steps):
+            self.run(self.actors[actor].step(turn))
+
+    @rule(actor=st.integers(0, WORKERS - 1), kinds=KINDS, gate=st.sampled_from(GATES), turn=st.integers(0, 1))
+    def carry_up_to(self, actor: int, kinds: list[str], gate: str, turn: int) -> None:
+        """Add entries, free the lease, and run a worker to the gate."""
+        self.add(kinds, same_ms=False)
+        self.run(self._expire())
+        self.run(self.actors[actor].run_up_to(gate, turn))
+
+    @rule(actor=st.integers(0, WORKERS - 1), turn=st.integers(0, 1))
+    def take_over(self, actor: int, turn: int) -> None:
+        self.run(self._expire())
+        self.run(self.actors[actor].run_up_to(IDLE, turn))
+
+    @rule(actor=st.integers(0, WORKERS - 1), turn=st.integers(0, 1))
+    def run_until_idle(self, actor: int, turn: int) -> None:
+        self.run(self.actors[actor].run_up_to(IDLE, turn))
+
+    @rule(actor=st.integers(0, WORKERS - 1), turn=st.integers(0, 1))
+    def fail(self, actor: int, turn: int) -> None:
+        self.run(self.actors[actor].step(turn, fail=True))
+
+    @rule(actor=st.integers(0, WORKERS - 1))
+    def kill(self, actor: int) -> None:
+        self.run(self.actors[actor].kill())
+        self.actors[actor] = Actor(self)
+
+    @rule(actor=st.integers(0, WORKERS - 1))
+    def postgres_ends_the_frozen_transaction(self, actor: int) -> None:
+        backend = self.actors[actor].backend
+        if backend is not None:
+            self.run(self.terminate(backend))
+            self.actors[actor].backend = None
+
+    @rule(actor=st.integers(0, WORKERS - 1))
+    def renew(self, actor: int) -> None:
+        self.run(self.actors[actor].renew())
+
+    @rule()
+    def lease_expires(self) -> None:
+        self.run(self._expire())
+
+    async def _expire(self) -> None:
+        await self.world.sql.execute(
+            "UPDATE stream_positions SET lease_until = NULL, lease_holder = NULL "
+            "WHERE stream IN (SELECT stream FROM stream_positions FOR UPDATE SKIP LOCKED)"
+        )
+
+    # What producers and other readers do
+
+    @rule(kinds=KINDS, same_ms=st.booleans())
+    def add(self, kinds: list[str], same_ms: bool) -> None:
+        # A long backlog takes long to carry, and shows nothing more.
+        if len(self.present - set(self.stored.carried)) < BACKLOG:
+            self.run(self._add(kinds, same_ms))
+
+    async def _add(self, kinds: list[str], same_ms: bool) -> None:
+        self.clock_ms += not same_ms
+        for kind in kinds:
+            number = len(self.kinds)
+            raw = await self.redis.xadd(self.active.key, {"data": DOCUMENTS[kind](number)}, id=f"{self.clock_ms}-*")
+            self.kinds.append(kind)
+            self.ids.append(EntryId.parse(raw))
+            self._happens_to_the_stream(number)
+        self.present = set((await self._look()).ids)
+
+    def _happens_to_the_stream(self, what: int) -> None:
+        self.active.line += (what,)
+        self.newest[self.active.family] = self.active.line
+
+    @precondition(lambda self: self.present)
+    @rule(index=st.integers(0, 100))
+    def delete_an_entry(self, index: int) -> None:
+        number = sorted(self.present)[index % len(self.present)]
+        self.run(self._remove(self.redis.xdel(self.active.key, str(self.ids[number]))))
+
+    @precondition(lambda self: self.present)
+    @rule(left=st.integers(0, 3))
+    def trim(self, left: int) -> None:
+        self.run(self._remove(self.redis.xtrim(self.active.key, maxlen=left, approximate=False)))
+
+    async def _remove(self, removal: Awaitable[Any]) -> None:
+        before = self.present
+        await removal
+        self.present = set((await self._look()).ids)
+        self.removed |= before - self.present - set(self.stored.carried)
+
+    @precondition(lambda self: self.keep)
+    @rule(count=st.integers(1, 3), acknowledge=st.booleans())
+    def another_group_reads(self, count: int, acknowledge: bool) -> None:
+        self.run(self._read_with("other", "reader", count, acknowledge))
+
+    async def _read_with(self, group: str, consumer: str, count: int, acknowledge: bool) -> None:
+        key = self.active.key
+        if not await self.redis.exists(key):
+            return
+        if not any(found["name"] == group.encode() for found in await self.redis.xinfo_groups(key)):
+            await self.redis.xgroup_create(key, group, "0")
+        for _, entries in await self.redis.xreadgroup(group, consumer, {key: ">"}, count=count):
+            for entry_id, _ in entries if acknowledge else ():
+                await self.redis.xack(key, group, entry_id)
+
+    # Faults
+
+    def _fault(name: str, more: Callable[[Any], Any] = lambda _: True) -> Any:  # type: ignore[misc]  # noqa: N805
+        return precondition(lambda self: name in self.faults and more(self))
+
+    @precondition(lambda self: {"rewind", "failover"} & self.faults)
+    @rule()
+    def copy_redis(self) -> None:
+        dump = self.run(self.redis.dump(self.active.key))
+        self.copies.append(Copy(dump, self.active.family, self.active.line))
+
+    def _reachable(self, places: Iterable[Any], family: int | None = None) -> list[Any]:
+        """Of copies or servers, those that the name or the data may come to."""
+        return [
+            place
+            for place in places
+            if family in (None, place.family) and ("branch" in self.faults or not self._is_another_branch(place))
+        ]
+
+    def _is_another_branch(self, place: Any) -> bool:
+        return place.line != self.newest[place.family][: len(place.line)]
+
+    def _come_to(self, place: Any, fault: str) -> None:
+        self.happened.add(fault)
+        self.diverged |= self._is_another_branch(place)
+        # A restart and a failover take longer than that.
+        self.clock_ms += 1
+
+    @_fault("rewind", lambda self: self._reachable(self.copies, self.active.family))
+    @rule(index=st.integers(0, 100), restart=st.booleans())
+    def redis_goes_back(self, index: int, restart: bool) -> None:
+        copies = self._reachable(self.copies, self.active.family)
+        copy = copies[index % len(copies)]
+        self._come_to(copy, "rewind")
+        self.run(self._put(self.active.key, copy.dump))
+        self.active.line = copy.line
+        if restart:
+            for actor in self.actors:
+                actor.is_cut = True
+        self._arrive()
+
+    @_fault("failover")
+    @rule(index=st.integers(0, 100), lagging=st.booleans())
+    def a_replica_is_promoted(self, index: int, lagging: bool) -> None:
+        dump = self.run(self.redis.dump(self.active.key))
+        copies = self._reachable(self.copies, self.active.family)
+        exact = Copy(dump, self.active.family, self.active.line)
+        copy = copies[index % len(copies)] if lagging and copies else exact
+        self._come_to(copy, "failover")
+        self.active = self._new_server(copy.family, copy.line)
+        self.run(self._put(self.active.key, copy.dump))
+        self._arrive()
+
+    @_fault("elsewhere")
+    @rule()
+    def name_moves_to_a_new_redis(self) -> None:
+        self.happened.add("elsewhere")
+        self.active = self._new_server(family=len(self.servers))
+        self._arrive()
+
+    @precondition(lambda self: {"failover", "elsewhere"} & self.faults and len(self.servers) > 1)
+    @rule(index=st.integers(0, 100))
+    def name_moves_back(self, index: int) -> None:
+        servers = self._reachable(self.servers)
+        server = servers[index % len(servers)]
+        self._come_to(server, "failover" if server.family == self.active.family else "elsewhere")
+        self.active = server
+        self._arrive()
+
+    def _arrive(self) -> None:
+        self.present = set(self.run(self._look()).ids)
+
+    async def _put(self, key: str, dump: bytes | None) -> None:
+        if dump is None:
+            await self.redis.delete(key)
+        else:
+            await self.redis.restore(key, 0, dump, replace=True)
+
+    @_fault("delete")
+    @rule()
+    def stream_is_deleted(self) -> None:
+        self.happened.add("delete")
+        self.run(self._remove(self.redis.delete(self.active.key)))
+        self._happens_to_the_stream(-1 - len(self.active.line))
+
+    @_fault("destroy", lambda self: self.present)
+    @rule()
+    def group_is_destroyed(self) -> None:
+        self.happened.add("destroy")
+        self.run(self.redis.xgroup_destroy(self.active.key, GROUP))
+
+    @_fault("stranger", lambda self: self.present)
+    @rule(what=st.sampled_from(["reads", "leaves", "deletes our consumer"]))
+    def stranger_in_our_group(self, what: str) -> None:
+        self.happened.add("stranger")
+        self.run(self._stranger(what))
+
+    async def _stranger(self, what: str) -> None:
+        if what == "reads":
+            await self._read_with(GROUP, "stranger", 1, acknowledge=True)
+            return
+        for name in (await self._look()).consumers:
+            if (name == "stranger") is (what == "leaves"):
+                await self.redis.xgroup_delconsumer(self.active.key, GROUP, name)
+
+    @_fault("restore")
+    @rule()
+    def copy_database(self) -> None:
+        self.database_states.append(self.run(self._tables()))
+
+    @_fault("restore", lambda self: self.database_states)
+    @rule(index=st.integers(0, 100))
+    def database_is_restored(self, index: int) -> None:
+        """Sessions with a transaction end. Workers live on, with what they remember."""
+        self.happened.add("restore")
+        for number in range(WORKERS):
+            self.postgres_ends_the_frozen_transaction(number)
+        self.run(self._restore(self.database_states[index % len(self.database_states)]))
+        self.stored = self.run(read_stored(self.world.sql, self.world.stream))
+        self.removed |= set(range(len(self.kinds))) - self.present - set(self.stored.carried)
+
+    async def _tables(self) -> dict[str, list[Any]]:
+        async with self.world.sql.transaction(isolation="repeatable_read"):
+            return {table: await self.world.sql.fetch(f"SELECT * FROM {table}") for table in TABLES}
+
+    async def _restore(self, tables: dict[str, list[Any]]) -> None:
+        async with self.world.sql.transaction():
+            for table, rows in tables.items():
+                await self.world.sql.execute(f"DELETE FROM {table}")
+                if rows:
+                    await self.world.sql.copy_records_to_table(
+                        table, records=[tuple(row) for row in rows], columns=list(rows[0].keys())
+                    )
+
+    # What must be true after every step
+
+    @invariant()
+    def invariants(self) -> None:
+        self.stored = self.run(read_stored(self.world.sql, self.world.stream))
+        look = self.run(self._look())
+        self._each_entry_is_carried_once(self.stored)
+        self._what_is_carried_is_at_or_below_the_position(self.stored)
+        self._nothing_present_was_skipped(self.stored, look)
+        self._only_the_committed_position_is_mirrored(self.stored.row, look)
+        self._only_what_nobody_needs_was_trimmed(self.stored, look)
+        self._losses_are_counted(self.stored, look)
+        self.present = set(look.ids)
+
+    async def _look(self) -> Look:
+        key = self.active.key
+        if not await self.redis.exists(key):
+            return Look()
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.xrange(key)
+        pipeline.xinfo_stream(key)
+        pipeline.xinfo_groups(key)
+        entries, stream, groups = await pipeline.execute()
+        look = Look(
+            ids={streams.number_of(fields[b"data"]): EntryId.parse(raw) for raw, fields in entries},
+            exists=True,
+            last=EntryId.parse(stream["last-generated-id"]),
+            added=stream["entries-added"],
+        )
+        for group in groups:
+            delivered = EntryId.parse(group["last-delivered-id"])
+            if group["name"] == GROUP.encode():
+                look.consumers = [found["name"].decode() for found in await self.redis.xinfo_consumers(key, GROUP)]
+                look.delivered = delivered
+            else:
+                pending = (await self.redis.xpending(key, "other"))["min"]
+                look.other, look.other_pending = delivered, None if pending is None else EntryId.parse(pending)
+        return look
+
+    def _each_entry_is_carried_once(self, stored: Stored) -> None:
+        assert len(set(stored.carried)) == len(stored.carried), f"twice: {stored}"
+        assert all(self.kinds[number] == "good" for number in stored.rows)
+        assert all(self.kinds[number] != "good" for number in stored.letters)
+
+    def _what_is_carried_is_at_or_below_the_position(self, stored: Stored) -> None:
+        reached = max(stored.row.last, stored.row.high or BEGINNING)
+        assert all(self.ids[number] <= reached for number in stored.carried), stored
+
+    def _nothing_present_was_skipped(self, stored: Stored, look: Look) -> None:
+        if look.mark is None or look.mark != stored.row.incarnation or self.diverged:
+            return
+        skipped = {number for number, entry_id in look.ids.items() if entry_id <= stored.row.last}
+        skipped -= self.removed | set(stored.carried)
+        assert not skipped, f"{skipped} are in the stream, at or below the position, and not carried: {stored}"
+
+    def _only_the_committed_position_is_mirrored(self, row: Row, look: Look) -> None:
+        if look.mark == row.incarnation and not {"restore", "stranger"} & self.happened:
+            assert look.delivered <= max(row.last, row.high or BEGINNING)
+
+    def _only_what_nobody_needs_was_trimmed(self, stored: Stored, look: Look) -> None:
+        trimmed = self.present - set(look.ids)
+        assert not trimmed or self.keep
+        for number in trimmed:
+            # A restored database may lack what was carried, and trimmed.
+            if not {"restore", "branch"} & self.happened:
+                assert number in stored.carried or number in self.removed, f"{number} was trimmed unread"
+            assert look.other is None or self.ids[number] <= look.other
+            assert look.other_pending is None or self.ids[number] < look.other_pending
+
+    def _losses_are_counted(self, stored: Stored, look: Look) -> None:
+        """Exact where neither side lost data. What was deleted before the first commit is not counted."""
+        row = stored.row
+        if self.happened or row.incarnation is None:
+            return
+        if self.removed_before_the_first_commit is None:
+            self.removed_before_the_first_commit = len(self.removed)
+        missing = {number for number, entry_id in enumerate(self.ids) if entry_id <= row.last} - set(stored.carried)
+        assert row.gaps == 0
+        assert row.lost <= len(missing)
+        if row.last == look.last:
+            assert row.entries_read == look.added
+            assert row.lost >= len(missing) - self.removed_before_the_first_commit
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.run(self._teardown())
+
+    async def _teardown(self) -> None:
+        try:
+            await self._after_the_faults()
+        finally:
+            for actor in self.actors:
+                await actor.kill()
+            await self.redis.delete(*(server.key for server in self.servers))
+            await self.world.__aexit__(None, None, None)
+            await self.admin.execute(f"DROP DATABASE {self.name} WITH (FORCE)")
+            await self.admin.close()
+
+    async def _after_the_faults(self) -> None:
+        """Frozen workers go on; then a new worker carries everything, or holds for a reason that is in the table."""
+        for actor in self.actors:
+            await actor.run_up_to(IDLE)
+            if actor.stands_at(IDLE):
+                await actor.run_up_to(IDLE)
+        await self._expire()
+        last = Actor(self)
+        self.actors.append(last)
+        await last.run_up_to(IDLE)
+        stored, look = await read_stored(self.world.sql, self.world.stream), await self._look()
+        self._each_entry_is_carried_once(stored)
+        self._nothing_present_was_skipped(stored, look)
+        if isinstance(last.outcome, OnHold):
+            assert self._explains(last.outcome.cause, stored.row, look), (last.outcome, stored.row, look)
+            return
+        assert isinstance(last.outcome, Idle), last.outcome
+        if last.outcome.cause == "there is no stream yet":
+            assert not look.exists
+        elif last.outcome.cause:
+            assert not look.ids
+            assert look.last < stored.row.last
+        elif not self.diverged:
+            assert set(look.ids) <= set(stored.carried) | self.removed
+
+    def _explains(self, cause: str, row: Row, look: Look) -> bool:
+        is_ours = look.mark is not None and look.mark == row.incarnation
+        above = [entry_id for entry_id in look.ids.values() if entry_id > row.last]
+        if "several consumers" in cause:
+            return len(look.consumers) > 1
+        if "another database carries this stream" in cause:
+            return look.mark is not None and not is_ours and look.delivered > row.last
+        if "this is not the stream that was carried" in cause:
+            return not is_ours and any(entry_id <= row.last for entry_id in look.ids.values())
+        return "may be carried already" in cause and row.high is not None and min(above) <= row.high
+
+
+# pytest collects the machine through this. The number of examples is limited only to save time.
+StreamTest = StreamMachine.TestCase
+StreamTest.settings = settings(
+    max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "45")),
+    stateful_step_count=40,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate] + ([] if os.environ.get("PROPERTY_SHRINK") == "no" else [Phase.shrink]),
+    derandomize="PROPERTY_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def servers(redis_url: str, postgres_url: str, template_database: str) -> Any:
+    StreamMachine.redis_url = redis_url
+    StreamMachine.postgres_url = postgres_url
+    StreamMachine.template = template_database
+    StreamMachine.loop = asyncio.new_event_loop()
+    StreamMachine.loop.run_until_complete(_keep_one_entry_a_node(redis_url))
+    yield
+    StreamMachine.loop.close()
+
+
+async def _keep_one_entry_a_node(redis_url: str) -> None:
+    """Redis trims whole nodes only."""
+    async with aioredis.from_url(redis_url) as redis:
+        await redis.config_set("stream-node-max-entries", 1)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.world import World
 from worker.counters.flush.outcome import Busy, Flushed
-from worker.db.counters.source_row import LEASE_TTL
+from worker.db.lease import LEASE_TTL
 from worker.observability.status import SERVERS
 from worker.runtime.worker_id import has_died_here, new_worker_id
 

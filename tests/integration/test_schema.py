@@ -21,9 +21,11 @@ from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tables import metadata
 from worker.errors import SchemaNotCurrent
+from worker.pipelines.model import RecordType
+from worker.pipelines.records import RECORD_TYPES
 
 ROOT = Path(__file__).parents[2]
-TABLES = {"view_counts", "view_count_deltas", "view_counts_hourly", "view_count_flushes", "view_count_sources"}
+TABLES = {*metadata.tables, *RECORD_TYPES}
 
 
 @pytest.fixture
@@ -70,10 +72,28 @@ async def test_migrations_create_the_tables_in_the_code(database: Database) -> N
             difference
             for difference in compare_metadata(context, metadata)
             if not (difference[0] == "remove_index" and str(difference[1].name).endswith("_brin"))
+            and not (difference[0] == "remove_table" and difference[1].name in RECORD_TYPES)
+            and not (difference[0] == "remove_index" and difference[1].table.name in RECORD_TYPES)
         ]
 
     async with database.engine.connect() as connection:
         assert await connection.run_sync(differences) == []
+
+
+@pytest.mark.parametrize("record", RECORD_TYPES.values(), ids=list(RECORD_TYPES))
+async def test_tables_of_records_have_the_columns_of_the_record(
+    database: Database, empty_database_url: str, record: RecordType[Any]
+) -> None:
+    await schema.upgrade(database)
+    sql = await asyncpg.connect(empty_database_url)
+    found = await sql.fetch(
+        "SELECT attname, format_type(atttypid, NULL) FROM pg_attribute "
+        "WHERE attrelid = $1::text::regclass AND attnum > 0 ORDER BY attnum",
+        record.name,
+    )
+    await sql.close()
+    names = {"timestamptz": "timestamp with time zone"}
+    assert [tuple(row) for row in found] == [(name, names.get(kind, kind)) for name, kind in record.columns]
 
 
 async def test_time_columns_have_brin_indexes_without_timescaledb(database: Database, empty_database_url: str) -> None:
@@ -82,6 +102,7 @@ async def test_time_columns_have_brin_indexes_without_timescaledb(database: Data
     found = await sql.fetch("SELECT indexname FROM pg_indexes WHERE indexdef LIKE '%USING brin%' ORDER BY 1")
     await sql.close()
     assert [row["indexname"] for row in found] == [
+        "chunk_requests_time_brin",
         "view_count_deltas_flushed_at_brin",
         "view_counts_hourly_bucket_brin",
     ]

@@ -27,7 +27,11 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
     one_connection = Database(address, pool_size=1, overflow=0)
     await schema.upgrade(one_connection)
     hypertables = "SELECT hypertable_name FROM timescaledb_information.hypertables ORDER BY 1"
-    assert await rows(one_connection, hypertables) == [("view_count_deltas",), ("view_counts_hourly",)]
+    assert await rows(one_connection, hypertables) == [
+        ("chunk_requests",),
+        ("view_count_deltas",),
+        ("view_counts_hourly",),
+    ]
 
     world = World(redis_url, timescale_url)
     worker = InProcessWorker(load_settings(environ=world.environment), one_connection)

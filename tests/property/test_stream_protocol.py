@@ -38,6 +38,8 @@ WORKERS = 3
 BACKLOG = 10
 TABLES = ("stream_positions", "chunk_requests", "dead_letters")
 DOCUMENTS = {"good": streams.good, "poison": streams.poison, "refused": streams.refused}
+ACTORS = st.integers(0, WORKERS - 1)
+TURNS = st.integers(0, 1)
 KINDS = st.lists(st.sampled_from(["good", "good", "good", "poison", "refused"]), min_size=1, max_size=5)
 FAULTS = {
     "rewind": "Redis restarts from an older copy, or the key is restored from one",
@@ -326,7 +328,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.run(self._begin())
         if carried:
             self.add(["good"] * carried, same_ms=False)
-            self.take_over(0, turn=0)
+            self.take_over(0, IDLE, turn=0)
 
     async def _begin(self) -> None:
         self.name = f"vw_prop_{uuid4().hex[:12]}"
@@ -382,50 +384,42 @@ class StreamMachine(RuleBasedStateMachine):
 
     # What workers do
 
-    @rule(actor=st.integers(0, WORKERS - 1), steps=st.integers(1, 20), turn=st.integers(0, 1))
-    def step(self, actor: int, steps: int, turn: int) -> None:
-        for _ in range(steps):
-            self.run(self.actors[actor].step(turn))
+    def step(self, actor: int, steps: int, turn: int, fails: bool) -> None:
+        """Run a few gates on. With `fails`, the last command fails."""
+        for left in reversed(range(steps)):
+            self.run(self.actors[actor].step(turn, fail=fails and left == 0))
 
-    @rule(actor=st.integers(0, WORKERS - 1), kinds=KINDS, gate=st.sampled_from(GATES), turn=st.integers(0, 1))
     def carry_up_to(self, actor: int, kinds: list[str], gate: str, turn: int) -> None:
         """Add entries, free the lease, and run a worker to the gate."""
         self.add(kinds, same_ms=False)
+        self.take_over(actor, gate, turn)
+
+    def take_over(self, actor: int, gate: str, turn: int) -> None:
+        self.run(self._copy_database())
         self.run(self._expire())
         self.run(self.actors[actor].run_up_to(gate, turn))
 
-    @rule(actor=st.integers(0, WORKERS - 1), turn=st.integers(0, 1))
-    def take_over(self, actor: int, turn: int) -> None:
-        self.run(self._expire())
+    def run_until_idle(self, actor: int, renews: bool, turn: int) -> None:
+        if renews:
+            self.run(self.actors[actor].renew())
         self.run(self.actors[actor].run_up_to(IDLE, turn))
 
-    @rule(actor=st.integers(0, WORKERS - 1), turn=st.integers(0, 1))
-    def run_until_idle(self, actor: int, turn: int) -> None:
-        self.run(self.actors[actor].run_up_to(IDLE, turn))
+    def meet(self, actor: int, what: str) -> None:
+        self.run(self._meet(actor, what))
 
-    @rule(actor=st.integers(0, WORKERS - 1), turn=st.integers(0, 1))
-    def fail(self, actor: int, turn: int) -> None:
-        self.run(self.actors[actor].step(turn, fail=True))
-
-    @rule(actor=st.integers(0, WORKERS - 1))
-    def kill(self, actor: int) -> None:
-        self.run(self.actors[actor].kill())
-        self.actors[actor] = Actor(self)
-
-    @rule(actor=st.integers(0, WORKERS - 1))
-    def postgres_ends_the_frozen_transaction(self, actor: int) -> None:
-        backend = self.actors[actor].backend
-        if backend is not None:
-            self.run(self.terminate(backend))
-            self.actors[actor].backend = None
-
-    @rule(actor=st.integers(0, WORKERS - 1))
-    def renew(self, actor: int) -> None:
-        self.run(self.actors[actor].renew())
-
-    @rule()
-    def lease_expires(self) -> None:
-        self.run(self._expire())
+    async def _meet(self, number: int, what: str) -> None:
+        actor = self.actors[number]
+        match what:
+            case "kill":
+                await actor.kill()
+                self.actors[number] = Actor(self)
+            case "end its transaction" if actor.backend is not None:
+                await self.terminate(actor.backend)
+                actor.backend = None
+            case "expire":
+                await self._expire()
+            case "renew":
+                await actor.renew()
 
     async def _expire(self) -> None:
         await self.world.sql.execute(
@@ -435,13 +429,13 @@ class StreamMachine(RuleBasedStateMachine):
 
     # What producers and other readers do
 
-    @rule(kinds=KINDS, same_ms=st.booleans())
     def add(self, kinds: list[str], same_ms: bool) -> None:
         # A long backlog takes long to carry, and shows nothing more.
         if len(self.present - set(self.stored.carried)) < BACKLOG:
             self.run(self._add(kinds, same_ms))
 
     async def _add(self, kinds: list[str], same_ms: bool) -> None:
+        await self._copy_redis()
         self.clock_ms += not same_ms
         for kind in kinds:
             number = len(self.kinds)
@@ -455,16 +449,14 @@ class StreamMachine(RuleBasedStateMachine):
         self.active.line += (what,)
         self.newest[self.active.family] = self.active.line
 
-    @precondition(lambda self: self.present)
-    @rule(index=st.integers(0, 100))
-    def delete_an_entry(self, index: int) -> None:
-        number = sorted(self.present)[index % len(self.present)]
-        self.run(self._remove(self.redis.xdel(self.active.key, str(self.ids[number]))))
-
-    @precondition(lambda self: self.present)
-    @rule(left=st.integers(0, 3))
-    def trim(self, left: int) -> None:
-        self.run(self._remove(self.redis.xtrim(self.active.key, maxlen=left, approximate=False)))
+    def remove(self, index: int, trim: bool) -> None:
+        """Delete one entry, or all but the last ones."""
+        number = sorted(self.present)[-1 - index % len(self.present)]
+        key = self.active.key
+        if trim:
+            self.run(self._remove(self.redis.xtrim(key, maxlen=index % len(self.present), approximate=False)))
+        else:
+            self.run(self._remove(self.redis.xdel(key, str(self.ids[number]))))
 
     async def _remove(self, removal: Awaitable[Any]) -> None:
         before = self.present
@@ -472,8 +464,6 @@ class StreamMachine(RuleBasedStateMachine):
         self.present = set((await self._look()).ids)
         self.removed |= before - self.present - set(self.stored.carried)
 
-    @precondition(lambda self: self.keep)
-    @rule(count=st.integers(1, 3), acknowledge=st.booleans())
     def another_group_reads(self, count: int, acknowledge: bool) -> None:
         self.run(self._read_with("other", "reader", count, acknowledge))
 
@@ -489,14 +479,16 @@ class StreamMachine(RuleBasedStateMachine):
 
     # Faults
 
-    def _fault(name: str, more: Callable[[Any], Any] = lambda _: True) -> Any:  # type: ignore[misc]  # noqa: N805
-        return precondition(lambda self: name in self.faults and more(self))
+    async def _copy_redis(self) -> None:
+        if {"rewind", "failover"} & self.faults:
+            dump = await self.redis.dump(self.active.key)
+            self.copies.append(Copy(dump, self.active.family, self.active.line))
 
-    @precondition(lambda self: {"rewind", "failover"} & self.faults)
-    @rule()
-    def copy_redis(self) -> None:
-        dump = self.run(self.redis.dump(self.active.key))
-        self.copies.append(Copy(dump, self.active.family, self.active.line))
+    async def _copy_database(self) -> None:
+        if "restore" in self.faults:
+            async with self.world.sql.transaction(isolation="repeatable_read"):
+                tables = {table: await self.world.sql.fetch(f"SELECT * FROM {table}") for table in TABLES}
+            self.database_states.append(tables)
 
     def _reachable(self, places: Iterable[Any], family: int | None = None) -> list[Any]:
         """Of copies or servers, those that the name or the data may come to."""
@@ -515,11 +507,9 @@ class StreamMachine(RuleBasedStateMachine):
         # A restart and a failover take longer than that.
         self.clock_ms += 1
 
-    @_fault("rewind", lambda self: self._reachable(self.copies, self.active.family))
-    @rule(index=st.integers(0, 100), restart=st.booleans())
     def redis_goes_back(self, index: int, restart: bool) -> None:
         copies = self._reachable(self.copies, self.active.family)
-        copy = copies[index % len(copies)]
+        copy = copies[-1 - index % len(copies)]
         self._come_to(copy, "rewind")
         self.run(self._put(self.active.key, copy.dump))
         self.active.line = copy.line
@@ -528,30 +518,24 @@ class StreamMachine(RuleBasedStateMachine):
                 actor.is_cut = True
         self._arrive()
 
-    @_fault("failover")
-    @rule(index=st.integers(0, 100), lagging=st.booleans())
     def a_replica_is_promoted(self, index: int, lagging: bool) -> None:
         dump = self.run(self.redis.dump(self.active.key))
         copies = self._reachable(self.copies, self.active.family)
         exact = Copy(dump, self.active.family, self.active.line)
-        copy = copies[index % len(copies)] if lagging and copies else exact
+        copy = copies[-1 - index % len(copies)] if lagging and copies else exact
         self._come_to(copy, "failover")
         self.active = self._new_server(copy.family, copy.line)
         self.run(self._put(self.active.key, copy.dump))
         self._arrive()
 
-    @_fault("elsewhere")
-    @rule()
     def name_moves_to_a_new_redis(self) -> None:
         self.happened.add("elsewhere")
         self.active = self._new_server(family=len(self.servers))
         self._arrive()
 
-    @precondition(lambda self: {"failover", "elsewhere"} & self.faults and len(self.servers) > 1)
-    @rule(index=st.integers(0, 100))
     def name_moves_back(self, index: int) -> None:
         servers = self._reachable(self.servers)
-        server = servers[index % len(servers)]
+        server = servers[-1 - index % len(servers)]
         self._come_to(server, "failover" if server.family == self.active.family else "elsewhere")
         self.active = server
         self._arrive()
@@ -565,21 +549,15 @@ class StreamMachine(RuleBasedStateMachine):
         else:
             await self.redis.restore(key, 0, dump, replace=True)
 
-    @_fault("delete")
-    @rule()
     def stream_is_deleted(self) -> None:
         self.happened.add("delete")
         self.run(self._remove(self.redis.delete(self.active.key)))
         self._happens_to_the_stream(-1 - len(self.active.line))
 
-    @_fault("destroy", lambda self: self.present)
-    @rule()
     def group_is_destroyed(self) -> None:
         self.happened.add("destroy")
         self.run(self.redis.xgroup_destroy(self.active.key, GROUP))
 
-    @_fault("stranger", lambda self: self.present)
-    @rule(what=st.sampled_from(["reads", "leaves", "deletes our consumer"]))
     def stranger_in_our_group(self, what: str) -> None:
         self.happened.add("stranger")
         self.run(self._stranger(what))
@@ -592,25 +570,14 @@ class StreamMachine(RuleBasedStateMachine):
             if (name == "stranger") is (what == "leaves"):
                 await self.redis.xgroup_delconsumer(self.active.key, GROUP, name)
 
-    @_fault("restore")
-    @rule()
-    def copy_database(self) -> None:
-        self.database_states.append(self.run(self._tables()))
-
-    @_fault("restore", lambda self: self.database_states)
-    @rule(index=st.integers(0, 100))
     def database_is_restored(self, index: int) -> None:
         """Sessions with a transaction end. Workers live on, with what they remember."""
         self.happened.add("restore")
         for number in range(WORKERS):
-            self.postgres_ends_the_frozen_transaction(number)
-        self.run(self._restore(self.database_states[index % len(self.database_states)]))
+            self.meet(number, "end its transaction")
+        self.run(self._restore(self.database_states[-1 - index % len(self.database_states)]))
         self.stored = self.run(read_stored(self.world.sql, self.world.stream))
         self.removed |= set(range(len(self.kinds))) - self.present - set(self.stored.carried)
-
-    async def _tables(self) -> dict[str, list[Any]]:
-        async with self.world.sql.transaction(isolation="repeatable_read"):
-            return {table: await self.world.sql.fetch(f"SELECT * FROM {table}") for table in TABLES}
 
     async def _restore(self, tables: dict[str, list[Any]]) -> None:
         async with self.world.sql.transaction():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -76,6 +77,8 @@ _CLASSES = {
     "XX": ErrorClass.HOLD,
 }
 NOT_NULL_VIOLATION = "23502"
+# What the driver says of a value that it cannot send; the value itself follows.
+_CLIENT_SIDE = re.compile(r"invalid input for query argument \$\d+")
 
 
 def classify(error: BaseException, columns: Container[str]) -> ErrorClass:
@@ -182,5 +185,7 @@ def describe(error: BaseException) -> str:
     if isinstance(origin, TimeoutError):
         return "no answer in time"
     text = str(origin).split("\n", 1)[0].strip() or type(origin).__name__
+    if match := _CLIENT_SIDE.match(text):
+        text = match.group()
     state = sqlstate(error)
     return f"{text[:200]} (SQLSTATE {state})" if state else text[:200]

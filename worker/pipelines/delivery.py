@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from worker.errors import TableRefused, Unavailable, UnknownFailure
+from worker.errors import TableRefused, UnknownFailure
 from worker.observability.logs import get_logger
 from worker.pipelines.model import Written
 
@@ -24,7 +24,10 @@ TRIES_OVER = "The log has the error. It is tried again; restart the worker or lo
 
 
 class Delivery(Generic[R]):
-    """Measures each write. An error of unknown class is tried again `max_retries` times, `retry_delay` (s) apart."""
+    """Measures each write. An error of unknown class is tried again `max_retries` times.
+
+    The pause before the first of these tries is `retry_delay` (seconds); it doubles with each.
+    """
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class Delivery(Generic[R]):
         started = self._clock.monotonic()
         try:
             outcome = await self._sink.write(batch)
-        except (Unavailable, TableRefused, UnknownFailure):
+        except BaseException:
             self._observer.failed(len(batch))
             raise
         if not isinstance(outcome, Written):

@@ -181,8 +181,11 @@ class Source(Protocol[R]):
     def done(self, batch: Batch[R], outcome: WriteOutcome) -> None:
         """`batch` was written, or not claimed."""
 
-    def reset(self) -> None:
-        """The last batch may or may not be written: forget what was read, and find out by the next `read`."""
+    def reset(self, *, smaller: bool = False) -> None:
+        """The last batch may or may not be written: forget what was read, and find out by the next `read`.
+
+        With `smaller`, the next batches are smaller: a write may have failed because of its size.
+        """
 
     async def wait(self, seconds: float) -> None:
         """Until there may be more to read; at most so long."""

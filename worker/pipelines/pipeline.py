@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from worker.errors import DatabaseRefused, TableRefused, Unavailable
+from worker.errors import DatabaseRefused, TableRefused, Unavailable, cause_of
 from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
@@ -29,6 +29,7 @@ R = TypeVar("R")
 IDLE_S = 5.0
 # How long a hold is still shown after the lease went to another worker.
 HOLD_SHOWN_S = 90.0
+UNEXPECTED = "Nothing is lost: the entries stay in Redis. The log has the details."
 
 
 @dataclass(kw_only=True)
@@ -62,6 +63,10 @@ class Pipeline(Generic[R]):
                     await self._failed(stop, str(error), error.remedy)
                 except (TableRefused, DatabaseRefused) as error:
                     await self._hold(stop, OnHold(str(error), error.remedy))
+                except Exception as error:
+                    # A mistake in one pipeline must not end the process, and with it the others.
+                    log.error("pipeline failed", pipeline=self.name, exc_info=error)
+                    await self._failed(stop, cause_of(error), UNEXPECTED)
         finally:
             await self.source.close()
         await self._release_lease()
@@ -91,7 +96,7 @@ class Pipeline(Generic[R]):
         reading = self.source.read_ahead(batch) if batch.full else _nothing()
         outcome, ahead = await asyncio.gather(self.delivery.deliver(batch), reading, return_exceptions=True)
         if isinstance(outcome, BaseException):
-            self.source.reset()
+            self.source.reset(smaller=True)
             raise outcome
         if isinstance(ahead, BaseException):
             raise ahead

@@ -20,12 +20,13 @@ Entry = tuple[EntryId, "list[bytes]"]
 
 def parse_entries(reply: Sequence[Any]) -> list[Entry]:
     """The reply to XRANGE: ids, and fields and values in turn."""
-    return [(EntryId.parse(raw_id), fields) for raw_id, fields in reply]
+    return [(EntryId(int(ms), int(seq)), fields) for raw_id, fields in reply for ms, _, seq in [raw_id.partition(b"-")]]
 
 
-def size_of(fields: list[bytes]) -> int:
+def size_of(entry: Entry) -> int:
     """Bytes of an entry."""
-    return sum(map(len, fields))
+    _, fields = entry
+    return len(fields[0]) + len(fields[1]) if len(fields) == 2 else sum(map(len, fields))
 
 
 def find_document(fields: list[bytes], name: bytes) -> bytes:
@@ -48,9 +49,10 @@ def read_entries(
     items: list[Item[Any]] = []
     letters: list[Letter] = []
     parse = record.parse
-    for entry_id, fields in entries:
-        origin = f"{stream}/{entry_id}"
-        size = size_of(fields)
+    for entry in entries:
+        entry_id, fields = entry
+        origin = f"{stream}/{entry_id.ms}-{entry_id.seq}"
+        size = size_of(entry)
         try:
             if size > MAX_ENTRY_BYTES:
                 raise InvalidRecord("too_large", f"the entry has {size} bytes; 1 MiB is the limit")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,12 @@ class Disagreed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Two looks that agree, and the entries between them. `opened` names the connection."""
+    """Two looks that agree, and the entries between them, at most `count`. `opened` names the connection."""
 
     first: Evidence | NoStream
     second: Evidence | NoStream
     entries: list[Entry]
+    count: int
     opened: int
 
     @property
@@ -95,7 +96,7 @@ class Looker:
         for reply in (first, second):
             if isinstance(reply, ResponseError):
                 await self._refuse(reply)
-        seen = Seen(await self._evidence(first), await self._evidence(second), [], self.connection.opened)
+        seen = Seen(await self._evidence(first), await self._evidence(second), [], count, self.connection.opened)
         if not isinstance(seen.first, Evidence):
             return seen
         if isinstance(entries, ResponseError):
@@ -103,7 +104,7 @@ class Looker:
         found = parse_entries(entries)
         if not isinstance(seen.second, Evidence) or not seen.second.confirms(seen.first):
             return None
-        return Seen(seen.first, seen.second, found, seen.opened) if _is_complete(seen.first, found, count) else None
+        return replace(seen, entries=found) if _is_complete(seen.first, found, count) else None
 
     def _script(self, row: Position, after: EntryId, new_mark: str, *, look_only: bool) -> Command:
         return (

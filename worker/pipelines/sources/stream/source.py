@@ -11,7 +11,7 @@ from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
 from worker.pipelines.metrics import count_backlog
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
-from worker.pipelines.sources.stream.entries import MAX_ENTRY_BYTES, read_entries, size_of
+from worker.pipelines.sources.stream.entries import read_entries, size_of
 from worker.pipelines.sources.stream.evidence import Evidence
 from worker.pipelines.sources.stream.judge import Carry, Caught, Hold, Skip, Subject, Wait, judge, make_move
 from worker.pipelines.sources.stream.look import Disagreed, NotAllowed
@@ -97,6 +97,7 @@ class StreamSource(Generic[R]):
         self._row: Position | None = None
         self._seen: Evidence | None = None
         self._mean_bytes = 1024.0
+        self._limit = reading.batch_size
 
     async def read(self) -> ReadOutcome[R]:
         """The entries after the position. Raises Unavailable."""
@@ -150,13 +151,16 @@ class StreamSource(Generic[R]):
             if isinstance(batch.claim, PositionClaim):
                 self._observer.moved(batch.claim.move, len(batch), batch.backlog)
             self._row = batch.following
+            self._limit = min(self._reading.batch_size, self._limit * 2)
         else:
             self._row = None
             if isinstance(outcome, NotClaimed):
                 log.info("batch not claimed", stream=self._position.stream)
 
-    def reset(self) -> None:
+    def reset(self, *, smaller: bool = False) -> None:
         self._row = None
+        if smaller:
+            self._limit = max(1, self._limit // 2)
 
     async def wait(self, seconds: float) -> None:
         """Until an entry comes, at most `seconds`. What the blocking command returns is not used: only looks count."""
@@ -189,19 +193,17 @@ class StreamSource(Generic[R]):
             return await self._position.owner_of(tx, first.mark)
 
     def _count(self) -> int:
-        return max(1, min(self._reading.batch_size, int(REPLY_BYTES / self._mean_bytes)))
+        return max(1, min(self._limit, int(REPLY_BYTES / self._mean_bytes)))
 
     def _carry(self, row: Position, seen: Seen, carry: Carry) -> StreamBatch[R]:
         first, second = seen.first, seen.second
         assert isinstance(first, Evidence)  # only such evidence is carried  # noqa: S101
         assert isinstance(second, Evidence)  # it confirmed the first  # noqa: S101
         entries = seen.entries
-        # An id that does not fit is found by a later look, whose last id it is or exceeds.
-        fitting = [entry for entry in entries if entry[0].fits]
-        sizes = sum(min(size_of(fields), MAX_ENTRY_BYTES) for _, fields in fitting)
-        self._mean_bytes = max(64.0, 0.5 * self._mean_bytes + 0.5 * sizes / len(fitting))
-        move = make_move(row, first, second, row.last, fitting[-1][0], len(fitting), carry)
-        return self._batch(row, seen, move, fitting, full=len(entries) >= self._reading.batch_size)
+        mean_bytes = sum(map(size_of, entries)) / len(entries)
+        self._mean_bytes = max(64.0, 0.5 * self._mean_bytes + 0.5 * mean_bytes)
+        move = make_move(row, first, second, row.last, entries[-1][0], len(entries), carry)
+        return self._batch(row, seen, move, entries, full=len(entries) >= seen.count)
 
     def _batch(self, row: Position, seen: Seen, move: Move, entries: list[Any], *, full: bool) -> StreamBatch[R]:
         token = self._lease.token

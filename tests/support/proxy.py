@@ -28,6 +28,10 @@ class Proxy:
         self.requests: list[bytes] = []
         self.connections = 0
 
+    def move_to(self, server_url: str) -> None:
+        """Connect new clients to another server. Open connections stay where they are."""
+        self._server = urlsplit(server_url)
+
     def reset_at(self, answer: bytes) -> None:
         """Reset the connection when the server sends these bytes, instead of passing them on."""
         self._reset_at = answer

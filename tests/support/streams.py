@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tests.support.records import InProcessCarrier
 from worker.contract.entry_id import EntryId
 from worker.observability.status import SERVERS
-from worker.pipelines.model import Batch, ReadOutcome, WriteOutcome
+from worker.pipelines.model import Batch, ReadOutcome, WriteOutcome, Written
 
 # When the tests' entries are added, in milliseconds. It lies in the past, so KEEP never protects an entry.
 BEGAN_MS = 1_700_000_000_000
@@ -71,7 +71,7 @@ class StreamWorker:
         """Read and write until there is no batch; return what was read instead."""
         read = await self.read()
         while isinstance(read, Batch):
-            await self.write(read)
+            assert isinstance(await self.write(read), Written)
             read = await self.source.read()
         return read
 

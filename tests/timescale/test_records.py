@@ -47,8 +47,8 @@ class Carried:
         items = []
         for number, document in enumerate(documents):
             raw = json.dumps({"time": NOW.isoformat(), "path": "/", **document}).encode()
-            items.append(Item(f"s/{number}-0", raw, CHUNK_REQUESTS.parse(raw, after, WINDOW)))
-        return Batch(claim, items)
+            items.append(Item(number, raw, CHUNK_REQUESTS.parse(raw, after, WINDOW)))
+        return Batch(claim, "s", items)
 
     async def write(self, *documents: dict[str, object]) -> Written:
         batch = self.batch(*documents)

@@ -72,9 +72,9 @@ class Case:
         self.delivery = Delivery(
             self.sink, self.observer, clock, max_retries=max_retries, retry_delay=0.1, sleep=self.observer.sleep
         )
-        items = [Item("s/1-0", b"1", "one"), Item("s/2-0", b"2", "two")]
+        items = [Item("1-0", b"1", "one"), Item("2-0", b"2", "two")]
         oldest = None if age is None else clock.now().timestamp() - age
-        self.batch = Batch(FreeClaim(), items, [Letter("s/3-0", "not_json", "text", b"3")], oldest=oldest)
+        self.batch = Batch(FreeClaim(), "s", items, [Letter("s/3-0", "not_json", "text", b"3")], oldest=oldest)
 
     async def deliver(self) -> WriteOutcome:
         return await self.delivery.deliver(self.batch)

@@ -49,7 +49,7 @@ def test_document_is_found(fields: list[bytes], name: bytes) -> None:
     assert find_document(fields, name) == DOCUMENT
     item = read(*fields, field=name)
     assert isinstance(item, Item)
-    assert (item.origin, item.payload, item.record.path) == (ORIGIN, DOCUMENT, "/a")
+    assert (f"requests/{item.key}", item.payload, item.record.path) == (ORIGIN, DOCUMENT, "/a")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_neighbours_of_a_bad_entry_are_records_in_their_order() -> None:
     documents = [DOCUMENT, b"junk", DOCUMENT, b"", DOCUMENT]
     entries = [(entry_id, [b"data", document]) for entry_id, document in zip(ids, documents, strict=True)]
     items, letters = read_entries(entries, CHUNK_REQUESTS, b"data", Window(60, 60), "s")
-    assert [item.origin for item in items] == [f"s/{ID.ms}-0", f"s/{ID.ms}-2", f"s/{ID.ms}-4"]
+    assert [f"s/{item.key}" for item in items] == [f"s/{ID.ms}-0", f"s/{ID.ms}-2", f"s/{ID.ms}-4"]
     assert [letter.origin for letter in letters] == [f"s/{ID.ms}-1", f"s/{ID.ms}-3"]
 
 
@@ -132,7 +132,8 @@ junk = st.one_of(st.binary(max_size=40), st.sampled_from([b"data", DOCUMENT]))
 @given(st.lists(st.tuples(junk, junk), min_size=1, max_size=4), junk)
 def test_every_entry_becomes_an_item_or_a_letter(pairs: list[tuple[bytes, bytes]], name: bytes) -> None:
     found = read(*(part for pair in pairs for part in pair), field=name)
-    assert found.origin == ORIGIN
+    origin = found.origin if isinstance(found, Letter) else f"requests/{found.key}"
+    assert origin == ORIGIN
     assert isinstance(found, Letter) or found.payload == DOCUMENT
 
 

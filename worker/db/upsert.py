@@ -75,7 +75,9 @@ class RecordTable:
             statement = self._insert_once
         else:
             statement = self._insert
-        await tx.execute(statement, dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True)))
+        # Beside longer arrays, unnest fills up an empty one with NULLs: what nobody sends costs nothing.
+        columns = [list(some) if any(value is not None for value in some) else [] for some in zip(*rows, strict=True)]
+        await tx.execute(statement, dict(zip(self._names, columns, strict=True)))
 
 
 def _insertion(record: RecordShape) -> Insert:

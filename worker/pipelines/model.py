@@ -79,16 +79,16 @@ class RecordType(Generic[R]):
 
 
 class Item(NamedTuple, Generic[R]):
-    """A valid record, with the origin and the document to keep if the table refuses it."""
+    """A valid record. `key` is its place in the batch's origin, and `payload` its document: for a dead letter."""
 
-    origin: str
+    key: object
     payload: bytes
     record: R
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A dead letter: a record that cannot become a row. `origin` says where it came from, such as `stream/1-0`."""
+    """A dead letter: a record that cannot become a row. `origin` is where it came from, such as `stream/1-0`."""
 
     origin: str
     error_class: str
@@ -108,10 +108,12 @@ class Claim(Protocol):
 class Batch(Generic[R]):
     """Records in their order, and letters for those that are not valid. `full`: more is waiting behind it.
 
-    `oldest` is the arrival of its first record, in seconds since the epoch; None without records.
+    `origin` is where they came from, such as the name of a stream; a record's own origin is `origin/key`. `oldest` is
+    the arrival of its first record, in seconds since the epoch; None without records.
     """
 
     claim: Claim
+    origin: str = ""
     items: Sequence[Item[R]] = ()
     letters: Sequence[Letter] = ()
     full: bool = False

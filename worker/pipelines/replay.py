@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from worker.contract.entry_id import EntryId
 from worker.db.dead_letters import newest_letter, read_letters, take_letters
 from worker.pipelines.model import Batch, InvalidRecord, Item, Written
+from worker.pipelines.sources.stream.entries import TOO_LARGE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from worker.pipelines.model import RecordType, Sink, Window
 
 LETTERS_AT_ONCE = 100
-TOO_LARGE = "too_large"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,19 @@ async def _replay_page(
     record: RecordType[Any], sink: Sink[Any], letters: list[StoredLetter], window: Window
 ) -> Replayed:
     done = Replayed()
-    items: dict[int, Item[Any]] = {}
+    by_origin: dict[str, dict[int, Item[Any]]] = {}
     for letter in letters:
         try:
-            items[letter.id] = _read(record, letter, window)
+            item = _read(record, letter, window)
         except InvalidRecord as error:
             done.invalid[letter.id] = str(error)
-    if items:
-        outcome = await sink.write(Batch(LetterClaim(tuple(items)), tuple(items.values())))
+        else:
+            by_origin.setdefault(letter.origin.rpartition("/")[0], {})[letter.id] = item
+    for origin, items in by_origin.items():
+        outcome = await sink.write(Batch(LetterClaim(tuple(items)), origin, tuple(items.values())))
         if isinstance(outcome, Written):
-            done.rows, done.refused = outcome.rows, outcome.letters
+            done.rows += outcome.rows
+            done.refused += outcome.letters
         else:
             done.invalid |= dict.fromkeys(items, "another replay or purge takes letters of this page")
     return done
@@ -86,4 +89,4 @@ def _read(record: RecordType[Any], letter: StoredLetter, window: Window) -> Item
         entry_id = EntryId.parse(letter.origin.rpartition("/")[2].encode())
     except ValueError:
         raise InvalidRecord("origin", f"the origin {letter.origin} is not an entry") from None
-    return Item(letter.origin, letter.payload, record.parse(letter.payload, entry_id, window))
+    return Item(entry_id, letter.payload, record.parse(letter.payload, entry_id, window))

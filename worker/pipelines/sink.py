@@ -57,26 +57,26 @@ class PostgresSink(Generic[R]):
             raise UnknownFailure(str(error)) from error
 
     async def _write(
-        self, batch: Batch[R], insert: Callable[[Transaction, Sequence[Item[R]]], Awaitable[list[Letter]]]
+        self, batch: Batch[R], insert: Callable[[Transaction, Batch[R]], Awaitable[list[Letter]]]
     ) -> WriteOutcome:
         refused_before = self._refused_in_a_row
         try:
             async with self._database.transaction() as tx:
                 if not await batch.claim.take(tx):
                     return NotClaimed()
-                refused = await insert(tx, batch.items) if batch.items else []
+                refused = await insert(tx, batch) if batch.items else []
                 await write_letters(tx, self._record.name, [*batch.letters, *refused])
         except BaseException:
             self._refused_in_a_row = refused_before
             raise
         return Written(len(batch.items) - len(refused), len(batch.letters) + len(refused))
 
-    async def _insert_all(self, tx: Transaction, items: Sequence[Item[R]]) -> list[Letter]:
-        await self._table.insert(tx, self._rows(items))
+    async def _insert_all(self, tx: Transaction, batch: Batch[R]) -> list[Letter]:
+        await self._table.insert(tx, self._rows(batch.items))
         self._refused_in_a_row = 0
         return []
 
-    async def _insert_by_halves(self, tx: Transaction, items: Sequence[Item[R]]) -> list[Letter]:
+    async def _insert_by_halves(self, tx: Transaction, batch: Batch[R]) -> list[Letter]:
         letters: list[Letter] = []
 
         async def attempt(part: Sequence[Item[R]]) -> None:
@@ -90,9 +90,10 @@ class PostgresSink(Generic[R]):
             self._refused_in_a_row += 1
             if self._refused_in_a_row > MAX_REFUSED_IN_A_ROW:
                 raise TableRefused(f"the table refuses every record: {describe(error)}", RIGHTS) from error
-            letters.append(Letter(item.origin, "refused", describe(error), item.payload, sqlstate(error)))
+            origin = f"{batch.origin}/{item.key}"
+            letters.append(Letter(origin, "refused", describe(error), item.payload, sqlstate(error)))
 
-        async for _ in bisect(items, attempt, self._concerns_a_row, reject):
+        async for _ in bisect(batch.items, attempt, self._concerns_a_row, reject):
             pass
         return letters
 

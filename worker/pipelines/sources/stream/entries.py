@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MAX_ENTRY_BYTES = 1024 * 1024
 KEPT_BYTES = 64 * 1024
+TOO_LARGE = "too_large"
 
 Entry = tuple[EntryId, "list[bytes]"]
 
@@ -21,12 +22,6 @@ Entry = tuple[EntryId, "list[bytes]"]
 def parse_entries(reply: Sequence[Any]) -> list[Entry]:
     """The reply to XRANGE: ids, and fields and values in turn."""
     return [(EntryId(int(ms), int(seq)), fields) for raw_id, fields in reply for ms, _, seq in [raw_id.partition(b"-")]]
-
-
-def size_of(entry: Entry) -> int:
-    """Bytes of an entry."""
-    _, fields = entry
-    return len(fields[0]) + len(fields[1]) if len(fields) == 2 else sum(map(len, fields))
 
 
 def find_document(fields: list[bytes], name: bytes) -> bytes:
@@ -49,21 +44,16 @@ def read_entries(
     items: list[Item[Any]] = []
     letters: list[Letter] = []
     parse = record.parse
-    for entry in entries:
-        entry_id, fields = entry
-        origin = f"{stream}/{entry_id.ms}-{entry_id.seq}"
-        size = size_of(entry)
+    for entry_id, fields in entries:
+        document, size = _joined(fields), sum(map(len, fields))
         try:
             if size > MAX_ENTRY_BYTES:
-                raise InvalidRecord("too_large", f"the entry has {size} bytes; 1 MiB is the limit")
+                raise InvalidRecord(TOO_LARGE, f"the entry has {size} bytes; 1 MiB is the limit")
             document = find_document(fields, field)
+            items.append(Item(entry_id, document, parse(document, entry_id, window)))
         except InvalidRecord as error:
-            letters.append(Letter(origin, error.error_class, str(error), _joined(fields)[:KEPT_BYTES]))
-            continue
-        try:
-            items.append(Item(origin, document, parse(document, entry_id, window)))
-        except InvalidRecord as error:
-            letters.append(Letter(origin, error.error_class, str(error), document))
+            kept = document if size <= MAX_ENTRY_BYTES else document[:KEPT_BYTES]
+            letters.append(Letter(f"{stream}/{entry_id}", error.error_class, str(error), kept))
     return items, letters
 
 

@@ -11,7 +11,7 @@ from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
 from worker.pipelines.metrics import count_backlog
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
-from worker.pipelines.sources.stream.entries import read_entries, size_of
+from worker.pipelines.sources.stream.entries import read_entries
 from worker.pipelines.sources.stream.evidence import Evidence
 from worker.pipelines.sources.stream.judge import Carry, Caught, Hold, Skip, Subject, Wait, judge, make_move
 from worker.pipelines.sources.stream.look import Disagreed, NotAllowed
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from worker.db.lease import Lease
     from worker.db.positions import Move, Position, StreamPosition
     from worker.db.session import Database, Transaction
-    from worker.pipelines.model import ReadOutcome, RecordType, Window, WriteOutcome
+    from worker.pipelines.model import Item, Letter, ReadOutcome, RecordType, Window, WriteOutcome
     from worker.pipelines.observer import StreamObserver
+    from worker.pipelines.sources.stream.entries import Entry
     from worker.pipelines.sources.stream.look import Looker, Seen
     from worker.redis.stream import StreamConnection
 
@@ -34,6 +35,8 @@ R = TypeVar("R")
 
 REPLY_BYTES = 8 * 1024 * 1024
 BLOCK_MS = 5000
+# Entries that are parsed at a stretch: less than a millisecond.
+SLICE = 100
 BLOCK_TIMEOUT_S = 4.0 + BLOCK_MS / 1000
 
 
@@ -95,13 +98,15 @@ class StreamSource(Generic[R]):
         self._new_mark = new_mark
         self._subject = Subject(position.stream, reading.settings_prefix)
         self._row: Position | None = None
+        # The lease's token before the row was read. What is made from the row is claimed with it.
+        self._token: UUID | None = None
         self._seen: Evidence | None = None
         self._mean_bytes = 1024.0
         self._limit = reading.batch_size
 
     async def read(self) -> ReadOutcome[R]:
         """The entries after the position. Raises Unavailable."""
-        row = self._row or await self._read_row()
+        row = await self._current_row()
         try:
             seen = await self._looker.look(row, row.last, self._count(), self._new_mark())
         except NotAllowed as error:
@@ -113,7 +118,8 @@ class StreamSource(Generic[R]):
         self._observe(row, seen)
         match verdict:
             case Hold(cause, remedy):
-                return OnHold(cause, remedy)
+                # A worker that lost the lease without knowing it may have judged by a row that another one has moved.
+                return OnHold(cause, remedy) if row == await self._read_row() else await self.read()
             case Wait(cause):
                 return Idle(cause, keep_lease=False)
             case Caught():
@@ -121,9 +127,9 @@ class StreamSource(Generic[R]):
             case Skip(move, went_back):
                 if went_back:
                     log.error("Redis went back", stream=self._position.stream, to=str(move.after), high=str(move.high))
-                return self._batch(row, seen, move, [], full=False)
+                return await self._batch(row, seen, move, [], full=False)
             case Carry():
-                return self._carry(row, seen, verdict)
+                return await self._carry(row, seen, verdict)
 
     async def read_ahead(self, batch: Batch[R]) -> Batch[R] | None:
         """As `read`, after `batch`. Only on the same stream by the same connection; else None."""
@@ -143,7 +149,7 @@ class StreamSource(Generic[R]):
         verdict = judge(expected, first, seen.ids, None, self._subject)
         if not isinstance(verdict, Carry) or verdict.adopt:
             return None
-        return self._carry(expected, seen, verdict)
+        return await self._carry(expected, seen, verdict)
 
     def done(self, batch: Batch[R], outcome: WriteOutcome) -> None:
         """Go on after `batch`, or read the row again: it was moved, by another worker or by this batch before."""
@@ -179,7 +185,14 @@ class StreamSource(Generic[R]):
         await self._waiting.drop()
         await self._looker.connection.drop()
 
+    async def _current_row(self) -> Position:
+        """The row that is known. After another worker had the lease it is read again, even if the position is the same."""
+        if self._row is None or self._token != self._lease.token:
+            return await self._read_row()
+        return self._row
+
     async def _read_row(self) -> Position:
+        self._token = self._lease.token
         async with self._database.transaction() as tx:
             self._row = await self._position.read(tx)
         return self._row
@@ -195,21 +208,20 @@ class StreamSource(Generic[R]):
     def _count(self) -> int:
         return max(1, min(self._limit, int(REPLY_BYTES / self._mean_bytes)))
 
-    def _carry(self, row: Position, seen: Seen, carry: Carry) -> StreamBatch[R]:
+    async def _carry(self, row: Position, seen: Seen, carry: Carry) -> StreamBatch[R]:
         first, second = seen.first, seen.second
         assert isinstance(first, Evidence)  # only such evidence is carried  # noqa: S101
         assert isinstance(second, Evidence)  # it confirmed the first  # noqa: S101
         entries = seen.entries
-        mean_bytes = sum(map(size_of, entries)) / len(entries)
+        mean_bytes = sum(len(fields[-1]) for _, fields in entries) / len(entries)
         self._mean_bytes = max(64.0, 0.5 * self._mean_bytes + 0.5 * mean_bytes)
         move = make_move(row, first, second, row.last, entries[-1][0], len(entries), carry)
-        return self._batch(row, seen, move, entries, full=len(entries) >= seen.count)
+        return await self._batch(row, seen, move, entries, full=len(entries) >= seen.count)
 
-    def _batch(self, row: Position, seen: Seen, move: Move, entries: list[Any], *, full: bool) -> StreamBatch[R]:
-        token = self._lease.token
-        items, letters = read_entries(
-            entries, self._reading.record, self._reading.field, self._reading.window, self._position.stream
-        )
+    async def _batch(
+        self, row: Position, seen: Seen, move: Move, entries: list[Entry], *, full: bool
+    ) -> StreamBatch[R]:
+        items, letters = await self._read_entries(entries)
         following = replace(
             row,
             last=move.after,
@@ -220,7 +232,8 @@ class StreamSource(Generic[R]):
             gaps=row.gaps + move.gap,
         )
         return StreamBatch(
-            claim=PositionClaim(self._position, move, token) if token is not None else NO_CLAIM,
+            claim=PositionClaim(self._position, move, self._token) if self._token is not None else NO_CLAIM,
+            origin=self._position.stream,
             items=items,
             letters=letters,
             full=full,
@@ -231,6 +244,18 @@ class StreamSource(Generic[R]):
             opened=seen.opened,
         )
 
+    async def _read_entries(self, entries: list[Entry]) -> tuple[list[Item[R]], list[Letter]]:
+        """In slices: meanwhile the statements of the batch before are sent, so that Postgres works on that one."""
+        reading, stream = self._reading, self._position.stream
+        items: list[Item[R]] = []
+        letters: list[Letter] = []
+        for first in range(0, len(entries), SLICE):
+            some = read_entries(entries[first : first + SLICE], reading.record, reading.field, reading.window, stream)
+            items += some[0]
+            letters += some[1]
+            await asyncio.sleep(0)
+        return items, letters
+
     def _observe(self, row: Position, seen: Seen) -> None:
         if isinstance(seen.first, Evidence):
             self._seen = seen.first
@@ -238,7 +263,7 @@ class StreamSource(Generic[R]):
 
 
 class _NoClaim:
-    """The lease was lost before the batch was made."""
+    """There was no lease when the row was read."""
 
     async def take(self, _: Any) -> bool:
         return False

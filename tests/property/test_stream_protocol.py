@@ -126,6 +126,7 @@ class Actor:
         self.backend: int | None = None
         self.outcome: Any = None
         self.is_cut = False
+        self.is_dead = False
         self._server: Server | None = None
         self._branches = 0
         self._moved = asyncio.Event()
@@ -213,6 +214,8 @@ class Actor:
         await self._gate(f"{kind}: after COMMIT", DatabaseUnavailable)
 
     async def _gate(self, label: str, error: type[Exception] | None = None) -> None:
+        if self.is_dead:
+            raise asyncio.CancelledError
         if _gated.get():
             gate = Gate(label, error, asyncio.get_running_loop().create_future())
             self.gates.append(gate)
@@ -312,6 +315,8 @@ class Actor:
 
     async def kill(self) -> None:
         """Like kill -9: commands that were sent take effect, and no others follow."""
+        # Where the session ends, its error hides the cancellation.
+        self.is_dead = True
         if self.backend is not None:
             await self._machine.terminate(self.backend)
         if self.task is not None:

@@ -186,7 +186,7 @@ class StreamSource(Generic[R]):
         await self._looker.connection.drop()
 
     async def _current_row(self) -> Position:
-        """The row that is known. After another worker had the lease it is read again, even if the position is the same."""
+        """The known row; read again after another worker had the lease: the position may be the same, `high` not."""
         if self._row is None or self._token != self._lease.token:
             return await self._read_row()
         return self._row

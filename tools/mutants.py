@@ -178,8 +178,8 @@ MUTANTS = (
     Mutant(
         "an ambiguous commit counts as failed",
         "worker/counters/flush/commit.py",
-        "self.announced.confirm(row.announced_nonce)",
-        "self.announced.confirm(None)",
+        "self.announced.resolve_sent(row.announced_nonce)",
+        "self.announced.resolve_sent(None)",
     ),
     Mutant(
         "an ambiguous commit counts as committed",
@@ -192,7 +192,7 @@ MUTANTS = (
         "worker/counters/flush/commit.py",
         "            row = await self.stores.source_row.lock(tx)\n",
         "            unlocked = await self.stores.source_row.read(tx)\n"
-        "            self.announced.confirm(unlocked.announced_nonce if unlocked else None)\n"
+        "            self.announced.resolve_sent(unlocked.announced_nonce if unlocked else None)\n"
         "            row = await self.stores.source_row.lock(tx)\n",
     ),
     Mutant(

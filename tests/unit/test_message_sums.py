@@ -136,15 +136,15 @@ def test_sums_belong_to_one_epoch() -> None:
 def test_written_sums_are_subtracted_and_others_are_kept() -> None:
     sums, nonce = announced(), uuid4()
     sums.add({"a": 2, "b": 1})
-    sums.sending(nonce, {"a": 2, "b": 1})
+    sums.mark_sent(nonce, {"a": 2, "b": 1})
     sums.add({"a": 5})
-    sums.confirm(uuid4())
+    sums.resolve_sent(uuid4())
     assert sums.copy(["a", "b"], 1) == {"a": 7, "b": 1}
-    sums.confirm(nonce)  # too late: it was found not to be written
+    sums.resolve_sent(nonce)  # too late: it was found not to be written
     assert sums.copy(["a", "b"], 1) == {"a": 7, "b": 1}
-    sums.sending(nonce, {"a": 7, "b": 1})
+    sums.mark_sent(nonce, {"a": 7, "b": 1})
     sums.add({"a": 1})
-    sums.confirm(nonce)
+    sums.resolve_sent(nonce)
     assert sums.copy(["a", "b"], 1) == {"a": 1}
     assert sums.ids() == ["a"]
 

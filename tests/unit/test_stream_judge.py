@@ -9,7 +9,7 @@ import pytest
 from worker.contract.entry_id import MAX_PART, EntryId
 from worker.db.positions import Move, Position
 from worker.pipelines.sources.stream.evidence import Evidence, NoStream
-from worker.pipelines.sources.stream.judge import Carry, Caught, Hold, Skip, Subject, Verdict, Wait, judge
+from worker.pipelines.sources.stream.judge import Carry, CaughtUp, Hold, Skip, Subject, Verdict, Wait, judge
 
 SUBJECT = Subject("requests", "CHUNKLOG")
 HUGE = 2**64 - 1
@@ -108,11 +108,11 @@ TABLE: list[tuple[str, Position, Evidence, str | None, Any]] = [
     ("first start", NEW, seen(*ALL, above=at(1), mark="b", delivered=at(0)), None, Carry("b", adopt=True)),
     ("made anew", row(), seen(6, 9, mark="b"), None, Carry("b", adopt=True)),
     ("made anew and emptied", row(), seen(mark="b"), None, Skip),
-    ("made anew, nothing added", row(9), seen(mark="b"), None, Caught()),
+    ("made anew, nothing added", row(9), seen(mark="b"), None, CaughtUp()),
     ("deleted unread", row(), seen(), None, Skip),
     ("deleted unread behind what was read", row(), seen(4, 5), None, Skip),
-    ("idle", row(9), seen(*ALL, above=None), None, Caught()),
-    ("idle below high", row(9, high=at(20)), seen(*ALL, above=None), None, Caught()),
+    ("idle", row(9), seen(*ALL, above=None), None, CaughtUp()),
+    ("idle below high", row(9, high=at(20)), seen(*ALL, above=None), None, CaughtUp()),
     ("carry", row(), seen(*ALL), None, Carry("ours")),
     ("carry above high", row(high=at(5)), seen(*ALL), None, Carry("ours")),
     ("carry what is left", row(), seen(8, 9), None, Carry("ours")),

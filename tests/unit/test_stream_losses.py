@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from worker.contract.entry_id import BEGINNING, EntryId
 from worker.db.positions import Move, Position
 from worker.pipelines.sources.stream.evidence import Evidence
-from worker.pipelines.sources.stream.judge import Carry, Caught, Skip, Subject, judge, make_move
+from worker.pipelines.sources.stream.judge import Carry, CaughtUp, Skip, Subject, judge, make_move
 
 SUBJECT = Subject("requests", "CHUNKLOG")
 
@@ -153,7 +153,7 @@ class Simulation:
                 self.commit(move, [])
                 exact = True
             case verdict:
-                assert verdict == Caught()
+                assert verdict == CaughtUp()
                 return
         assert self.row.lost <= self.lost
         if exact:

@@ -1,4 +1,4 @@
-"""What commands do once: run --once, migrate, import, check, and the counters for other commands."""
+"""The work behind the CLI commands."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def import_totals(settings: Settings) -> AsyncIterator[Page]:
 
 @asynccontextmanager
 async def open_adjustments(settings: Settings) -> AsyncIterator[dict[str, Adjustment]]:
-    """Stream → what looks at it and sets its position. Raises as `open_counters`."""
+    """Stream → its Adjustment. Raises as `open_counters`."""
     async with open_connections(settings) as (database, redis):
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()

@@ -65,7 +65,10 @@ class Pipelines:
 
 
 def name_streams(settings: Settings) -> list[tuple[RecordType[Any], str, str]]:
-    """Record, stream, and name of the loop and check, for each stream: that of the pipeline where it has one stream."""
+    """Record, stream and name, for each stream.
+
+    The name is that of the loop and the check: the pipeline's, or `pipeline:stream` where the pipeline has several.
+    """
     return [
         (record, stream, record.name if len(streams) == 1 else f"{record.name}:{stream}")
         for record in settings.records
@@ -97,7 +100,7 @@ def build_pipelines(
 
 
 def make_adjustments(settings: Settings, database: Database, redis: RedisClient) -> dict[str, Adjustment]:
-    """Stream → what looks at it and sets its position; for every pipeline, whether it is carried or not."""
+    """Stream → its Adjustment, for all pipelines, whether they are carried or not."""
     return {
         stream: Adjustment(
             database=database,

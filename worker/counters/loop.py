@@ -144,13 +144,13 @@ class FlushLoop:
         self._backoff.reset()
         self._metrics.holds.set(isinstance(outcome, Hold))
         if isinstance(outcome, Busy):
-            return self._kept_out()
+            return self._on_busy()
         self._busy_since = None
         if isinstance(outcome, Hold):
             self._status.hold(VIEW_COUNTS, outcome.cause, outcome.remedy)
         return self._interval
 
-    def _kept_out(self) -> float:
+    def _on_busy(self) -> float:
         now = self._clock.monotonic()
         self._busy_since = self._busy_since or now
         if now - self._busy_since > BUSY_LIMIT_S and self._lease.token is not None:
@@ -166,7 +166,7 @@ class FlushLoop:
         self._batch_size.failed()
         cause = cause_of(error)
         remedy = error.remedy if isinstance(error, ViewerWorkerError) else UNEXPECTED
-        # One line is enough for what heals by waiting. Anything else needs its traceback, but not at every try.
+        # One line is enough where a retry may succeed. Anything else needs its traceback, but not at every try.
         unexpected = not isinstance(error, Unavailable) and cause != self._status.checks[VIEW_COUNTS].cause
         log.error("flush failed", cause=cause, exc_info=error if unexpected else None)
         self._status.failing(VIEW_COUNTS, cause, remedy)

@@ -69,7 +69,7 @@ class Lease(Generic[T]):
         self._status = status
         self._loop = loop
         self._looked = False
-        self._is_aside = False
+        self._is_paused = False
         self._wake = asyncio.Event()
         self.token: T | None = None
         self.changed = asyncio.Event()
@@ -77,7 +77,7 @@ class Lease(Generic[T]):
     async def run(self, stop: asyncio.Event) -> None:
         """Take the lease when it is free, and keep it, until `stop`. The loop that ends last releases it."""
         while not stop.is_set():
-            if self._status.is_ok(*SERVERS) and not self._is_aside:
+            if self._status.is_ok(*SERVERS) and not self._is_paused:
                 try:
                     await self.take()
                 except Unavailable as error:
@@ -143,19 +143,19 @@ class Lease(Generic[T]):
         """Another worker holds it."""
         self._become(None)
 
-    async def release(self, *, aside: bool = False) -> None:
+    async def release(self, *, pause: bool = False) -> None:
         """Let another worker take it at once. Raises DatabaseUnavailable.
 
-        With `aside`, this worker does not take it before `come_back`.
+        With `pause`, this worker does not take it before `resume`.
         """
-        self._is_aside = aside
+        self._is_paused = pause
         async with self._database.transaction() as tx:
             await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
 
-    def come_back(self) -> None:
+    def resume(self) -> None:
         """Take the lease again when it is free."""
-        self._is_aside = False
+        self._is_paused = False
         self._wake.set()
 
     def _become(self, token: T | None, event: str = "lease lost") -> None:

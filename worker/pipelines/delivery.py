@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 R = TypeVar("R")
 
-TRIES_OVER = "The log has the error. It is tried again; restart the worker or look at the database if it stays."
+RETRIES_FIX = "The log has the error. The worker keeps trying; if the error persists, check the database."
 
 
 class Delivery(Generic[R]):
@@ -47,14 +47,14 @@ class Delivery(Generic[R]):
         self._sleep = sleep
 
     async def deliver(self, batch: Batch[R]) -> WriteOutcome:
-        """Raises Unavailable and TableRefused; the batch is then as it was, or written: its claim finds out."""
+        """Raises Unavailable and TableRefused; afterwards its claim shows whether it was written."""
         for attempt in range(self._max_retries + 1):
             try:
                 return await self._write(batch, again=attempt > 0)
             except UnknownFailure as error:
                 if attempt == self._max_retries:
                     self._observer.exhausted(len(batch))
-                    raise TableRefused(str(error), TRIES_OVER) from error
+                    raise TableRefused(str(error), RETRIES_FIX) from error
                 log.warning("write failed", cause=str(error), attempt=attempt + 1)
             await self._sleep(self._retry_delay * 2**attempt)
         raise AssertionError("unreachable")

@@ -143,9 +143,9 @@ class Sink(Protocol[R]):
     """Writes a batch in one transaction: claim, rows, letters."""
 
     async def write(self, batch: Batch[R]) -> WriteOutcome:
-        """Raises Unavailable (heals by waiting) and SinkRefused (a hold).
+        """Raises Unavailable (retry later), TableRefused (a hold), UnknownFailure (retry a few times).
 
-        After Unavailable nobody knows whether the batch was written; its claim finds out.
+        After Unavailable it is unknown whether the batch was written: taking its claim again shows it.
         """
 
 

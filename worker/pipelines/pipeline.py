@@ -81,9 +81,9 @@ class Pipeline(Generic[R]):
             if isinstance(read, OnHold):
                 await self._hold(stop, read)
             elif isinstance(read, Idle) and not read.keep_lease:
-                await self._wait_aside(stop, read)
+                await self._wait_without_lease(stop, read)
             elif isinstance(read, Idle):
-                self._is_well("idle")
+                self._report_ok("idle")
                 await self._wait_for_more(IDLE_S, stop)
             elif not read.full and (pause := self._committed_at + self.interval - self.clock.monotonic()) > 0:
                 # No partial batch is kept: the next look reads its entries again, and more.
@@ -107,11 +107,11 @@ class Pipeline(Generic[R]):
             return None
         assert isinstance(outcome, Written)  # noqa: S101
         self._committed_at = self.clock.monotonic()
-        self._is_well("carrying")
+        self._report_ok("carrying")
         log.debug("batch written", pipeline=self.name, rows=outcome.rows, letters=outcome.letters)
         return ahead
 
-    def _is_well(self, role: str) -> None:
+    def _report_ok(self, role: str) -> None:
         self._look_again.reset()
         self._retry.reset()
         self._hold_until = float("-inf")
@@ -125,19 +125,19 @@ class Pipeline(Generic[R]):
     async def _hold(self, stop: asyncio.Event, hold: OnHold) -> None:
         self.status.hold(self.name, hold.cause, hold.remedy)
         self._hold_until = self.clock.monotonic() + HOLD_SHOWN_S
-        await self._step_aside(lambda delay: wait_first(delay, stop))
+        await self._yield_lease(lambda delay: wait_first(delay, stop))
 
-    async def _wait_aside(self, stop: asyncio.Event, idle: Idle) -> None:
+    async def _wait_without_lease(self, stop: asyncio.Event, idle: Idle) -> None:
         self.status.ok(self.name, role="waiting", cause=idle.cause)
-        await self._step_aside(lambda delay: self._wait_for_more(delay, stop))
+        await self._yield_lease(lambda delay: self._wait_for_more(delay, stop))
 
-    async def _step_aside(self, wait: Callable[[float], Awaitable[None]]) -> None:
+    async def _yield_lease(self, wait: Callable[[float], Awaitable[None]]) -> None:
         """Let another replica try: it may see another Redis."""
         delay = self._look_again.next()
-        await self._release_lease(aside=True)
+        await self._release_lease(pause=True)
         self.status.expect_beat(self.name, within=delay + STEP_LIMIT_S)
         await wait(delay)
-        self.lease.come_back()
+        self.lease.resume()
         self.source.reset()
 
     async def _wait_for_more(self, seconds: float, stop: asyncio.Event) -> None:
@@ -154,11 +154,11 @@ class Pipeline(Generic[R]):
         if self.clock.monotonic() >= self._hold_until:
             self.status.ok(self.name, role="standing by")
 
-    async def _release_lease(self, *, aside: bool = False) -> None:
+    async def _release_lease(self, *, pause: bool = False) -> None:
         if self.lease.token is None:
             return
         try:
-            await self.lease.release(aside=aside)
+            await self.lease.release(pause=pause)
         except (Unavailable, DatabaseRefused) as error:
             log.warning("lease not released, it will expire", pipeline=self.name, cause=str(error))
 

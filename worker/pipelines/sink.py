@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 # From the next one in a row on, it is a fault of the table and not of the records.
 MAX_REFUSED_IN_A_ROW = 1000
-RIGHTS = "Look at the table and its rights: viewer-worker check. It goes on by itself afterwards."
+TABLE_FIX = "Run viewer-worker check, and look at the table and its rights. Writing resumes by itself."
 
 
 class PostgresSink(Generic[R]):
@@ -49,7 +49,7 @@ class PostgresSink(Generic[R]):
         except (DatabaseRefused, DatabaseUnavailable) as error:
             match classify(error, self._table.columns):
                 case ErrorClass.HOLD:
-                    raise TableRefused(str(error), RIGHTS) from error
+                    raise TableRefused(str(error), TABLE_FIX) from error
                 case ErrorClass.WAIT if isinstance(error, DatabaseUnavailable):
                     raise
                 case ErrorClass.WAIT:
@@ -89,7 +89,7 @@ class PostgresSink(Generic[R]):
         def reject(item: Item[R], error: Exception) -> None:
             self._refused_in_a_row += 1
             if self._refused_in_a_row > MAX_REFUSED_IN_A_ROW:
-                raise TableRefused(f"the table refuses every record: {describe(error)}", RIGHTS) from error
+                raise TableRefused(f"the table refuses every record: {describe(error)}", TABLE_FIX) from error
             origin = f"{batch.origin}/{item.key}"
             letters.append(Letter(origin, "refused", describe(error), item.payload, sqlstate(error)))
 

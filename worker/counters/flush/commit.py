@@ -81,7 +81,7 @@ class Committer:
             if not self.lease.covers(row.lease_holder, row.lease_epoch):
                 self.lease.lost()
                 return Busy()
-            self.announced.confirm(row.announced_nonce)
+            self.announced.resolve_sent(row.announced_nonce)
             # Before Redis is read: the INCR of a view precedes its message, so the read that follows includes it.
             announced = self.announced.copy(ids, row.lease_epoch)
             reading = await self.reader.read(ids)
@@ -91,7 +91,7 @@ class Committer:
             elif isinstance(verdict, Hold) and verdict.refused not in (None, row.refused):
                 await self.stores.source_row.refuse(tx, str(verdict.refused))
         if committed is not None:
-            self.announced.confirm(committed.flush.nonce)
+            self.announced.resolve_sent(committed.flush.nonce)
             self._measure(committed)
         await self.reader.report(reading, announced)
         if not isinstance(verdict, Agreed):
@@ -130,7 +130,7 @@ class Committer:
             announced_nonce=flush.nonce if announced else None,
             data_set_id=data_set_id,
         )
-        self.announced.sending(flush.nonce, announced)
+        self.announced.mark_sent(flush.nonce, announced)
         return Committed(before, flush, changes, skipped)
 
     async def _locked(self, tx: Transaction, target: TargetTable, ids: Sequence[str]) -> set[str]:

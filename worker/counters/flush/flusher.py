@@ -63,7 +63,7 @@ class Flusher:
             return isinstance(error, DatabaseRefused | DatabaseUnavailable) and is_refused_data(error)
 
         try:
-            async with aclosing(bisect(ids, self._flush, concerns_an_id, self._leave)) as outcomes:
+            async with aclosing(bisect(ids, self._flush, concerns_an_id, self._skip_id)) as outcomes:
                 async for outcome in outcomes:
                     if not isinstance(outcome, Flushed):
                         return outcome
@@ -98,7 +98,7 @@ class Flusher:
                         return hold
         return Busy()
 
-    def _leave(self, vod_id: str, error: Exception) -> None:
+    def _skip_id(self, vod_id: str, error: Exception) -> None:
         key = self.stores.keys.counter(vod_id)
         if _is_locked(error):
             log.warning("flush incomplete: row locked", key=excerpt(key))

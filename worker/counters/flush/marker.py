@@ -1,4 +1,4 @@
-"""The marker: the key in Redis that names the last settled flush."""
+"""The marker: the key in Redis that names the last settled flush. `verdict.py` and `recovery.py` act on it."""
 
 from __future__ import annotations
 

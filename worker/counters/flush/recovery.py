@@ -87,7 +87,7 @@ class Recovery:
 
         None when it was created, or when another worker is creating one: look again.
         """
-        # The probe first: a copy of the data that is put in place after this has none, and the creation then fails.
+        # Write the probe first. If a copy replaces Redis after this, the copy has no probe, and nothing is created.
         nonce = uuid4().hex.encode()
         keys, redis = self.stores.keys, self.stores.redis
         await redis.run(PROBE, (keys.probe,), (nonce,))
@@ -102,8 +102,8 @@ class Recovery:
         if judged.last_flush_id > 0:
             self.metrics.marker_losses.inc()
             log.error("marker lost", flushes=judged.last_flush_id, evidence=evidence.reason)
-        # The id comes with the evidence: asked for again, it could be that of a copy put in place since, and the next
-        # look would take the copy for a data set whose marker was deleted in place.
+        # The id that was read with the evidence. Read again, it could be the id of a copy restored since, and the next
+        # check would take that copy for the same data set with only its marker deleted.
         marker = await self._start_lineage(judged, evidence.data_set_id)
         if not isinstance(marker, Marker):
             return marker

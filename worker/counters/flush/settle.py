@@ -33,7 +33,8 @@ class Settler:
     async def settle(self, before: Marker, settled: Marker, deltas: Mapping[str, int], *, replay: bool = False) -> bool:
         """Subtract `deltas` and move the marker from `before` to `settled`; idempotent.
 
-        False when the marker names neither: another worker went on, or Redis is another one. Assume nothing then.
+        False when the marker names neither: another worker moved it, or this is another Redis. Then it is unknown
+        whether this flush was settled.
         """
         counters = [self._keys.counter(vod_id) for vod_id in deltas]
         amounts = [b"%d" % taken for taken in deltas.values()]

@@ -47,7 +47,7 @@ class Announced:
     def drop(self) -> None:
         """Drop all sums: a view in them is lost unless it was also INCRed."""
         if self._sent is not None:
-            self.confirm(None)
+            self.resolve_sent(None)
         self._metrics.announced_dropped.inc(sum(self._sums.values()))
         self._sums = {}
 
@@ -67,12 +67,12 @@ class Announced:
             return {}
         return {vod_id: self._sums[vod_id] for vod_id in ids if vod_id in self._sums}
 
-    def sending(self, nonce: UUID, sums: Mapping[str, int]) -> None:
+    def mark_sent(self, nonce: UUID, sums: Mapping[str, int]) -> None:
         """The flush with this nonce is about to commit these sums."""
         self._sent = nonce, sums
 
-    def confirm(self, written: UUID | None) -> None:
-        """`written` is the nonce, in the source row, of the last flush that wrote sums: ours or another."""
+    def resolve_sent(self, written: UUID | None) -> None:
+        """Remove the sent sums if `written`, the nonce of the last flush that wrote sums, is theirs; else keep them."""
         if self._sent is None:
             return
         (nonce, sums), self._sent = self._sent, None

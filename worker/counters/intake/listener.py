@@ -90,7 +90,7 @@ class Listener:
         self._announced.begin(epoch)
         async with self._redis.subscription(self._channel) as subscription:
             self._subscribed(epoch)
-            leave = asyncio.create_task(self._leave(epoch, subscription, stop), name="unsubscribe")
+            leave = asyncio.create_task(self._unsubscribe_when_over(epoch, subscription, stop), name="unsubscribe")
             try:
                 while not subscription.ended:
                     messages = await subscription.read()
@@ -98,7 +98,7 @@ class Listener:
                     if messages:
                         self._add(messages)
             except RedisUnavailable:
-                # When UNSUBSCRIBE was not answered, `_leave` closed the connection.
+                # When UNSUBSCRIBE was not answered, `_unsubscribe_when_over` closed the connection.
                 if not self._is_over(epoch, stop):
                     raise
             finally:
@@ -124,7 +124,7 @@ class Listener:
     def _is_over(self, epoch: int, stop: asyncio.Event) -> bool:
         return stop.is_set() or self._lease.token != epoch
 
-    async def _leave(self, epoch: int, subscription: Subscription, stop: asyncio.Event) -> None:
+    async def _unsubscribe_when_over(self, epoch: int, subscription: Subscription, stop: asyncio.Event) -> None:
         while not self._is_over(epoch, stop):
             await wait_first(3600.0, stop, self._lease.changed)
         with contextlib.suppress(RedisUnavailable):

@@ -1,4 +1,8 @@
-"""The records that this version carries, one file each."""
+"""The records that this version carries, one file each.
+
+A new record also needs an entry in `RECORD_TYPES` and a migration that creates its table, such as
+alembic/versions/0004_chunk_requests.py.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True)
-class Caught:
+class CaughtUp:
     """Everything is carried."""
 
 
@@ -50,11 +50,13 @@ class Hold:
     remedy: str
 
 
-Verdict: TypeAlias = Carry | Skip | Caught | Wait | Hold
+Verdict: TypeAlias = Carry | Skip | CaughtUp | Wait | Hold
 
-SHARED_GROUP = "Another program reads with this group. Let it use a group of its own, and delete its consumer."
+SHARED_GROUP = (
+    "Another program reads with this group. Give it its own group, and delete its consumer from this one."
+)
 OTHER_DATABASE = "Give each database a group of its own ({prefix}_STREAM_GROUP). For another Redis: {set_hint}"
-SET_HINT = "`viewer-worker streams --set {stream} ID|0|$` continues where you say."
+SET_HINT = "`viewer-worker streams --set {stream} ID|0|$` sets the position to continue from."
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def _judge_foreign(row: Position, evidence: Evidence, read: Sequence[EntryId], s
         return Wait("the stream is empty and behind the position")
     if evidence.mark is None:
         # The script created the mark, so the group was deleted since.
-        return Wait("the group was deleted in this moment")
+        return Wait("the group was just deleted")
     return None
 
 
@@ -135,7 +137,7 @@ def _judge_entries(row: Position, evidence: Evidence, subject: Subject, *, adopt
         return carry
     if evidence.last > row.last:
         return Skip(make_move(row, evidence, evidence, row.last, evidence.last, 0, carry))
-    return Caught()
+    return CaughtUp()
 
 
 def make_move(
@@ -147,12 +149,12 @@ def make_move(
     """
     read = first.removed if carry.adopt else row.entries_read
     gap = carry.adopt and row.last != (0, 0)
-    entries_read, lost, unsure = _reckon(read, first, second, before, after, count)
+    entries_read, lost, unsure = _count_lost(read, first, second, before, after, count)
     high = None if row.high is not None and after > row.high else row.high
     return Move(before, after, entries_read, high, carry.mark, lost, gap or unsure)
 
 
-def _reckon(
+def _count_lost(
     read: int | None, first: Evidence, second: Evidence, before: EntryId, after: EntryId, count: int
 ) -> tuple[int | None, int, bool]:
     """Entries read afterwards, entries lost, and whether there is a gap: the number of lost ones is not known."""

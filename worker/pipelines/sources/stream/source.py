@@ -13,7 +13,7 @@ from worker.pipelines.metrics import count_backlog
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.pipelines.sources.stream.entries import read_entries
 from worker.pipelines.sources.stream.evidence import Evidence
-from worker.pipelines.sources.stream.judge import Carry, Caught, Hold, Skip, Subject, Wait, judge, make_move
+from worker.pipelines.sources.stream.judge import Carry, CaughtUp, Hold, Skip, Subject, Wait, judge, make_move
 from worker.pipelines.sources.stream.look import Disagreed, NotAllowed
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class StreamSource(Generic[R]):
                 return OnHold(cause, remedy) if row == await self._read_row() else await self.read()
             case Wait(cause):
                 return Idle(cause, keep_lease=False)
-            case Caught():
+            case CaughtUp():
                 return Idle()
             case Skip(move, went_back):
                 if went_back:
@@ -245,7 +245,7 @@ class StreamSource(Generic[R]):
         )
 
     async def _read_entries(self, entries: list[Entry]) -> tuple[list[Item[R]], list[Letter]]:
-        """In slices: meanwhile the statements of the batch before are sent, so that Postgres works on that one."""
+        """Parse in slices and yield between them, so that the statements of the previous batch are sent meanwhile."""
         reading, stream = self._reading, self._position.stream
         items: list[Item[R]] = []
         letters: list[Letter] = []

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.fakes import FakeClock
 from worker.errors import DatabaseUnavailable, RedisUnavailable, TableRefused, UnknownFailure
-from worker.pipelines.delivery import TRIES_OVER, Delivery
+from worker.pipelines.delivery import RETRIES_FIX, Delivery
 from worker.pipelines.model import Batch, Item, Letter, NotClaimed, WriteOutcome, Written
 
 Call = tuple[str, Any]
@@ -121,7 +121,7 @@ async def test_three_retries_are_four_tries_and_then_the_table_refuses() -> None
     case = Case(*failures)
     with pytest.raises(TableRefused, match="strange") as caught:
         await case.deliver()
-    assert caught.value.remedy == TRIES_OVER
+    assert caught.value.remedy == RETRIES_FIX
     assert caught.value.__cause__ is failures[-1]
     pauses = [seconds for call, seconds in case.observer.calls if call == "sleep"]
     assert pauses == [0.1, 0.2, 0.4]

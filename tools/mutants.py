@@ -32,6 +32,15 @@ TESTS = (
 )
 
 
+STREAM_TESTS = (
+    "tests/unit",
+    "tests/integration/test_streams.py",
+    "tests/integration/test_stream_holds.py",
+    "tests/integration/test_stream_traps.py",
+    "tests/property/test_stream_protocol.py",
+)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """Replaces `old`, which occurs in `file` exactly once, by `new`."""
@@ -40,6 +49,7 @@ class Mutant:
     file: str
     old: str
     new: str
+    tests: tuple[str, ...] = TESTS
 
 
 MUTANTS = (
@@ -261,6 +271,77 @@ MUTANTS = (
         "max(0, value_now - stored.unsettled)",
         "value_now",
     ),
+    Mutant(
+        "streams: the position of a batch in hand is mirrored",
+        "worker/pipelines/sources/stream/source.py",
+        "seen = await self._looker.look(self._row, expected.last, self._count(), self._new_mark())",
+        "seen = await self._looker.look(expected, expected.last, self._count(), self._new_mark())",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: the claim is taken in a transaction of its own",
+        "worker/pipelines/sink.py",
+        "                if not await batch.claim.take(tx):\n                    return NotClaimed()\n",
+        "                async with self._database.transaction() as other:\n"
+        "                    if not await batch.claim.take(other):\n                        return NotClaimed()\n",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: the claim is not checked",
+        "worker/pipelines/sink.py",
+        "                if not await batch.claim.take(tx):\n                    return NotClaimed()\n",
+        "                await batch.claim.take(tx)\n",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: the token is not compared",
+        "worker/db/positions.py",
+        '        _row.lease_token == bindparam("token", type_=Uuid),\n',
+        '        bindparam("token", type_=Uuid).is_not(None),\n',
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: high is ignored",
+        "worker/pipelines/sources/stream/judge.py",
+        "if evidence.above is not None and row.high is not None and evidence.above <= row.high:",
+        "if False:",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: bisect outside of savepoints",
+        "worker/pipelines/sink.py",
+        "            async with tx.begin_nested():\n",
+        "            if True:\n",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: letters of refused records are not written",
+        "worker/pipelines/sink.py",
+        "[*batch.letters, *refused]",
+        "batch.letters",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: the second answer decides",
+        "worker/pipelines/sources/stream/source.py",
+        "verdict = judge(row, seen.first, seen.ids, owner, self._subject)",
+        "verdict = judge(row, seen.second, seen.ids, owner, self._subject)",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: an empty XRANGE is nothing",
+        "worker/pipelines/sources/stream/look.py",
+        "    if not entries or entries[0][0] != evidence.above:\n        return False\n",
+        "",
+        STREAM_TESTS,
+    ),
+    Mutant(
+        "streams: trimming does not spare other groups",
+        "worker/pipelines/sources/stream/look.lua",
+        "    if is_above(limit, other['last-delivered-id']) then limit = other['last-delivered-id'] end\n",
+        "",
+        STREAM_TESTS,
+    ),
 )
 
 
@@ -295,7 +376,7 @@ def _caught(mutant: Mutant) -> bool:
         target.write_text(text.replace(mutant.old, mutant.new))
         done = subprocess.run(
             # `python -m` puts the copy before the installed package.
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests],
             cwd=copy,
             env=os.environ | {"PROPERTY_EXAMPLES": "100", "PROPERTY_SHRINK": "no"},
             capture_output=True,

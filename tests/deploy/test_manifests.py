@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.tools import tool
-from worker.settings.model import Settings, parse_duration
+from worker.contract.durations import parse_duration
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BIN = Path(sys.executable).parent

@@ -302,26 +302,54 @@ async def test_a_stale_batch_does_not_fit_where_redis_went_back_to_its_position(
     assert await incident.carried() == [1, 2]
 
 
-async def test_a_lease_that_is_taken_again_does_not_revive_what_was_known_before(incident: Incident) -> None:
+@pytest.mark.parametrize("when", ["while idle", "within a look"])
+async def test_a_lease_that_is_taken_again_does_not_revive_what_was_known_before(incident: Incident, when: str) -> None:
     """A worker lost the lease and took it again without noticing: its row was stale, and its token new."""
     await incident.here.add(1)
-    idle = incident.worker()
-    await idle.carry()
+    stalled = incident.worker()
+    await stalled.carry()
     before = await incident.here.dump()
     await incident.here.add(2)
-    other = await incident.successor()
-    await other.carry()
-    after = await incident.here.dump()
-    await incident.here.restore(before)
-    await other.carry()
-    await other.lease.release()
-    await incident.here.restore(after)
-    assert await idle.lease.take()
-    read = await idle.source.read()
+
+    async def another_one_goes_to_and_fro() -> None:
+        other = await incident.successor()
+        await other.carry()
+        after = await incident.here.dump()
+        await incident.here.restore(before)
+        await other.carry()
+        await other.lease.release()
+        await incident.here.restore(after)
+        assert await stalled.lease.take()
+
+    if when == "while idle":
+        await another_one_goes_to_and_fro()
+    else:
+        stalled.in_the_next_look(1, another_one_goes_to_and_fro)
+    read = await stalled.source.read()
     if isinstance(read, Batch):
-        await idle.write(read)
+        await stalled.write(read)
+        read = await stalled.source.read()
     assert await incident.carried() == [1, 2]
     assert is_hold(read, CARRIED_ALREADY)
+
+
+async def test_a_batch_does_not_fit_after_its_commit_that_landed_late(incident: Incident) -> None:
+    """The worker gave up a COMMIT, read the position again before it took effect, and read the same entries."""
+    await incident.here.add(1, 2)
+    worker = incident.worker()
+    batch = await worker.read()
+    late = worker.database.transaction()
+    tx = await late.__aenter__()
+    assert await batch.claim.take(tx)
+    await worker.pipeline.delivery._sink._insert_all(tx, batch)
+    again = await worker.read()
+    assert [item.key for item in again.items] == [item.key for item in batch.items]
+    second = asyncio.create_task(worker.write(again))
+    await asyncio.sleep(0.1)
+    await late.__aexit__(None, None, None)
+    assert await second == NotClaimed()
+    assert await worker.carry() == Idle()
+    assert await incident.carried() == [1, 2]
 
 
 async def test_a_worker_without_the_lease_reports_no_hold_for_what_another_one_carried(incident: Incident) -> None:

@@ -51,7 +51,7 @@ KINDS = st.lists(st.sampled_from(["good", "good", "good", "poison", "refused"]),
 # Each fault, and the events that it consists of.
 FAULTS = {
     # Redis restarts from an older copy, or the key is restored from one.
-    "rewind": ["redis_goes_back"] * 2,
+    "rewind": ["redis_goes_back", "redis_goes_to_and_fro"],
     # The name moves to a replica, which may lag, and back. Old connections stay where they are.
     "failover": ["a_replica_is_promoted", "name_moves_back"],
     # The name moves to another Redis, and back.
@@ -77,10 +77,19 @@ WRITE_GATES = ["write: before BEGIN", "write: before COMMIT", "write: after COMM
 LOOK_GATES = ["before the look", "before XRANGE", "before the second look", "after the look"]
 IDLE = "idle"
 GATES = st.sampled_from([*WRITE_GATES, *WRITE_GATES, *LOOK_GATES, IDLE, IDLE, IDLE, IDLE])
-WORK = ["carry_up_to"] * 4 + ["take_over"] * 2 + ["run_until_idle"] * 2 + ["step"] * 2 + ["meet"]
+WORK = ["carry_up_to"] * 4 + ["take_over"] * 2 + ["run_until_idle"] * 2 + ["step"] * 2 + ["fail_at", "meet"]
+FAILS = ["at once", "late"]
 INDEX = st.integers(0, 4)
 EVENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "step": {"actor": ACTORS, "steps": st.integers(1, 20), "turn": TURNS, "fails": st.booleans()},
+    "step": {"actor": ACTORS, "steps": st.integers(1, 20), "turn": TURNS, "fails": st.sampled_from(["", *FAILS])},
+    "fail_at": {
+        "actor": ACTORS,
+        "kinds": KINDS,
+        "gate": st.sampled_from(WRITE_GATES + LOOK_GATES),
+        "fails": st.sampled_from(FAILS),
+        "turn": TURNS,
+    },
+    "late_commit_lands": {"rolls_back": st.booleans()},
     "carry_up_to": {"actor": ACTORS, "kinds": KINDS, "gate": GATES, "turn": TURNS},
     "take_over": {"actor": ACTORS, "gate": GATES, "turn": TURNS},
     "run_until_idle": {"actor": ACTORS, "renews": st.booleans(), "turn": TURNS},
@@ -92,6 +101,12 @@ EVENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "remove": {"index": INDEX, "trim": st.booleans()},
     "another_group_reads": {"count": st.integers(1, 3), "acknowledge": st.booleans()},
     "redis_goes_back": {"index": INDEX, "restart": st.booleans()},
+    "redis_goes_to_and_fro": {
+        "actor": ACTORS,
+        "kinds": KINDS,
+        "gate": st.sampled_from(["write: before BEGIN", *LOOK_GATES, IDLE]),
+        "returns": st.booleans(),
+    },
     "a_replica_is_promoted": {"index": INDEX, "lags": st.booleans()},
     "name_moves_to_a_new_redis": {},
     "name_moves_back": {"index": INDEX},
@@ -104,6 +119,19 @@ EVENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 _kind: ContextVar[str] = ContextVar("_kind", default="read")
 _gated: ContextVar[bool] = ContextVar("_gated", default=True)
+
+
+class AnswerIsLost(Exception):
+    """COMMIT is sent, and takes effect later."""
+
+
+@dataclass(frozen=True)
+class Late:
+    """A transaction whose COMMIT takes effect later. `kind` says what it is for."""
+
+    transaction: Any
+    backend: int | None
+    kind: str
 
 
 @dataclass(eq=False)
@@ -200,14 +228,22 @@ class Actor:
 
     @contextlib.asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Any]:
-        kind = _kind.get()
+        kind, transaction = _kind.get(), self._begin()
         await self._gate(f"{kind}: before BEGIN", DatabaseUnavailable)
         try:
-            async with self._begin() as tx:
-                if _gated.get():
-                    self.backend = (await tx.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one()
-                yield tx
-                await self._gate(f"{kind}: before COMMIT", DatabaseUnavailable)
+            tx = await transaction.__aenter__()
+            if _gated.get():
+                self.backend = (await tx.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one()
+            yield tx
+            await self._gate(f"{kind}: before COMMIT", DatabaseUnavailable)
+        except AnswerIsLost:
+            self._machine.late.append(Late(transaction, self.backend, kind))
+            raise DatabaseUnavailable("injected: COMMIT is on its way") from None
+        except BaseException as error:
+            if not await transaction.__aexit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            await transaction.__aexit__(None, None, None)
         finally:
             if _gated.get():
                 self.backend = None
@@ -237,10 +273,11 @@ class Actor:
         self.worker.source.reset()
         await self.worker.pipeline._carry(asyncio.Event())
 
-    async def step(self, turn: int = 0, *, fail: bool = False) -> bool:
-        """Run to the next gate, or to the end of the cycle. False if it only waits for another worker's lock.
+    async def step(self, turn: int = 0, fails: str = "") -> bool:
+        """Run to the next gate, or to the end of the cycle. False if it only waits for the lock of the row.
 
-        With `fail`, the current command fails instead. `turn` chooses between the commit and the reading ahead.
+        `fails`: the current command does so, `at once`, or `late`: a COMMIT that takes effect after the worker gave it
+        up. `turn` chooses between the commit and the reading ahead.
         """
         if self.task is None:
             self.task = asyncio.create_task(self._cycle())
@@ -251,7 +288,9 @@ class Actor:
                 return False
             gate = free[turn % len(free)]
             self.gates.remove(gate)
-            if fail and gate.error is not None:
+            if fails == "late" and gate.label.endswith("before COMMIT"):
+                gate.go.set_exception(AnswerIsLost())
+            elif fails and gate.error is not None:
                 gate.go.set_exception(gate.error(f"injected {gate.label}"))
             else:
                 gate.go.set_result(None)
@@ -418,6 +457,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.database_states: list[dict[str, list[Any]]] = []
         self.happened: set[str] = set()
         self.diverged = False
+        self.late: list[Late] = []
         self.present: set[int] = set()
         # Entries that were gone while they were not carried. They may return with an older copy.
         self.removed: set[int] = set()
@@ -433,7 +473,7 @@ class StreamMachine(RuleBasedStateMachine):
         return server
 
     def row_is_locked(self) -> bool:
-        return any(actor.locks_the_row for actor in self.actors)
+        return any(actor.locks_the_row for actor in self.actors) or any(late.kind != "read" for late in self.late)
 
     def check_outcome(self, outcome: Any) -> None:
         if isinstance(outcome, OnHold):
@@ -454,15 +494,28 @@ class StreamMachine(RuleBasedStateMachine):
 
     def _possible(self) -> list[str]:
         events = [*WORK, "add", *(["remove"] if self.present else []), *(["another_group_reads"] if self.keep else [])]
+        events += ["late_commit_lands"] * 4 if self.late else []
         events += [event for fault in sorted(self.faults) for event in FAULTS[fault]]
         return [*events, "operator_sets_the_position"] if self.happened else events
 
     # What workers do
 
-    async def step(self, actor: int, steps: int, turn: int, fails: bool) -> None:
-        """Run a few gates on. With `fails`, the last command fails."""
+    async def step(self, actor: int, steps: int, turn: int, fails: str) -> None:
+        """Run a few gates on. The last command may fail."""
         for left in reversed(range(steps)):
-            await self.actors[actor].step(turn, fail=fails and left == 0)
+            await self.actors[actor].step(turn, "" if left else fails)
+
+    async def fail_at(self, actor: int, kinds: list[str], gate: str, fails: str, turn: int) -> None:
+        """Add entries, free the lease, and run a worker to the gate, where the command fails."""
+        await self.carry_up_to(actor, kinds, gate, turn)
+        await self.actors[actor].step(turn, fails)
+
+    async def late_commit_lands(self, rolls_back: bool) -> None:
+        late = self.late.pop(0)
+        if rolls_back and late.backend is not None:
+            await self.terminate(late.backend)
+        with contextlib.suppress(DatabaseUnavailable):
+            await late.transaction.__aexit__(None, None, None)
 
     async def carry_up_to(self, actor: int, kinds: list[str], gate: str, turn: int) -> None:
         """Add entries, free the lease, and run a worker to the gate."""
@@ -505,7 +558,8 @@ class StreamMachine(RuleBasedStateMachine):
         # A long backlog takes long to carry, and shows nothing more.
         if len(self.present - set(self.stored.carried)) > BACKLOG:
             return
-        await self._copy_redis()
+        if {"rewind", "failover"} & self.faults:
+            await self._copy_redis()
         self.clock_ms += not same_ms
         for kind in kinds:
             number = len(self.kinds)
@@ -549,10 +603,10 @@ class StreamMachine(RuleBasedStateMachine):
 
     # Faults
 
-    async def _copy_redis(self) -> None:
-        if {"rewind", "failover"} & self.faults:
-            dump = await self.redis.dump(self.active.key)
-            self.copies.append(Copy(dump, self.active.family, self.active.line))
+    async def _copy_redis(self) -> Copy:
+        copy = Copy(await self.redis.dump(self.active.key), self.active.family, self.active.line)
+        self.copies.append(copy)
+        return copy
 
     async def _copy_database(self) -> None:
         if "restore" in self.faults:
@@ -595,9 +649,27 @@ class StreamMachine(RuleBasedStateMachine):
                 actor.is_cut = True
         await self._come_to(copy, "rewind")
 
+    async def redis_goes_to_and_fro(self, actor: int, kinds: list[str], gate: str, returns: bool) -> None:
+        """While a worker is frozen, another one carries more, goes back with Redis, and lets the lease go."""
+        other = (actor + 1) % WORKERS
+        await self.take_over(actor, IDLE, turn=0)
+        before = await self._copy_redis()
+        await self.add(kinds, same_ms=False)
+        if gate != IDLE:
+            await self.actors[actor].run_up_to(gate)
+        await self.take_over(other, IDLE, turn=0)
+        after = await self._copy_redis()
+        for copy in (before, after) if returns else (before,):
+            await self._put(self.active.key, copy.dump)
+            self.active.line = copy.line
+            await self._come_to(copy, "rewind")
+            if copy is before:
+                await self.take_over(other, IDLE, turn=0)
+        await self._expire()
+
     async def a_replica_is_promoted(self, index: int, lags: bool) -> None:
-        exact = Copy(await self.redis.dump(self.active.key), self.active.family, self.active.line)
-        copy = (self._choose(self.copies, index, self.active.family) if lags else None) or exact
+        exact = await self._copy_redis()
+        copy = self._choose(self.copies, index, self.active.family) if lags else exact
         self.active = self._new_server(copy.family, copy.line)
         await self._put(self.active.key, copy.dump)
         await self._come_to(copy, "failover")
@@ -645,6 +717,8 @@ class StreamMachine(RuleBasedStateMachine):
         self.happened.add("restore")
         for actor in range(WORKERS):
             await self.meet(actor, "loses its transaction")
+        while self.late:
+            await self.late_commit_lands(rolls_back=True)
         async with self.sql.transaction():
             for table, rows in self.database_states[-1 - index % len(self.database_states)].items():
                 await self.sql.execute(f"DELETE FROM {table}")
@@ -772,6 +846,8 @@ class StreamMachine(RuleBasedStateMachine):
 
     async def _after_the_faults(self) -> None:
         """Frozen workers go on; then a new worker carries everything, or holds for a reason that is in the table."""
+        while self.late:
+            await self.late_commit_lands(rolls_back=False)
         for actor in self.actors:
             await actor.run_up_to(IDLE)
             if actor.stands_at(IDLE):

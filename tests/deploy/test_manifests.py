@@ -15,6 +15,7 @@ import yaml
 
 from tests.support.tools import tool
 from worker.contract.durations import parse_duration
+from worker.settings.model import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BIN = Path(sys.executable).parent

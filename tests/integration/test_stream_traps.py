@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from tests.support.world import World, database_url_for
 from worker.contract.entry_id import BEGINNING, EntryId
 from worker.dev.servers import ValkeyServer
 from worker.errors import RedisUnavailable, Unavailable
-from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold
+from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.pipelines.sources.stream.adjust import Adjustment
 
 
@@ -338,15 +339,25 @@ async def test_a_batch_does_not_fit_after_its_commit_that_landed_late(incident: 
     await incident.here.add(1, 2)
     worker = incident.worker()
     batch = await worker.read()
-    late = worker.database.transaction()
-    tx = await late.__aenter__()
-    assert await batch.claim.take(tx)
-    await worker.pipeline.delivery._sink._insert_all(tx, batch)
+    transaction, is_written, lands = worker.database.transaction, asyncio.Event(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def late() -> AsyncIterator[Any]:
+        async with transaction() as tx:
+            yield tx
+            is_written.set()
+            await lands.wait()
+
+    worker.database.transaction = late  # type: ignore[method-assign]
+    given_up = asyncio.create_task(worker.pipeline.delivery.deliver(batch))
+    await is_written.wait()
+    worker.database.transaction = transaction  # type: ignore[method-assign]
     again = await worker.read()
-    assert [item.key for item in again.items] == [item.key for item in batch.items]
+    assert isinstance(again, Batch)
     second = asyncio.create_task(worker.write(again))
     await asyncio.sleep(0.1)
-    await late.__aexit__(None, None, None)
+    lands.set()
+    assert await given_up == Written(2)
     assert await second == NotClaimed()
     assert await worker.carry() == Idle()
     assert await incident.carried() == [1, 2]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from worker.contract.entry_id import EntryId
+
+# What workers call their consumer. Any other name is another program's, which may use it on several servers.
+_MARK = re.compile(rb"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """A stream at one instant.
 
-    `mark`: the name of the single consumer of our group; None: no group, or no consumer. `consumers`: how many it has.
+    `mark`: the name of the single consumer of our group, which a worker made; else None. `consumers`: how many it has.
     `delivered`: the group's last delivered id. `last`, `added`, `length`: the stream's last id, the entries ever added,
     and those present. `first`: the first entry present. `above`: the first entry above the position that was asked
     about. `present`: the last entry that is present.
@@ -64,7 +68,7 @@ def parse_evidence(reply: list[Any]) -> tuple[str, Evidence | NoStream]:
         first=_id(first),
         above=_id(above),
         present=_id(present),
-        mark=mark.decode(errors="backslashreplace") if consumers == 1 else None,
+        mark=mark.decode() if consumers == 1 and _MARK.fullmatch(mark) else None,
         delivered=_id(delivered),
         consumers=max(0, consumers),
     )

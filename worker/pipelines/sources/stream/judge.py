@@ -88,6 +88,8 @@ def judge(
         return Hold(f"the id {unfit} does not fit into a bigint", f"Delete the stream. {subject.set_hint}")
     if evidence.consumers > 1:
         return Hold("the group of this worker has several consumers", SHARED_GROUP)
+    if evidence.consumers == 1 and evidence.mark is None:
+        return Hold("the group of this worker has another program's consumer", SHARED_GROUP)
     if owner is not None:
         return Hold(f"{owner} carries this stream already", "Let only one source carry a stream.")
     if evidence.mark is not None and evidence.mark == row.incarnation:

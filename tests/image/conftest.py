@@ -69,7 +69,8 @@ def image() -> Iterator[Image]:
         skip_or_fail(f"the base image {BASE} is not stored here and cannot be pulled")
     mirror = os.environ.get("PIP_INDEX_URL")
     arguments = ["--build-arg", f"PIP_INDEX_URL={mirror}"] if mirror else []
-    how = ("--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--quiet")
+    # Without the cache of layers: it takes labels of builds with other arguments for these.
+    how = ("--isolation", "chroot", "--network", "host", "--format", "docker", "--no-cache", "--quiet")
     buildah("bud", *how, *arguments, "--build-arg", f"VERSION={__version__}", "--tag", TAG, str(ROOT))
     container = buildah("from", "--pull-never", TAG)
     config = json.loads(buildah("inspect", "--type", "image", TAG))["Docker"]["config"]

@@ -210,6 +210,18 @@ async def test_another_program_that_reads_with_our_group_is_a_hold_while_it_does
     assert await incident.carried() == [1, 2, 3]
 
 
+async def test_another_program_s_consumer_is_not_taken_for_the_mark(incident: Incident) -> None:
+    """Its name is the same on every server: as the mark it made two streams one, and entries were skipped."""
+    await incident.here.redis.xgroup_create(incident.here.stream, GROUP, "$", mkstream=True)
+    await incident.here.redis.xgroup_createconsumer(incident.here.stream, GROUP, "application-1")
+    worker = incident.worker()
+    assert is_hold(await worker.carry(), "another program's consumer")
+    await incident.here.add(1, 2)
+    await incident.here.redis.xgroup_delconsumer(incident.here.stream, GROUP, "application-1")
+    assert await worker.carry() == Idle()
+    assert await incident.carried() == [1, 2]
+
+
 async def test_a_destroyed_group_is_a_hold_that_names_the_position(incident: Incident) -> None:
     await incident.here.add(1, 2)
     worker = incident.worker()

@@ -77,7 +77,7 @@ class Adjustment:
             return StreamState(stream, self.pipeline, row, None, "the looks at the stream do not agree")
         if isinstance(seen.first, Evidence):
             backlog = count_backlog(row, seen.first)
-            if (seen.first.mark is None and seen.first.first is None) or self._is_new(row, seen.first):
+            if self._is_new(row, seen.first):
                 return StreamState(stream, self.pipeline, row, backlog)
         verdict = judge(row, seen.first, seen.ids, None, Subject(stream, self.pipeline.upper()))
         if isinstance(verdict, Hold):
@@ -89,7 +89,7 @@ class Adjustment:
     @staticmethod
     def _is_new(row: Position, evidence: Evidence) -> bool:
         """The worker creates the mark at its first look."""
-        return evidence.mark is None and evidence.first is not None and evidence.first > row.last
+        return evidence.consumers == 0 and (evidence.first is None or evidence.first > row.last)
 
     async def preview(self, target: str) -> Change:
         """Where `target` (an id, `0`, `$`, `group:<name>`) is, and how many entries lie between.

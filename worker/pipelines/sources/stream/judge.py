@@ -52,9 +52,7 @@ class Hold:
 
 Verdict: TypeAlias = Carry | Skip | CaughtUp | Wait | Hold
 
-SHARED_GROUP = (
-    "Another program reads with this group. Give it its own group, and delete its consumer from this one."
-)
+SHARED_GROUP = "Another program reads with this group. Give it its own group, and delete its consumer from this one."
 OTHER_DATABASE = "Give each database a group of its own ({prefix}_STREAM_GROUP). For another Redis: {set_hint}"
 SET_HINT = "`viewer-worker streams --set {stream} ID|0|$` sets the position to continue from."
 

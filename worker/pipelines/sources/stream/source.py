@@ -98,7 +98,8 @@ class StreamSource(Generic[R]):
         self._new_mark = new_mark
         self._subject = Subject(position.stream, reading.settings_prefix)
         self._row: Position | None = None
-        # The lease's token before the row was read. What is made from the row is claimed with it.
+        # The lease's token before the row was read. What is made from the row is claimed with it: the lease may be lost
+        # and taken again meanwhile, and another worker move the row to and fro.
         self._token: UUID | None = None
         self._seen: Evidence | None = None
         self._mean_bytes = 1024.0
@@ -106,7 +107,7 @@ class StreamSource(Generic[R]):
 
     async def read(self) -> ReadOutcome[R]:
         """The entries after the position. Raises Unavailable."""
-        row = await self._current_row()
+        row = self._row or await self._read_row()
         try:
             seen = await self._looker.look(row, row.last, self._count(), self._new_mark())
         except NotAllowed as error:
@@ -184,12 +185,6 @@ class StreamSource(Generic[R]):
     async def close(self) -> None:
         await self._waiting.drop()
         await self._looker.connection.drop()
-
-    async def _current_row(self) -> Position:
-        """The known row; read again after another worker had the lease: the position may be the same, `high` not."""
-        if self._row is None or self._token != self._lease.token:
-            return await self._read_row()
-        return self._row
 
     async def _read_row(self) -> Position:
         self._token = self._lease.token

@@ -29,6 +29,7 @@ def upgrade() -> None:
         sa.Column("lost", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("gaps", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("incarnation", sa.Text),
+        sa.Column("candidate", sa.Text),
         sa.Column("carried_at", sa.DateTime(timezone=True)),
         sa.Column("lease_holder", sa.Text),
         sa.Column("lease_token", sa.Uuid),

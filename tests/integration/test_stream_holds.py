@@ -97,10 +97,11 @@ async def test_a_table_that_refuses_every_record_is_a_hold_after_a_thousand_lett
     carrier = records.carrier()
     async with carrier.running():
         assert "refuses every record" in await carrier.reaches(State.HOLD, timeout=60)
-        assert len(await records.letters()) == 1000
+        written = len(await records.letters())
+        assert 500 < written <= 1000
         await records.world.sql.execute("ALTER TABLE chunk_requests DROP CONSTRAINT chunk_requests_path_check")
-        records.paths = [f"/{number}" for number in range(1000, 1500)]
-        await records.carried(letters=1000)
+        records.paths = [f"/{number}" for number in range(written, 1500)]
+        await records.carried(letters=written)
 
 
 async def test_a_stream_of_another_type_is_a_hold(records: Records) -> None:

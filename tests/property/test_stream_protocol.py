@@ -68,7 +68,7 @@ SOME_FAULTS = st.one_of(st.just(frozenset()), st.frozensets(st.sampled_from(sort
 HOLDS = {
     "several consumers": {"stranger"},
     "another program's consumer": {"stranger"},
-    "another database carries this stream": {"rewind", "failover", "elsewhere", "restore", "stranger", "half set"},
+    "another database": {"rewind", "failover", "elsewhere", "restore", "stranger", "half set"},
     "this is not the stream that was carried": {
         *("rewind", "failover", "elsewhere", "delete", "destroy", "stranger", "half set"),
     },
@@ -106,7 +106,7 @@ EVENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "actor": ACTORS,
         "kinds": KINDS,
         "gate": st.sampled_from(["write: before BEGIN", *LOOK_GATES, IDLE]),
-        "returns": st.booleans(),
+        "then": st.sampled_from(["", "the newer copy returns", "its clock is late"]),
     },
     "a_replica_is_promoted": {"index": INDEX, "lags": st.booleans()},
     "name_moves_to_a_new_redis": {},
@@ -170,6 +170,7 @@ class Actor:
         self._begin = self.worker.database.transaction
         self.worker.database.transaction = self._transaction
         source.wait = self._wait
+        source._offer_mark = _as_kind("offer", source._offer_mark)
         source.read = self._noted(source.read)
         source.read_ahead = self._branch(source.read_ahead)
         pipeline.delivery.deliver = self._branch(pipeline.delivery.deliver)
@@ -300,7 +301,10 @@ class Actor:
 
     def _is_blocked(self, gate: Gate) -> bool:
         """The claim, and the release of the lease, would wait for the row."""
-        return gate.label in ("write: before BEGIN", "release: before BEGIN") and self._machine.row_is_locked()
+        return (
+            gate.label in ("write: before BEGIN", "release: before BEGIN", "offer: before BEGIN")
+            and self._machine.row_is_locked()
+        )
 
     async def _until_it_stands(self) -> None:
         assert self.task is not None
@@ -562,9 +566,12 @@ class StreamMachine(RuleBasedStateMachine):
         if {"rewind", "failover"} & self.faults:
             await self._copy_redis()
         self.clock_ms += not same_ms
-        for kind in kinds:
+        await self._add(kinds, [f"{self.clock_ms}-*"] * len(kinds))
+
+    async def _add(self, kinds: list[str], ids: list[str]) -> None:
+        for kind, entry_id in zip(kinds, ids, strict=True):
             number = len(self.kinds)
-            raw = await self.redis.xadd(self.active.key, {"data": DOCUMENTS[kind](number)}, id=f"{self.clock_ms}-*")
+            raw = await self.redis.xadd(self.active.key, {"data": DOCUMENTS[kind](number)}, id=entry_id)
             self.kinds.append(kind)
             self.ids.append(EntryId.parse(raw))
             self._happens_to_the_stream(number)
@@ -646,30 +653,36 @@ class StreamMachine(RuleBasedStateMachine):
         copy = self._choose(self.copies, index, self.active.family)
         if copy is None:
             return
-        await self._put(self.active.key, copy.dump)
-        self.active.line = copy.line
         if restart:
             for actor in self.actors:
                 actor.is_cut = True
-        await self._come_to(copy, "rewind")
+        await self._go_to(copy)
 
-    async def redis_goes_to_and_fro(self, actor: int, kinds: list[str], gate: str, returns: bool) -> None:
+    async def redis_goes_to_and_fro(self, actor: int, kinds: list[str], gate: str, then: str) -> None:
         """While a worker is frozen, another one carries more, goes back with Redis, and lets the lease go."""
-        other = (actor + 1) % WORKERS
+        other = self.actors[(actor + 1) % WORKERS]
         await self.take_over(actor, IDLE, turn=0)
         before = await self._copy_redis()
         await self.add(kinds, same_ms=False)
         if gate != IDLE:
             await self.actors[actor].run_up_to(gate)
-        await self.take_over(other, IDLE, turn=0)
-        after = await self._copy_redis()
-        for copy in (before, after) if returns else (before,):
-            await self._put(self.active.key, copy.dump)
-            self.active.line = copy.line
-            await self._come_to(copy, "rewind")
-            if copy is before:
-                await self.take_over(other, IDLE, turn=0)
         await self._expire()
+        await other.run_up_to(IDLE)
+        after = await self._copy_redis()
+        await self._go_to(before)
+        await self._expire()
+        await other.run_up_to(IDLE)
+        if then == "the newer copy returns":
+            await self._go_to(after)
+        elif then == "its clock is late" and other.stands_at(IDLE) and before.dump is not None:
+            last = (await self._look()).last
+            await self._add(["good"], [f"{last.ms}-{last.seq + 1}"])
+        await self._expire()
+
+    async def _go_to(self, copy: Copy) -> None:
+        await self._put(self.active.key, copy.dump)
+        self.active.line = copy.line
+        await self._come_to(copy, "rewind")
 
     async def a_replica_is_promoted(self, index: int, lags: bool) -> None:
         exact = await self._copy_redis()
@@ -865,7 +878,7 @@ class StreamMachine(RuleBasedStateMachine):
         self._each_entry_is_carried_once(stored)
         self._nothing_present_was_skipped(stored, look)
         if isinstance(last.outcome, OnHold):
-            assert self._explains(last.outcome.cause, stored.row, look), (last.outcome, stored.row, look)
+            assert self._explains(last.outcome.cause, stored.row, stored.candidate, look), (last.outcome, stored, look)
             return
         assert isinstance(last.outcome, Idle), last.outcome
         if last.outcome.cause == "there is no stream yet":
@@ -876,15 +889,15 @@ class StreamMachine(RuleBasedStateMachine):
         elif not self.diverged:
             assert set(look.ids) <= set(stored.carried) | self.removed
 
-    def _explains(self, cause: str, row: Row, look: Look) -> bool:
+    def _explains(self, cause: str, row: Row, candidate: str | None, look: Look) -> bool:
         is_ours = look.mark is not None and look.mark == row.incarnation
         above = [entry_id for entry_id in look.ids.values() if entry_id > row.last]
         if "several consumers" in cause:
             return len(look.consumers) > 1
         if "another program's consumer" in cause:
             return look.consumers == ["stranger"]
-        if "another database carries this stream" in cause:
-            return look.mark is not None and not is_ours and look.delivered > row.last
+        if "another database" in cause:
+            return look.mark not in (None, row.incarnation, candidate) or (not is_ours and look.delivered > row.last)
         if "this is not the stream that was carried" in cause:
             return not is_ours and any(entry_id <= row.last for entry_id in look.ids.values())
         return "may be carried already" in cause and row.high is not None and min(above) <= row.high

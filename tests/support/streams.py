@@ -117,6 +117,7 @@ class Stored(NamedTuple):
     rows: list[int]
     letters: list[int]
     row: Row
+    candidate: str | None
 
     @property
     def carried(self) -> list[int]:
@@ -142,4 +143,9 @@ async def read_stored(sql: Any, stream: str, source: str = "default") -> Stored:
         found["lost"],
         found["gaps"],
     )
-    return Stored([number_of(path) for path in found["paths"]], [number_of(text) for text in found["payloads"]], row)
+    return Stored(
+        [number_of(path) for path in found["paths"]],
+        [number_of(text) for text in found["payloads"]],
+        row,
+        found["candidate"],
+    )

@@ -9,7 +9,7 @@ import pytest
 from worker.contract.entry_id import MAX_PART, EntryId
 from worker.db.positions import Move, Position
 from worker.pipelines.sources.stream.evidence import Evidence, NoStream
-from worker.pipelines.sources.stream.judge import Carry, CaughtUp, Hold, Skip, Subject, Verdict, Wait, judge
+from worker.pipelines.sources.stream.judge import Carry, CaughtUp, Hold, Skip, Subject, Unmarked, Verdict, Wait, judge
 
 SUBJECT = Subject("requests", "CHUNKLOG")
 HUGE = 2**64 - 1
@@ -20,11 +20,11 @@ def at(number: int) -> EntryId:
 
 
 def row(last: int = 5, **changes: Any) -> Position:
-    values: dict[str, Any] = {"last": at(last), "entries_read": last, "incarnation": "ours"}
+    values: dict[str, Any] = {"last": at(last), "entries_read": last, "incarnation": "ours", "candidate": "b"}
     return Position(**values | changes)
 
 
-NEW = Position()
+NEW = Position(candidate="b")
 
 
 def seen(*entries: int, last: int = 9, **changes: Any) -> Evidence:
@@ -99,7 +99,9 @@ TABLE: list[tuple[str, Position, Evidence, str | None, Any]] = [
     ("no group, entry at the position", row(), seen(5, 6, **NO_GROUP), None, "not the stream that was carried"),
     ("not ours, empty and behind", row(), seen(last=4, mark="b", delivered=at(0)), None, Wait),
     ("no group, empty and behind", row(), seen(last=4, **NO_GROUP), None, Wait),
-    ("group destroyed after the script ran", row(), seen(6, 9, **NO_GROUP), None, Wait),
+    ("group destroyed after the script ran", row(), seen(6, 9, **NO_GROUP), None, Unmarked()),
+    ("mark that this row did not offer", row(), seen(6, 9, mark="c"), None, "another database or source"),
+    ("mark of another first start", NEW, seen(*ALL, mark="c", delivered=at(0)), None, "another database or source"),
     ("ours, went back", row(), seen(1, 2, last=2), None, Skip),
     ("ours, went back to nothing", row(), seen(last=4), None, Skip),
     ("entry below high", row(high=at(8)), seen(*ALL), None, "Redis went back, and the entry 6-0 may be carried"),
@@ -167,7 +169,7 @@ def test_position_follows_redis_back_and_remembers_the_highest(position: Positio
         (row(entries_read=None), Move(at(5), at(9), 9, None, "ours", gap=True)),
         (row(high=at(8)), Move(at(5), at(9), 9, None, "ours", lost=4)),
         (row(high=at(9)), Move(at(5), at(9), 9, at(9), "ours", lost=4)),
-        (row(incarnation="gone"), Move(at(5), at(9), 9, None, "ours", gap=True)),
+        (row(incarnation="gone", candidate="ours"), Move(at(5), at(9), 9, None, "ours", gap=True)),
     ],
     ids=["counted", "not known", "above high", "at high", "new mark"],
 )

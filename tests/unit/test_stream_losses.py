@@ -92,7 +92,7 @@ class Simulation:
     present: list[EntryId] = field(default_factory=list)
     deleted: set[EntryId] = field(default_factory=set)
     carried: list[EntryId] = field(default_factory=list)
-    row: Position = field(default_factory=Position)
+    row: Position = field(default_factory=lambda: Position(candidate="ours"))
     # Entries deleted before the first commit belong to nobody's reading.
     history: frozenset[EntryId] = frozenset()
 

@@ -79,7 +79,8 @@ def _make_loops(
     metrics: Metrics,
 ) -> dict[str, Loop]:
     """The monitors, and the loops of the counters where views are counted."""
-    probe = PostgresProbe(database=database, status=status, target=counters.target, migrate=settings.migrate_on_start)
+    target = counters.target if settings.counts_views else None
+    probe = PostgresProbe(database=database, status=status, target=target, migrate=settings.migrate_on_start)
     loops: dict[str, Loop] = {
         REDIS: Monitor(REDIS, RedisProbe(redis), status, metrics.redis_up, counters.loop.sweep_soon),
         POSTGRES: Monitor(POSTGRES, probe, status, metrics.postgres_up),

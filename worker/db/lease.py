@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from worker.errors import DatabaseRefused, Unavailable
+from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError
 from worker.observability.logs import get_logger
 from worker.observability.status import SERVERS
 from worker.runtime.waiting import wait_first
@@ -72,6 +72,8 @@ class Lease(Generic[T]):
         self._is_paused = False
         self._wake = asyncio.Event()
         self.token: T | None = None
+        # Why it could not be taken or renewed at the last try.
+        self.failure: ViewerWorkerError | None = None
         self.changed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -80,11 +82,9 @@ class Lease(Generic[T]):
             if self._status.is_ok(*SERVERS) and not self._is_paused:
                 try:
                     await self.take()
-                except Unavailable as error:
-                    log.debug("lease not renewed", cause=str(error))
-                except DatabaseRefused as error:
-                    # The table is missing for a moment, for example: a restart would not help.
-                    log.warning("lease not renewed", cause=str(error))
+                except (Unavailable, DatabaseRefused) as error:
+                    # A right or the table is missing, for example: a restart would not help.
+                    self._failed(error)
             delay = RENEW_S if self.token is not None else STANDBY_S * random.uniform(0.5, 1.0)
             self._status.expect_beat(self._loop, within=delay + BEAT_S)
             await wait_first(delay, stop, self._status.changed, self._wake)
@@ -96,7 +96,9 @@ class Lease(Generic[T]):
         `loop` is the name of the waiting loop. `standing_by` is called while only the lease is missing.
         """
         while not self.is_usable and not stop.is_set():
-            if self._status.is_ok(*SERVERS):
+            if self.failure is not None:
+                self._status.failing(loop, str(self.failure), self.failure.remedy)
+            elif self._status.is_ok(*SERVERS):
                 standing_by()
             self._status.expect_beat(loop, within=BEAT_S)
             await wait_first(5.0, stop, self._status.changed, self.changed)
@@ -113,6 +115,7 @@ class Lease(Generic[T]):
             async with self._database.transaction() as tx:
                 await self._row.ensure(tx)
         state = await self._take(dead=None)
+        self.failure = None
         if (dead := self._dead_holder(state)) is not None:
             state = await self._take(dead)
         if state is not None and state.holder == self._worker_id:
@@ -120,6 +123,11 @@ class Lease(Generic[T]):
         else:
             self.lost()
         return self.token is not None
+
+    def _failed(self, error: ViewerWorkerError) -> None:
+        if self.failure is None or str(self.failure) != str(error):
+            log.warning("lease not renewed", loop=self._loop, cause=str(error))
+        self.failure = error
 
     async def _take(self, dead: str | None) -> LeaseState[T] | None:
         async with self._database.transaction() as tx:

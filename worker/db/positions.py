@@ -37,14 +37,15 @@ class Position:
 
     `last`: the last entry carried. `entries_read`: of all entries ever added, those up to `last`; None: not known.
     `high`: the highest position before Redis went back; None: it never did, or all is carried again. `incarnation`: the
-    mark that the stream is expected to have. `lost` and `gaps` count entries that were deleted unread, and moments at
-    which their number is not known.
+    mark that the stream is expected to have. `candidate`: the last mark created for this row. `lost` and `gaps`
+    count entries that were deleted unread, and moments at which their number is not known.
     """
 
     last: EntryId = BEGINNING
     entries_read: int | None = 0
     high: EntryId | None = None
     incarnation: str | None = None
+    candidate: str | None = None
     lost: int = 0
     gaps: int = 0
 
@@ -70,6 +71,7 @@ _COLUMNS = (
     _row.high_ms,
     _row.high_seq,
     _row.incarnation,
+    _row.candidate,
     _row.lost,
     _row.gaps,
 )
@@ -101,6 +103,11 @@ _MOVE = (
         carried_at=NOW,
         lease_until=UNTIL,
     )
+)
+_OFFER = (
+    update(stream_positions)
+    .where(*_this, _row.lease_token == bindparam("token", type_=Uuid))
+    .values(candidate=bindparam("mark", type_=Text))
 )
 _SET = (
     update(stream_positions)
@@ -189,6 +196,11 @@ class StreamPosition:
         )
         return done.rowcount == 1
 
+    async def offer(self, tx: AsyncConnection, mark: str, token: UUID) -> bool:
+        """Remember a mark before it is created on the stream. False: the lease is another worker's."""
+        await tx.execute(APPLY_SETTINGS)
+        return (await tx.execute(_OFFER, self._key | {"mark": mark, "token": token})).rowcount == 1
+
     async def set(self, tx: AsyncConnection, to: EntryId, mark: str) -> None:
         """Continue after `to`, on the stream with this mark. A batch that is being written is not claimed any more."""
         values = {"b_ms": to.ms, "b_seq": to.seq, "mark": mark, "new_token": uuid4()}
@@ -207,7 +219,7 @@ class StreamPosition:
         await tx.execute(_RELEASE_LEASE, self._key | {"me": worker_id})
 
 
-def _position(row: Row[int, int, int | None, int | None, int | None, str | None, int, int]) -> Position:
-    last_ms, last_seq, entries_read, high_ms, high_seq, incarnation, lost, gaps = row
+def _position(row: Row[int, int, int | None, int | None, int | None, str | None, str | None, int, int]) -> Position:
+    last_ms, last_seq, entries_read, high_ms, high_seq, incarnation, candidate, lost, gaps = row
     high = None if high_ms is None or high_seq is None else EntryId(high_ms, high_seq)
-    return Position(EntryId(last_ms, last_seq), entries_read, high, incarnation, lost, gaps)
+    return Position(EntryId(last_ms, last_seq), entries_read, high, incarnation, candidate, lost, gaps)

@@ -30,10 +30,13 @@ class WriteMetrics:
         self._errors = metrics.writes.labels(pipeline, "error")
         self._error_types = metrics.write_errors.labels(pipeline, WRITE_FAILED)
         self._seconds = metrics.write_seconds.labels(pipeline, "write")
+        self._writing = 0
 
     def writing(self, records: int, *, again: bool) -> None:
-        self._in_flight.set(records)
-        self._queue.set(records)
+        # Streams of one pipeline share these.
+        self._in_flight.inc(records)
+        self._queue.inc(records)
+        self._writing = records
         if again:
             self._retried.inc(records)
 
@@ -61,8 +64,9 @@ class WriteMetrics:
         self._idle()
 
     def _idle(self) -> None:
-        self._in_flight.set(0)
-        self._queue.set(0)
+        self._in_flight.dec(self._writing)
+        self._queue.dec(self._writing)
+        self._writing = 0
 
 
 class StreamMetrics:

@@ -86,8 +86,8 @@ class Pipeline(Generic[R]):
                 self._report_ok("idle")
                 await self._wait_for_more(IDLE_S, stop)
             elif not read.full and (pause := self._committed_at + self.interval - self.clock.monotonic()) > 0:
-                # No partial batch is kept: the next look reads its entries again, and more.
-                await wait_first(pause, stop, self.lease.changed)
+                # No partial batch is kept: the next look reads its entries again, and more; it may be full then.
+                await wait_first(min(pause, IDLE_S), stop, self.lease.changed)
             else:
                 ahead = await self._deliver(read)
 

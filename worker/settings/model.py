@@ -72,8 +72,8 @@ def _key_prefix(value: str) -> str:
 
 def _pipelines(value: object) -> object:
     names = tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-    if not isinstance(names, tuple) or not names or not set(names) <= set(PIPELINES):
-        raise ValueError(f"one or more of {', '.join(PIPELINES)}, separated by commas")
+    if not isinstance(names, tuple) or not names or not set(names) <= set(PIPELINES) or len(set(names)) != len(names):
+        raise ValueError(f"one or more of {', '.join(PIPELINES)}, separated by commas, each once")
     return names
 
 

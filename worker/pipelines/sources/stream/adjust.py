@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.pipelines.sources.stream.look import Looker
 
 SET = LuaScript.load(Path(__file__).with_name("set.lua"))
-PAGE = 1000
+PAGE = 100
 COUNTED = 100_000
 _ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 

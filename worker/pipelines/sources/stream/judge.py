@@ -31,6 +31,11 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmarked:
+    """Nobody carries the stream: a mark has to be created on it."""
+
+
+@dataclass(frozen=True, slots=True)
 class CaughtUp:
     """Everything is carried."""
 
@@ -50,7 +55,7 @@ class Hold:
     remedy: str
 
 
-Verdict: TypeAlias = Carry | Skip | CaughtUp | Wait | Hold
+Verdict: TypeAlias = Carry | Skip | CaughtUp | Unmarked | Wait | Hold
 
 SHARED_GROUP = "Another program reads with this group. Give it its own group, and delete its consumer from this one."
 OTHER_DATABASE = "Give each database a group of its own ({prefix}_STREAM_GROUP). For another Redis: {set_hint}"
@@ -102,7 +107,9 @@ def _judge_ours(row: Position, evidence: Evidence, subject: Subject) -> Verdict:
     return _judge_entries(row, evidence, subject, adopt=False)
 
 
-def _judge_foreign(row: Position, evidence: Evidence, read: Sequence[EntryId], subject: Subject) -> Hold | Wait | None:
+def _judge_foreign(
+    row: Position, evidence: Evidence, read: Sequence[EntryId], subject: Subject
+) -> Hold | Wait | Unmarked | None:
     """The mark is missing or another one. None: the stream is new, or was deleted and created again."""
     if evidence.mark is not None and evidence.delivered is not None and evidence.delivered > row.last:
         return Hold(
@@ -121,8 +128,12 @@ def _judge_foreign(row: Position, evidence: Evidence, read: Sequence[EntryId], s
     if evidence.first is None and evidence.last < row.last:
         return Wait("the stream is empty and behind the position")
     if evidence.mark is None:
-        # The script created the mark, so the group was deleted since.
-        return Wait("the group was just deleted")
+        return Unmarked()
+    if evidence.mark != row.candidate:
+        return Hold(
+            "another database or source carries this stream, perhaps",
+            OTHER_DATABASE.format(prefix=subject.prefix, set_hint=subject.set_hint),
+        )
     return None
 
 

@@ -4,14 +4,15 @@
 -- KEYS[1] stream
 -- ARGV[1] group        ARGV[2] '1': write nothing      ARGV[3] id to read after   ARGV[4] committed position
 -- ARGV[5] expected mark, or ''                         ARGV[6] entries read up to the position, or ''
--- ARGV[7] mark to create                               ARGV[8] milliseconds to keep what is carried, or ''
+-- ARGV[7] mark to create, or ''                        ARGV[8] milliseconds to keep what is carried, or ''
 --
 -- Returns {role, type of the key}, and for a stream also {…, consumers of the group (-1: no group), mark, last delivered id
 -- of the group, last id, entries added, length, first id, first id above ARGV[3], last id that is present}; ids that are not
 -- there are ''.
 --
 -- It writes in two cases only. The mark is the expected one and the stream is not behind the position: mirror the position
--- into the group, and trim. There is no mark, and nothing that the position could have skipped: create group and mark.
+-- into the group, and trim. There is no mark, one to create is given, and nothing that the position could have
+-- skipped: create group and mark.
 --
 -- allow-oom: reading must work at maxmemory. No flag `no-writes`: a replica must refuse this script.
 
@@ -90,7 +91,7 @@ if not look_only then
     end
     if keep ~= '' then trim(seen) end
     seen = look()
-  elseif seen.consumers < 1 and (seen.first == '' or is_above(seen.first, position)) and not (seen.first == '' and is_behind) then
+  elseif new_mark ~= '' and seen.consumers < 1 and (seen.first == '' or is_above(seen.first, position)) and not (seen.first == '' and is_behind) then
     if seen.consumers == 0 then
       redis.call('XGROUP', 'SETID', key, group, position)
     else

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LOOK = LuaScript.load(Path(__file__).with_name("look.lua"))
 LOOK_TIMEOUT_S = 4.0
 MAX_DISAGREEMENTS = 10
-PEEK_COUNT = 1000
+PEEK_COUNT = 20
 
 
 class NotAllowed(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -13,7 +12,18 @@ from worker.pipelines.metrics import count_backlog
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.pipelines.sources.stream.entries import read_entries
 from worker.pipelines.sources.stream.evidence import Evidence
-from worker.pipelines.sources.stream.judge import Carry, CaughtUp, Hold, Skip, Subject, Wait, judge, make_move
+from worker.pipelines.sources.stream.judge import (
+    Carry,
+    CaughtUp,
+    Hold,
+    Skip,
+    Subject,
+    Unmarked,
+    Verdict,
+    Wait,
+    judge,
+    make_move,
+)
 from worker.pipelines.sources.stream.look import Disagreed, NotAllowed
 
 if TYPE_CHECKING:
@@ -34,10 +44,12 @@ log = get_logger(__name__)
 R = TypeVar("R")
 
 REPLY_BYTES = 8 * 1024 * 1024
-BLOCK_MS = 5000
+BLOCK_S = 5.0
+ANSWER_S = 4.0
 # Entries that are parsed at a stretch: less than a millisecond.
 SLICE = 100
-BLOCK_TIMEOUT_S = 4.0 + BLOCK_MS / 1000
+# Entries of the first look, when their size is not known yet; it doubles.
+FIRST_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +115,32 @@ class StreamSource(Generic[R]):
         self._token: UUID | None = None
         self._seen: Evidence | None = None
         self._mean_bytes = 1024.0
-        self._limit = reading.batch_size
+        self._limit = min(FIRST_LIMIT, reading.batch_size)
 
     async def read(self) -> ReadOutcome[R]:
         """The entries after the position. Raises Unavailable."""
         row = self._row or await self._read_row()
         try:
-            seen = await self._looker.look(row, row.last, self._count(), self._new_mark())
+            seen, verdict = await self._judge(row)
+            if isinstance(verdict, Unmarked):
+                row, mark = await self._offer_mark(row)
+                seen, verdict = await self._judge(row, mark)
         except NotAllowed as error:
             return OnHold(error.cause, error.remedy)
         except Disagreed:
             return OnHold("something between the worker and Redis does not keep commands together", PROXY)
-        owner = await self._owner(row, seen)
-        verdict = judge(row, seen.first, seen.ids, owner, self._subject)
         self._observe(row, seen)
+        return await self._act(row, seen, verdict)
+
+    async def _act(self, row: Position, seen: Seen, verdict: Verdict) -> ReadOutcome[R]:
         match verdict:
             case Hold(cause, remedy):
                 # A worker that lost the lease without knowing it may have judged by a row that another one has moved.
                 return OnHold(cause, remedy) if row == await self._read_row() else await self.read()
             case Wait(cause):
                 return Idle(cause, keep_lease=False)
+            case Unmarked():
+                return Idle("the mark could not be created", keep_lease=False)
             case CaughtUp():
                 return Idle()
             case Skip(move, went_back):
@@ -132,6 +150,26 @@ class StreamSource(Generic[R]):
             case Carry():
                 return await self._carry(row, seen, verdict)
 
+    async def _judge(self, row: Position, new_mark: str = "") -> tuple[Seen, Verdict]:
+        """Look at what follows the position of `row`, and decide. Raises as `Looker.look`."""
+        try:
+            seen = await self._looker.look(row, row.last, self._count(), new_mark)
+        except RedisUnavailable:
+            # Perhaps the reply was too large for the time limit.
+            self.reset(smaller=True)
+            raise
+        owner = await self._owner(row, seen)
+        return seen, judge(row, seen.first, seen.ids, owner, self._subject)
+
+    async def _offer_mark(self, row: Position) -> tuple[Position, str]:
+        """Remember a new mark before it is created: only a mark that this row offered is taken over by its commits."""
+        mark, token = self._new_mark(), self._lease.token
+        async with self._database.transaction() as tx:
+            if token is None or not await self._position.offer(tx, mark, token):
+                return row, ""
+        self._row = replace(row, candidate=mark)
+        return self._row, mark
+
     async def read_ahead(self, batch: Batch[R]) -> Batch[R] | None:
         """As `read`, after `batch`. Only on the same stream by the same connection; else None."""
         if not isinstance(batch, StreamBatch) or batch.following is None or self._row is None:
@@ -139,7 +177,7 @@ class StreamSource(Generic[R]):
         expected = batch.following
         try:
             # The script mirrors the row that is committed, never that of a batch which is being written.
-            seen = await self._looker.look(self._row, expected.last, self._count(), self._new_mark())
+            seen = await self._looker.look(self._row, expected.last, self._count(), "")
         except (RedisUnavailable, NotAllowed, Disagreed):
             return None
         first = seen.first
@@ -171,16 +209,19 @@ class StreamSource(Generic[R]):
 
     async def wait(self, seconds: float) -> None:
         """Until an entry comes, at most `seconds`. What the blocking command returns is not used: only looks count."""
+        until = asyncio.get_running_loop().time() + seconds
         last = "0-0" if self._seen is None else str(self._seen.last)
-        command = ("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._position.stream, last)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                try:
-                    (reply,) = await self._waiting.send([command], BLOCK_TIMEOUT_S)
-                except RedisUnavailable as error:
-                    reply = error
-                if isinstance(reply, Exception):
-                    await asyncio.sleep(seconds)
+        while (left := until - asyncio.get_running_loop().time()) > 0:
+            block = max(1, round(min(left, BLOCK_S) * 1000))
+            command = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", self._position.stream, last)
+            try:
+                (reply,) = await self._waiting.send([command], BLOCK_S + ANSWER_S)
+            except RedisUnavailable as error:
+                reply = error
+            if isinstance(reply, Exception):
+                await asyncio.sleep(left)
+            elif reply:
+                return
 
     async def close(self) -> None:
         await self._waiting.drop()
@@ -208,7 +249,7 @@ class StreamSource(Generic[R]):
         assert isinstance(first, Evidence)  # only such evidence is carried  # noqa: S101
         assert isinstance(second, Evidence)  # it confirmed the first  # noqa: S101
         entries = seen.entries
-        mean_bytes = sum(len(fields[-1]) for _, fields in entries) / len(entries)
+        mean_bytes = sum(sum(map(len, fields)) for _, fields in entries) / len(entries)
         self._mean_bytes = max(64.0, 0.5 * self._mean_bytes + 0.5 * mean_bytes)
         move = make_move(row, first, second, row.last, entries[-1][0], len(entries), carry)
         return await self._batch(row, seen, move, entries, full=len(entries) >= seen.count)

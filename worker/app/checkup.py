@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.db.rights import RECORD_RIGHTS, STREAM_RIGHTS, missing_rights
+from worker.db.rights import RECORD_RIGHTS, STREAM_RIGHTS, missing_rights, missing_tables
 from worker.db.schema import GRANT, read_schema, read_versions
 from worker.errors import SchemaNotCurrent, TargetUnusable
 from worker.redis.scripts import LuaScript
@@ -74,8 +74,12 @@ async def check_record_tables(database: Database, tables: Sequence[str]) -> list
     """Check the rights on the tables of the pipelines that are carried. Raises DatabaseUnavailable."""
     if not tables:
         return []
+    needed = STREAM_RIGHTS | dict.fromkeys(tables, RECORD_RIGHTS)
     async with database.transaction() as tx:
-        lacking = await missing_rights(tx, STREAM_RIGHTS | dict.fromkeys(tables, RECORD_RIGHTS))
+        gone = await missing_tables(tx, list(needed))
+        lacking = await missing_rights(tx, needed)
+    if gone:
+        return [Finding("record tables", Level.FAILURE, f"there is no table {', '.join(gone)}", "Create it again.")]
     if lacking:
         return [Finding("record tables", Level.FAILURE, f"this role lacks {', '.join(lacking)}", GRANT)]
     return [Finding("record tables", Level.OK, "the role may read and write them")]

@@ -82,18 +82,16 @@ def build_pipelines(
 ) -> Pipelines:
     """Nothing is read or written yet. `status` has a check for each name of `name_streams`."""
     streams: list[StreamPipeline] = []
-    tables: list[tuple[Lease[UUID], RecordRetention]] = []
+    tables: dict[str, RecordRetention] = {}
     for record, stream, name in name_streams(settings):
         streams.append(_build(settings, record, stream, name, database, redis, status, metrics))
         age = settings.pipeline(record).retention
-        # Of several streams, the first one's lease decides who deletes.
-        if age is not None and record.name not in {table.name for _, table in tables}:
-            tables.append((streams[-1].lease, RecordRetention(record.name, record.rule.time, age)))
+        if age is not None:
+            tables[record.name] = RecordRetention(record.name, record.rule.time, age)
     retention = PipelineRetention(
         database=database,
         status=status,
-        tables=tables,
-        leases=[stream.lease for stream in streams],
+        tables=list(tables.values()),
         letters=settings.dead_letter_retention,
     )
     return Pipelines(streams, retention)

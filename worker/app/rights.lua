@@ -20,7 +20,7 @@ for i = 4, #KEYS do
     {'XRANGE', KEYS[i], '-', '+'}, {'XREAD', 'STREAMS', KEYS[i], '0'}, {'XTRIM', KEYS[i], 'MINID', '0'},
     {'XINFO', 'STREAM', KEYS[i]}, {'XINFO', 'GROUPS', KEYS[i]}, {'XINFO', 'CONSUMERS', KEYS[i], ''},
     {'XGROUP', 'CREATE', KEYS[i], '', '0'}, {'XGROUP', 'CREATECONSUMER', KEYS[i], '', ''},
-    {'XGROUP', 'SETID', KEYS[i], '', '0'}, {'XPENDING', KEYS[i], ''}, {'TIME'},
+    {'XGROUP', 'SETID', KEYS[i], '', '0'}, {'XGROUP', 'DESTROY', KEYS[i], ''}, {'XPENDING', KEYS[i], ''}, {'TIME'}, {'SCRIPT', 'LOAD', ''},
   }) do table.insert(commands, command) end
 end
 for _, command in ipairs(commands) do

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.exits import EXIT_FAILURE, fail
+from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, fail
 from worker.cli.options import EnvFile, LogLevel, plural, read_settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def run(
     from worker.runtime.event_loop import run_async
 
     if once:
+        if not settings.counts_views:
+            fail("--once flushes views, and view_counts is not in PIPELINES", "", EXIT_CONFIG)
         from worker.app import commands
 
         _report_once(run_async(commands.run_once(settings)))

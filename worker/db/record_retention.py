@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+_LOCK = 0x7669657765722D72  # "viewer-r"; any constant that nobody else uses
 _IS_HYPERTABLE = text(
     """
     SELECT to_regclass('timescaledb_information.hypertables') IS NOT NULL
        AND EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:name) AND tgname = 'ts_insert_blocker')
     """
 )
+
+
+async def try_lock_retention(tx: AsyncConnection) -> bool:
+    """Until the end of the transaction, no other worker deletes old rows. False: another one is doing it."""
+    return bool((await tx.execute(select(func.pg_try_advisory_xact_lock(_LOCK)))).scalar_one())
 
 
 class RecordRetention:

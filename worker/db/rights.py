@@ -35,6 +35,16 @@ _MISSING = text(
 ).bindparams(bindparam("rights", type_=ARRAY(Text)), bindparam("tables", type_=ARRAY(Text)))
 
 
+_NO_TABLE = text("SELECT name FROM unnest(:tables) name WHERE to_regclass(name) IS NULL ORDER BY name").bindparams(
+    bindparam("tables", type_=ARRAY(Text))
+)
+
+
+async def missing_tables(connection: AsyncConnection, tables: Sequence[str]) -> tuple[str, ...]:
+    """Those of the tables that do not exist."""
+    return tuple((await connection.execute(_NO_TABLE, {"tables": list(tables)})).scalars())
+
+
 async def missing_rights(
     connection: AsyncConnection, rights: Mapping[str, Sequence[str]] = MappingProxyType(RIGHTS)
 ) -> tuple[str, ...]:

@@ -20,13 +20,14 @@ log = get_logger(__name__)
 
 R = TypeVar("R")
 
+MAX_PAUSE_S = 10.0
 RETRIES_FIX = "The log has the error. The worker keeps trying; if the error persists, check the database."
 
 
 class Delivery(Generic[R]):
     """Measures each write. An error of unknown class is tried again `max_retries` times.
 
-    The pause before the first of these tries is `retry_delay` (seconds); it doubles with each.
+    The pause before the first of these tries is `retry_delay` (seconds); it doubles with each, up to ten seconds.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Delivery(Generic[R]):
                     self._observer.exhausted(len(batch))
                     raise TableRefused(str(error), RETRIES_FIX) from error
                 log.warning("write failed", cause=str(error), attempt=attempt + 1)
-            await self._sleep(self._retry_delay * 2**attempt)
+            await self._sleep(min(MAX_PAUSE_S, self._retry_delay * 2**attempt))
         raise AssertionError("unreachable")
 
     async def _write(self, batch: Batch[R], *, again: bool) -> WriteOutcome:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worker.db.dead_letters import LetterFilter, purge_letters
+from worker.db.record_retention import try_lock_retention
 from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.logs import get_logger
+from worker.observability.status import SERVERS
 from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from datetime import timedelta
 
-    from worker.db.lease import Lease
     from worker.db.record_retention import RecordRetention
     from worker.db.session import Database, Transaction
     from worker.observability.status import Status
@@ -25,6 +26,7 @@ log = get_logger(__name__)
 
 LOOP = "record retention"
 PERIOD_S = 600.0
+START_S = 10.0
 ROWS_AT_ONCE = 10_000
 LETTERS_AT_ONCE = 1000
 BEAT_S = 120.0
@@ -32,32 +34,32 @@ BEAT_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineRetention:
-    """Every ten minutes, where this worker holds the lease of one of the pipeline's streams.
+    """Every ten minutes, in one replica at a time.
 
-    `tables`: the lease that divides the work, and the table of each pipeline that does not keep its rows for ever.
+    `tables`: those of the pipelines that do not keep their rows for ever. `letters`: age of dead letters.
     """
 
     database: Database
     status: Status
-    tables: Sequence[tuple[Lease[Any], RecordRetention]]
-    leases: Sequence[Lease[Any]]
+    tables: Sequence[RecordRetention]
     letters: timedelta
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             try:
-                for lease, table in self.tables:
-                    if lease.token is not None:
+                if self.status.is_ok(*SERVERS):
+                    for table in self.tables:
                         await self._repeat(stop, partial(table.prune, at_most=ROWS_AT_ONCE))
-                if any(lease.token is not None for lease in self.leases):
                     await self._repeat(stop, self._purge_letters)
             except Unavailable as error:
                 log.warning("retention postponed", cause=str(error))
             except DatabaseRefused as error:
                 # Carrying does not need retention, and a restart would not help.
                 log.error("retention refused", cause=str(error))
-            self.status.expect_beat(LOOP, within=PERIOD_S + BEAT_S)
-            await wait_first(PERIOD_S, stop)
+            # Soon after the start, and when the servers are back.
+            period = PERIOD_S if self.status.is_ok(*SERVERS) else START_S
+            self.status.expect_beat(LOOP, within=period + BEAT_S)
+            await wait_first(period, stop)
 
     async def _repeat(self, stop: asyncio.Event, prune: Callable[[Transaction], Awaitable[bool]]) -> None:
         """In small transactions, until nothing is left to delete."""
@@ -65,7 +67,7 @@ class PipelineRetention:
         while more and not stop.is_set():
             self.status.expect_beat(LOOP, within=BEAT_S)
             async with self.database.transaction() as tx:
-                more = await prune(tx)
+                more = await try_lock_retention(tx) and await prune(tx)
 
     async def _purge_letters(self, tx: Transaction) -> bool:
         return await purge_letters(tx, LetterFilter(older_than=self.letters), LETTERS_AT_ONCE) >= LETTERS_AT_ONCE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from worker.contract.entry_id import BEGINNING, MAX_PART, EntryId
 from worker.errors import PositionNotSet, RedisUnavailable
@@ -99,6 +99,9 @@ class Adjustment:
         async with self.database.transaction() as tx:
             row = await self.position.read(tx)
         after = await self._find(target)
+        end = await self._find("$")
+        if after > end:
+            raise PositionNotSet(f"{after} is beyond the end of the stream ({end}): use $ to continue at its end")
         low, high = min(row.last, after), max(row.last, after)
         entries = 0
         while entries < COUNTED and low < high:
@@ -148,8 +151,10 @@ class Adjustment:
 
     async def _ask(self, *command: str | int) -> Any:
         (reply,) = await self.looker.connection.send([command], LOOK_TIMEOUT_S)
+        if isinstance(reply, NoPermissionError):
+            raise RedisUnavailable(describe(reply), "Give the user of REDIS_URL the rights in users.acl.") from reply
         if isinstance(reply, ResponseError):
-            raise RedisUnavailable(describe(reply)) from reply
+            raise PositionNotSet(f"{self.position.stream}: {describe(reply)}") from reply
         return reply
 
 

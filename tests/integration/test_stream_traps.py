@@ -129,6 +129,35 @@ async def test_a_crash_between_the_mark_and_the_first_commit_is_no_hold(incident
     assert await incident.row() == Row(at(3), 3, None, mark, lost=0, gaps=0)
 
 
+async def test_two_workers_that_create_the_mark_at_the_same_time_do_not_hold(incident: Incident) -> None:
+    """One was frozen after it had offered a mark, and created it after the other one had offered another."""
+    await incident.here.add(1, 2)
+    frozen, other = incident.worker(), incident.worker()
+    offer_late, offer = frozen.source._offer_mark, other.source._offer_mark
+
+    async def freeze_after_the_offer(row: Any) -> Any:
+        offered = await offer_late(row)
+        await incident.expire()
+        reading = asyncio.create_task(other.read())
+        await other_offered.wait()
+        go_on.append(reading)
+        return offered
+
+    async def wait_after_the_offer(row: Any) -> Any:
+        offered = await offer(row)
+        other_offered.set()
+        await created.wait()
+        return offered
+
+    other_offered, created, go_on = asyncio.Event(), asyncio.Event(), []
+    frozen.source._offer_mark, other.source._offer_mark = freeze_after_the_offer, wait_after_the_offer
+    await frozen.read()
+    created.set()
+    await go_on[0]
+    assert await (await incident.successor()).carry() == Idle()
+    assert await incident.carried() == [1, 2]
+
+
 @pytest.mark.parametrize("there", ["no stream", "an empty stream", "other entries"])
 async def test_no_group_is_created_where_the_name_moved_to(incident: Incident, elsewhere: Place, there: str) -> None:
     """The mirror created the group wherever it was sent, and the entries that were there were never carried."""

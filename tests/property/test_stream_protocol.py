@@ -897,7 +897,8 @@ class StreamMachine(RuleBasedStateMachine):
         if "another program's consumer" in cause:
             return look.consumers == ["stranger"]
         if "another database" in cause:
-            return look.mark not in (None, row.incarnation, candidate) or (not is_ours and look.delivered > row.last)
+            offered = (candidate or "").split()
+            return not is_ours and look.mark is not None and (look.delivered > row.last or look.mark not in offered)
         if "this is not the stream that was carried" in cause:
             return not is_ours and any(entry_id <= row.last for entry_id in look.ids.values())
         return "may be carried already" in cause and row.high is not None and min(above) <= row.high

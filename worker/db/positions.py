@@ -14,6 +14,7 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    func,
     or_,
     select,
     update,
@@ -31,14 +32,18 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 
+# Eight marks of 32 characters, with the spaces between them.
+MAX_OFFERS_LENGTH = 8 * 33 - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """The row of one stream.
 
     `last`: the last entry carried. `entries_read`: of all entries ever added, those up to `last`; None: not known.
     `high`: the highest position before Redis went back; None: it never did, or all is carried again. `incarnation`: the
-    mark that the stream is expected to have. `candidate`: the last mark created for this row. `lost` and `gaps`
-    count entries that were deleted unread, and moments at which their number is not known.
+    mark that the stream is expected to have. `candidate`: the last marks offered for this row, newest first, separated
+    by spaces. `lost` and `gaps` count entries that were deleted unread, and moments at which their number is not known.
     """
 
     last: EntryId = BEGINNING
@@ -107,7 +112,8 @@ _MOVE = (
 _OFFER = (
     update(stream_positions)
     .where(*_this, _row.lease_token == bindparam("token", type_=Uuid))
-    .values(candidate=bindparam("mark", type_=Text))
+    # A former holder of the lease may still create the mark that it offered: the ones before count, too.
+    .values(candidate=func.left(func.concat_ws(" ", bindparam("mark", type_=Text), _row.candidate), MAX_OFFERS_LENGTH))
 )
 _SET = (
     update(stream_positions)
@@ -175,7 +181,7 @@ class StreamPosition:
         return None if row is None else f"{row.source}/{row.stream}"
 
     async def move(self, tx: AsyncConnection, move: Move, token: UUID) -> bool:
-        """The claim of a batch. False: the position is another one by now, or the lease is another worker's."""
+        """The claim of a batch. False: the position is another one, or the lease is another worker's."""
         await tx.execute(APPLY_SETTINGS)
         done = await tx.execute(
             _MOVE,

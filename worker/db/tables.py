@@ -108,7 +108,7 @@ stream_positions = Table(
     Column("gaps", BigInteger, nullable=False, server_default="0"),
     # The mark on the stream: the name of our group's consumer.
     Column("incarnation", Text),
-    # The mark that was last created for this row; it becomes the incarnation by the next commit.
+    # The marks that were last offered for this row, newest first. One becomes the incarnation by the next commit.
     Column("candidate", Text),
     Column("carried_at", _timestamp),
     Column("lease_holder", Text),

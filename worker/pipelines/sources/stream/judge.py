@@ -129,7 +129,7 @@ def _judge_foreign(
         return Wait("the stream is empty and behind the position")
     if evidence.mark is None:
         return Unmarked()
-    if evidence.mark != row.candidate:
+    if evidence.mark not in (row.candidate or "").split():
         return Hold(
             "another database or source carries this stream, perhaps",
             OTHER_DATABASE.format(prefix=subject.prefix, set_hint=subject.set_hint),

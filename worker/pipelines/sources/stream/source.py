@@ -167,8 +167,7 @@ class StreamSource(Generic[R]):
         async with self._database.transaction() as tx:
             if token is None or not await self._position.offer(tx, mark, token):
                 return row, ""
-        self._row = replace(row, candidate=mark)
-        return self._row, mark
+        return await self._read_row(), mark
 
     async def read_ahead(self, batch: Batch[R]) -> Batch[R] | None:
         """As `read`, after `batch`. Only on the same stream by the same connection; else None."""

@@ -105,6 +105,14 @@ async def elsewhere(valkey: ValkeyServer, world: World) -> AsyncIterator[Place]:
     await place.redis.aclose()
 
 
+@pytest.fixture
+async def second_database(incident: Incident, postgres_url: str, template_database: str) -> AsyncIterator[str]:
+    name = f"vw_test_{uuid4().hex[:12]}"
+    await incident.world.sql.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
+    yield database_url_for(postgres_url, name)
+    await incident.world.sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 def is_hold(outcome: Any, cause: str) -> bool:
     return isinstance(outcome, OnHold) and cause in outcome.cause
 
@@ -158,6 +166,27 @@ async def test_two_workers_that_create_the_mark_at_the_same_time_do_not_hold(inc
     assert await incident.carried() == [1, 2]
 
 
+async def test_the_mark_is_not_created_where_the_name_moved_to_in_between(incident: Incident, elsewhere: Place) -> None:
+    """It is decided by one look that a mark is to be created, and created by the next one."""
+    await incident.here.add(2)
+    worker = incident.worker()
+    await worker.carry()
+    await incident.here.redis.delete(incident.here.stream)
+    await incident.here.add(4)
+    await elsewhere.add(1, 5)
+    offer = worker.source._offer_mark
+
+    async def offer_and_move(row: Any) -> Any:
+        offered = await offer(row)
+        incident.name.move_to(elsewhere.url)
+        await worker.connection.drop()
+        return offered
+
+    worker.source._offer_mark = offer_and_move
+    assert is_hold(await worker.carry(), NOT_THE_STREAM)
+    assert await elsewhere.redis.xinfo_groups(elsewhere.stream) == []
+
+
 @pytest.mark.parametrize("there", ["no stream", "an empty stream", "other entries"])
 async def test_no_group_is_created_where_the_name_moved_to(incident: Incident, elsewhere: Place, there: str) -> None:
     """The mirror created the group wherever it was sent, and the entries that were there were never carried."""
@@ -189,31 +218,36 @@ async def test_no_group_is_created_where_the_name_moved_to(incident: Incident, e
 
 
 async def test_a_group_of_our_name_that_another_database_moved_is_a_hold(
-    incident: Incident, postgres_url: str, template_database: str
+    incident: Incident, second_database: str
 ) -> None:
     """Any group of our name was taken for ours: a second database skipped what the first one had read."""
     await incident.here.add(1, 2, 3)
     await incident.worker().carry()
     assert await incident.here.mirrored() == at(3)
-    name = f"vw_test_{uuid4().hex[:12]}"
-    await incident.world.sql.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-    url = database_url_for(postgres_url, name)
-    second = StreamWorker(incident.world.environment | SETTINGS | {"DATABASE_URL": url})
+    second = incident.worker(DATABASE_URL=second_database)
     assert is_hold(await second.carry(), OTHER_DATABASE)
     await second.lease.release()
-    await second.close()
-    with_its_own = StreamWorker(
-        incident.world.environment | SETTINGS | {"DATABASE_URL": url, "CHUNK_REQUESTS_STREAM_GROUP": "second"}
-    )
+    with_its_own = incident.worker(DATABASE_URL=second_database, CHUNK_REQUESTS_STREAM_GROUP="second")
     assert await with_its_own.carry() == Idle()
-    await with_its_own.close()
-    sql = await asyncpg.connect(url)
+    sql = await asyncpg.connect(second_database)
     assert (await read_stored(sql, incident.world.stream)).carried == [1, 2, 3]
     await sql.close()
-    await incident.world.sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await incident.here.add(4)
     assert await (await incident.successor()).carry() == Idle()
     assert await incident.carried() == [1, 2, 3, 4]
+
+
+async def test_a_mark_that_another_database_has_just_created_is_not_taken_over(
+    incident: Incident, second_database: str
+) -> None:
+    """Both looked before the first commit: the second took the mark for its own, and they trimmed for each other."""
+    await incident.here.add(1, 2)
+    first = incident.worker()
+    batch = await first.read()
+    second = incident.worker(DATABASE_URL=second_database)
+    assert is_hold(await second.carry(), OTHER_DATABASE)
+    assert await first.write(batch) == Written(2)
+    assert is_hold(await second.carry(), OTHER_DATABASE)
 
 
 async def test_two_sources_of_one_database_do_not_carry_one_stream(incident: Incident) -> None:
@@ -553,6 +587,18 @@ async def test_an_entry_added_within_a_look_waits_for_the_next_one(incident: Inc
     assert (await incident.row()).lost == 0
 
 
+async def test_an_entry_added_within_a_look_is_no_loss(incident: Incident) -> None:
+    """The batch ended at the first look's last id, and the entries were counted by the second one."""
+    await incident.here.add(1)
+    worker = incident.worker()
+    await worker.carry()
+    await incident.here.add(2)
+    worker.in_the_next_look(2, lambda: incident.here.add(3))
+    await worker.write(await worker.read())
+    row = await incident.row()
+    assert (row.last, row.entries_read, row.lost, row.gaps) == (at(2), 2, 0, 0)
+
+
 @pytest.mark.parametrize("replica_has", [[], [1]])
 async def test_entries_that_a_lagging_replica_does_not_have_are_not_skipped(
     incident: Incident, elsewhere: Place, replica_has: list[int]
@@ -756,6 +802,32 @@ async def test_a_position_that_is_set_ends_the_hold_and_a_crash_half_way_leaves_
     assert await incident.carried() == [1, 2, 3, 4, 5, 6]
     row = await incident.row()
     assert (row.high, row.lost, row.gaps, row.entries_read) == (None, 0, 1, 6)
+
+
+async def test_a_name_that_moves_back_after_a_position_was_set_is_a_hold(incident: Incident, elsewhere: Place) -> None:
+    """The position was set to 0 for one Redis, and the other one was carried again from its beginning."""
+    await elsewhere.add(1, 2)
+    await incident.here.add(3, as_id=str(at(1)))
+    incident.name.move_to(elsewhere.url)
+    worker = incident.worker()
+    await worker.write(await worker.read())
+    incident.name.move_to(incident.here.url)
+    await worker.connection.drop()
+    assert is_hold(await worker.carry(), NOT_THE_STREAM)
+    adjustment = Adjustment(
+        database=worker.database,
+        position=worker.source._position,
+        looker=worker.source._looker,
+        pipeline="chunk_requests",
+    )
+    await adjustment.set(await adjustment.preview("0"))
+    incident.name.move_to(elsewhere.url)
+    await worker.connection.drop()
+    assert is_hold(await worker.carry(), OTHER_DATABASE)
+    incident.name.move_to(incident.here.url)
+    await worker.connection.drop()
+    assert await worker.carry() == Idle()
+    assert await incident.carried() == [1, 2, 3]
 
 
 def _refuse(send: Any, name: bytes) -> Any:

@@ -125,6 +125,8 @@ _SET = (
         high_ms=None,
         high_seq=None,
         incarnation=bindparam("mark", type_=Text),
+        # What was carried elsewhere lies above a position that was set back: no other stream is taken over.
+        candidate=None,
         lease_holder=None,
         lease_token=bindparam("new_token", type_=Uuid),
         lease_until=None,

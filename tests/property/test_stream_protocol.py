@@ -454,6 +454,8 @@ class StreamMachine(RuleBasedStateMachine):
         # By the number in the document.
         self.kinds: list[str] = []
         self.ids: list[EntryId] = []
+        self.keys: list[str] = []
+        # Those that the name may come to.
         self.servers: list[Server] = []
         # Family → the longest line, or the one that was written last.
         self.newest: dict[int, tuple[int, ...]] = {}
@@ -472,7 +474,8 @@ class StreamMachine(RuleBasedStateMachine):
             await self.carry_up_to(0, ["good"] * carried, IDLE, turn=0)
 
     def _new_server(self, family: int, line: tuple[int, ...] = ()) -> Server:
-        server = Server(f"{self.world.stream}@{len(self.servers)}", family, line)
+        server = Server(f"{self.world.stream}@{len(self.keys)}", family, line)
+        self.keys.append(server.key)
         self.servers.append(server)
         self.newest.setdefault(family, line)
         return server
@@ -692,7 +695,7 @@ class StreamMachine(RuleBasedStateMachine):
         await self._come_to(copy, "failover")
 
     async def name_moves_to_a_new_redis(self) -> None:
-        self.active = self._new_server(family=len(self.servers))
+        self.active = self._new_server(family=len(self.keys))
         await self._come_to(self.active, "elsewhere")
 
     async def name_moves_back(self, index: int) -> None:
@@ -859,7 +862,7 @@ class StreamMachine(RuleBasedStateMachine):
         finally:
             for actor in self.actors:
                 await actor.kill()
-            await self.redis.delete(*(server.key for server in self.servers))
+            await self.redis.delete(*self.keys)
             await self.world.__aexit__(None, None, None)
 
     async def _after_the_faults(self) -> None:
@@ -925,18 +928,22 @@ def servers(redis_url: str, postgres_url: str, template_database: str) -> Any:
     StreamMachine.redis_url = redis_url
     StreamMachine.database_url = database_url_for(postgres_url, name)
     StreamMachine.loop = asyncio.new_event_loop()
-    StreamMachine.loop.run_until_complete(_prepare(redis_url, postgres_url, f"{name} TEMPLATE {template_database}"))
+    run = StreamMachine.loop.run_until_complete
+    nodes = run(_set_entries_a_node(redis_url, "1"))
+    run(_execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template_database}"))
+    run(_execute(StreamMachine.database_url, streams.REFUSE))
     yield
-    StreamMachine.loop.run_until_complete(_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+    run(_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+    run(_set_entries_a_node(redis_url, nodes))
     StreamMachine.loop.close()
 
 
-async def _prepare(redis_url: str, postgres_url: str, database: str) -> None:
-    async with aioredis.from_url(redis_url) as redis:
-        # Redis trims whole nodes only: make each entry one.
-        await redis.config_set("stream-node-max-entries", 1)
-    await _execute(postgres_url, f"CREATE DATABASE {database}")
-    await _execute(StreamMachine.database_url, streams.REFUSE)
+async def _set_entries_a_node(redis_url: str, entries: str) -> str:
+    """Redis trims whole nodes only. Returns the setting before."""
+    async with aioredis.from_url(redis_url, decode_responses=True) as redis:
+        before: dict[str, str] = await redis.config_get("stream-node-max-entries")
+        await redis.config_set("stream-node-max-entries", entries)
+    return before["stream-node-max-entries"]
 
 
 async def _execute(url: str, statement: str) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 UNIT_TESTS = tuple(
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "tests" / "unit").glob("test_*.py"))
-    if path.name not in ("test_docs.py", "test_settings.py")
+    if path.name not in ("test_docs.py", "test_settings.py", "test_mutants.py")
 )
 # Fast, deterministic tests first. The property test finds what they miss.
 TESTS = (
@@ -281,8 +281,8 @@ MUTANTS = (
     Mutant(
         "streams: the position of a batch in hand is mirrored",
         "worker/pipelines/sources/stream/source.py",
-        "seen = await self._looker.look(self._row, expected.last, self._count(), self._new_mark())",
-        "seen = await self._looker.look(expected, expected.last, self._count(), self._new_mark())",
+        'seen = await self._looker.look(self._row, expected.last, self._count(), "")',
+        'seen = await self._looker.look(expected, expected.last, self._count(), "")',
         STREAM_TESTS,
     ),
     Mutant(
@@ -329,10 +329,17 @@ MUTANTS = (
         STREAM_TESTS,
     ),
     Mutant(
+        "streams: a mark that the row did not offer is taken over",
+        "worker/pipelines/sources/stream/judge.py",
+        '    if evidence.mark not in (row.candidate or "").split():\n',
+        "    if evidence.mark is None:\n",
+        STREAM_TESTS,
+    ),
+    Mutant(
         "streams: the second answer decides",
         "worker/pipelines/sources/stream/source.py",
-        "verdict = judge(row, seen.first, seen.ids, owner, self._subject)",
-        "verdict = judge(row, seen.second, seen.ids, owner, self._subject)",
+        "judge(row, seen.first, seen.ids, owner, self._subject)",
+        "judge(row, seen.second, seen.ids, owner, self._subject)",
         STREAM_TESTS,
     ),
     Mutant(

@@ -317,15 +317,15 @@ MUTANTS = (
     Mutant(
         "streams: bisect outside of savepoints",
         "worker/pipelines/sink.py",
-        "            async with tx.begin_nested():\n",
-        "            if True:\n",
+        "            async with tx.begin_nested():\n                rows = ",
+        "            if True:\n                rows = ",
         STREAM_TESTS,
     ),
     Mutant(
         "streams: letters of refused records are not written",
         "worker/pipelines/sink.py",
-        "[*batch.letters, *refused]",
-        "batch.letters",
+        "await write_letters(tx, self._record.name, letters)",
+        "await write_letters(tx, self._record.name, batch.letters)",
         STREAM_TESTS,
     ),
     Mutant(

@@ -6,14 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from worker.inprocess.sync_writer import SyncWriter
+    from worker.inprocess.writer import Writer, WriterStats
+    from worker.pipelines.records.chunk_requests import ChunkEvent
     from worker.producer.client import Outcome, SyncViewProducer, ViewProducer
 
-__all__ = ["Outcome", "SyncViewProducer", "ViewProducer"]
+__all__ = ["ChunkEvent", "Outcome", "SyncViewProducer", "SyncWriter", "ViewProducer", "Writer", "WriterStats"]
 __version__ = "0.1.0"
+
+
+_MODULES = {
+    "ChunkEvent": "worker.pipelines.records.chunk_requests",
+    "Outcome": "worker.producer.client",
+    "SyncViewProducer": "worker.producer.client",
+    "SyncWriter": "worker.inprocess.sync_writer",
+    "ViewProducer": "worker.producer.client",
+    "Writer": "worker.inprocess.writer",
+    "WriterStats": "worker.inprocess.writer",
+}
 
 
 def __getattr__(name: str) -> object:
     """Load the client library on first use, because every command imports this package."""
-    if name in __all__:
-        return getattr(import_module("worker.producer.client"), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,12 +5,15 @@ ViewerWorkerError
 ├── Unavailable              a server cannot be used right now; a retry may succeed (exit code 69)
 │   ├── RedisUnavailable
 │   ├── DatabaseUnavailable
+│   │   ├── CommitUnanswered (pipelines.model) a batch may be written or not
+│   │   └── WriteTooSlow     (pipelines) a write takes longer than the statement timeout: a smaller one may not
 │   └── TooManyReaders       too many concurrent reads
 ├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a missing table
 ├── SchemaNotCurrent         the tables are not those of this version, or the role lacks rights on them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── TableRefused             (pipelines) the table, or the right to it, does not fit: a hold until somebody changes it
 ├── UnknownFailure           (pipelines) an error of no known class: worth a few tries
+├── RetriesExhausted         (pipelines) such an error stayed after all tries
 ├── PositionNotSet           (pipelines) the position of a stream cannot be set there
 ├── OnHold                   Redis and Postgres contradict each other; flushing waits until they agree or `adopt` is run
 ├── NothingToAdopt           there is no hold for `adopt` to end, or it changed since it was shown
@@ -77,6 +80,10 @@ class DatabaseUnavailable(Unavailable):
     remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
 
 
+class WriteTooSlow(DatabaseUnavailable):
+    """A write was cancelled by the statement timeout. Nothing was written."""
+
+
 class DatabaseRefused(ViewerWorkerError):
     """Postgres refuses a statement, and a retry would not help. `db.errors` can classify the error in `__cause__`."""
 
@@ -130,6 +137,12 @@ class TableRefused(ViewerWorkerError):
 
 class UnknownFailure(ViewerWorkerError):
     """A write failed for a reason that is not known to heal by waiting."""
+
+
+class RetriesExhausted(ViewerWorkerError):
+    """All tries of a write failed for a reason that is not known to heal by waiting."""
+
+    remedy = "The log has the error. The worker keeps trying; if the error persists, check the database."
 
 
 class PositionNotSet(ViewerWorkerError):

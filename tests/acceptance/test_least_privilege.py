@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support.guarded import DEPLOY, GuardedServers
+from tests.support.records import Records, make_document
 from tests.support.tls import Certificates, TlsFront
 from tests.support.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
@@ -68,6 +69,29 @@ async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World
     await use_every_right(world.worker(), world)
     assert await world.totals() == world.truth
     assert not await world.pending()
+
+
+async def test_role_can_replay_and_purge_dead_letters_and_delete_old_rows(world: World) -> None:
+    """Locking letters needs UPDATE, which the role does not have: old ones stayed for ever."""
+    records = Records(world)
+    for path in ("/a", "/b"):
+        await records.add_bad(make_document(0, path=path, time="not a time"))
+    async with records.carrier().running():
+        await records.wait(lambda: has_letters(records, 2))
+    await world.sql.execute("UPDATE dead_letters SET payload = $1 WHERE id = 1", make_document(0).encode())
+    await world.sql.execute("UPDATE dead_letters SET received_at = now() - interval '31 days' WHERE id = 2")
+    await world.sql.execute("INSERT INTO chunk_requests VALUES ('2020-01-01', '/old')")
+    replay = records.start("dead-letters", "replay", "1")
+    assert await replay.wait() == 0, replay.log
+    carrier = records.carrier(CHUNK_REQUESTS_RETENTION="2y")
+    async with carrier.running():
+        await records.wait(lambda: has_letters(records, 0))
+    assert [row["path"] for row in await world.sql.fetch("SELECT path FROM chunk_requests")] == ["/0"]
+    records.close()
+
+
+async def has_letters(records: Records, count: int) -> bool:
+    return len(await records.letters()) == count
 
 
 @pytest.mark.parametrize(("table", "right"), [(table, right) for table in RIGHTS for right in RIGHTS[table]])
@@ -151,9 +175,26 @@ async def test_check_names_the_missing_rights(world: World, start: Start) -> Non
     assert "'evalsha'" in findings["redis"][1]
 
 
-async def check(world: World, start: Start) -> dict[str, tuple[str, str]]:
+async def test_missing_right_to_wait_for_entries_is_named_and_they_are_carried(world: World, start: Start) -> None:
+    await world.redis.execute_command("ACL SETUSER viewer-worker -xread")
+    streams = {"PIPELINES": "chunk_requests"}
+    findings = await check(world, start, **streams)
+    assert findings["redis rights"] == ("failure", "the user may not run XREAD on the worker's keys and channels")
+    worker = start(world.environment | streams, "run")
+    warning = json.loads(await worker.wait_for_log("new entries are found late"))
+    assert (warning["level"], warning["stream"], warning["right"]) == ("warning", world.stream, "xread")
+    assert "users.acl" in warning["remedy"]
+    await world.redis.xadd(world.stream, {"data": "not json"})
+    while not await world.sql.fetchval("SELECT count(*) FROM dead_letters"):
+        await asyncio.sleep(0.05)
+    worker.terminate()
+    assert await worker.wait() == 0
+    assert worker.log.count("new entries are found late") == 1
+
+
+async def check(world: World, start: Start, **settings: str) -> dict[str, tuple[str, str]]:
     """Name of the finding → level, what was found."""
-    checking = start(world.environment, "check", "--json")
+    checking = start(world.environment | settings, "check", "--json")
     assert await checking.wait() in (1, 69), checking.log
     assert checking.process.stdout is not None
     return {found["name"]: (found["level"], found["found"]) for found in json.load(checking.process.stdout)}

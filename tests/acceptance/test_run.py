@@ -47,6 +47,13 @@ async def get(url: str) -> tuple[int, dict[str, Any]]:
         return response.status, await response.json()
 
 
+async def lease_held(url: str) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
+        found = re.search(r'^viewer_worker_lease_held{lease="view_counts"} (.+)$', await response.text(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
 @on_open_and_guarded_servers
 async def test_incr_is_in_postgres_within_one_interval(world: World, start: Start) -> None:
     worker = start(world.environment | {"BATCH_INTERVAL_MS": "500"}, "run")
@@ -203,8 +210,10 @@ async def test_worker_starts_without_servers_and_flushes_when_they_are_up(
             assert (await get(f"{url}/readyz"))[0] == 200
             assert (await get(f"{url}/health"))[1]["status"] == "healthy"
 
+            assert await lease_held(url) == 1
             valkey.kill()
-            await worker.wait_for_log('"redis failing"')
+            await wait_until(lambda: _is(url, "redis", "failing"))
+            assert await lease_held(url) == 0
             valkey.start()
             postgres.kill()
             await wait_until(lambda: _is(url, "postgres", "failing"))

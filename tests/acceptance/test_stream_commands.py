@@ -168,6 +168,50 @@ async def test_dead_letters_are_listed_replayed_and_purged(records: Records) -> 
     assert await worker.wait() == 0
 
 
+async def test_letter_of_an_impossible_id_is_not_there(records: Records) -> None:
+    for letter_id in ("7", str(2**63), str(10**30)):
+        failed = records.start("dead-letters", "show", letter_id)
+        assert await failed.wait() == 1
+        assert failed.log == f"viewer-worker: there is no letter {letter_id}\n"
+    assert "0 letters would" in await run(records, "dead-letters", "purge", str(2**63))
+
+
+async def test_letters_of_a_pipeline_of_another_version_are_listed_and_purged_but_not_replayed(
+    records: Records,
+) -> None:
+    await records.world.sql.execute(
+        "INSERT INTO dead_letters (pipeline, origin, error_class, error, payload) VALUES ('old', 's/1-0', 'x', 'x', '')"
+    )
+    only = ("--pipeline", "old")
+    assert "1  old x" in await run(records, "dead-letters", "list", *only)
+    refused = records.start("dead-letters", "replay", *only)
+    assert await refused.wait() == 2
+    assert "chunk_requests" in refused.log
+    assert "1 letter deleted" in await run(records, "dead-letters", "purge", *only, "--yes")
+    for command in ("list", "purge"):
+        done = records.start("dead-letters", command, *only)
+        assert await done.wait() == 0
+        assert done.log == "this version has no pipeline old; it has chunk_requests\n"
+
+
+async def test_replay_that_the_table_ends_prints_what_was_done_and_the_cause(records: Records) -> None:
+    document = make_document(0, path="/refused")
+    await records.world.sql.execute("ALTER TABLE chunk_requests ADD CHECK (path <> '/refused')")
+    await records.world.sql.execute(
+        "INSERT INTO dead_letters (pipeline, origin, error_class, error, payload)"
+        " SELECT 'chunk_requests', 's/1795773600000-' || n, 'refused', 'x', $1 FROM generate_series(1, 1500) n",
+        document.encode(),
+    )
+    ended = records.start("dead-letters", "replay")
+    assert await ended.wait() == 1
+    assert ended.process.stdout is not None
+    assert ended.process.stdout.read().decode() == "0 rows written, 1,000 refused again, 0 not valid\n"
+    assert "the table refuses every record" in ended.log
+    assert "replay again" in ended.log
+    assert "Traceback" not in ended.log
+    await records.assert_exact(letters=1500)
+
+
 async def run(records: Records, *arguments: str) -> str:
     done = records.start(*arguments)
     assert await done.wait() == 0, done.log

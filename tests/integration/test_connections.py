@@ -228,6 +228,17 @@ async def test_unreachable_redis_is_unavailable_and_no_secret_is_shown(
         await client.close()
 
 
+async def test_sixty_streams_have_two_connections_each(redis_url: str) -> None:
+    client = RedisClient(parse_redis_url(redis_url))
+    streams = [client.stream_connection() for _ in range(2 * 60)]
+    for stream in streams:
+        assert await stream.send([("PING",)], 5.0) == [b"PONG"]
+    await client.probe()
+    for stream in streams:
+        await stream.drop()
+    await client.close()
+
+
 async def test_schema_of_a_prisma_url_is_the_search_path(redis_url: str, empty_database_url: str) -> None:
     url = f"{empty_database_url}?schema=Views&connection_limit=5&pgbouncer=true"
     async with World(redis_url, empty_database_url) as world:

@@ -104,6 +104,46 @@ async def test_a_table_that_refuses_every_record_is_a_hold_after_a_thousand_lett
         await records.carried(letters=written)
 
 
+STRANGE = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$BEGIN RAISE EXCEPTION 'strange' USING ERRCODE = 'ZZ999'; END$$;
+    CREATE TRIGGER strange BEFORE INSERT ON chunk_requests EXECUTE FUNCTION refuse()
+"""
+
+
+async def test_an_unknown_error_is_shown_while_it_is_tried_again_and_then_is_a_hold(records: Records) -> None:
+    await records.world.sql.execute(STRANGE)
+    await records.add(3)
+    carrier = records.carrier(CHUNKLOG_MAX_RETRIES="2", CHUNKLOG_RETRY_DELAY="500ms")
+    async with carrier.running():
+        assert "strange (SQLSTATE ZZ999)" in await carrier.reaches(State.FAILING)
+        assert await records.letters() == []
+        assert "strange" in await carrier.reaches(State.HOLD)
+        assert carrier.metric("persistence_retry_total") == 2 * 3
+        assert carrier.metric("persistence_retry_exhausted_total") == 3
+        await records.world.sql.execute("DROP TRIGGER strange ON chunk_requests")
+        await records.carried()
+
+
+async def test_a_stop_does_not_wait_for_the_tries_after_an_unknown_error(records: Records) -> None:
+    """The pauses between the tries ignored it: ten seconds each, with their defaults."""
+    await records.world.sql.execute(STRANGE)
+    await records.add(3)
+    worker = records.start(CHUNKLOG_MAX_RETRIES="100", CHUNKLOG_RETRY_DELAY="100s")
+    await worker.wait_for_log("write failed")
+    worker.terminate()
+    assert await worker.wait(timeout=4) == 0
+
+
+async def test_records_that_were_there_already_are_counted_apart(records: Records) -> None:
+    await records.add(2, event_id="one")
+    records.paths.pop()
+    carrier = records.carrier()
+    async with carrier.running():
+        await records.carried()
+    assert (carrier.metric("persistence_success_total"), carrier.metric("persistence_repeated_total")) == (1, 1)
+
+
 async def test_a_stream_of_another_type_is_a_hold(records: Records) -> None:
     await records.world.redis.set(records.world.stream, "text")
     carrier = records.carrier()

@@ -7,8 +7,10 @@ import asyncio
 import asyncpg
 import pytest
 
-from tests.support.records import CHECK, Records
+from tests.support.records import CHECK, SETTINGS, Records
+from worker.app.commands import open_adjustments
 from worker.observability.status import State
+from worker.settings.environment import load_settings
 
 
 @pytest.mark.parametrize("order", ["the stream first", "the workers first"])
@@ -47,6 +49,17 @@ async def test_two_databases_carry_a_stream_once(records: Records, postgres_url:
         await there.close()
     await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await admin.close()
+
+
+async def test_streams_command_names_the_other_source_that_carries_a_stream(records: Records) -> None:
+    await records.add(5)
+    async with records.carrier().running():
+        await records.carried()
+    settings = load_settings(environ=records.world.environment | SETTINGS | {"VIEW_SOURCE_NAME": "other"})
+    async with open_adjustments(settings) as adjustments:
+        state = await adjustments[records.world.stream].look()
+    assert state.problem == f"on hold: default/{records.world.stream} carries this stream already"
+    assert state.remedy == "Let only one source carry a stream."
 
 
 async def _one_holds(*carriers: object) -> bool:

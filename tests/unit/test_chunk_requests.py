@@ -47,7 +47,16 @@ def raw(fields: bytes) -> bytes:
 
 def test_every_field_is_a_column_in_its_order() -> None:
     event = read(json.dumps(FULL).encode())
-    assert event == ChunkEvent(TEN, "/v/1.ts", "203.0.113.7", "https://example.org/", "ünï/1.0", "s", "", "e-1")
+    assert event == ChunkEvent(
+        time=TEN,
+        path="/v/1.ts",
+        ip="203.0.113.7",
+        referer="https://example.org/",
+        user_agent="ünï/1.0",
+        sid="s",
+        uid="",
+        event_id="e-1",
+    )
     names = [column.name for column in CHUNK_REQUESTS.columns]
     assert dict(zip(names, CHUNK_REQUESTS.row(event), strict=True)) == FULL | {"time": TEN, "ip": "203.0.113.7"}
 
@@ -69,7 +78,7 @@ def test_required_field_may_be_neither_missing_nor_null(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*FULL])
-@pytest.mark.parametrize("value", [True, 1.5, [], {}, ["x"]])
+@pytest.mark.parametrize("value", [True, 1.5, float(ARRIVED.ms), [], {}, ["x"]])
 def test_field_of_another_type_is_refused(name: str, value: object) -> None:
     with pytest.raises(InvalidRecord, match=rf"\$\.{name}") as caught:
         read(json.dumps(FULL | {name: value}).encode())
@@ -79,24 +88,24 @@ def test_field_of_another_type_is_refused(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (document(x=1, y={"time": True}), ChunkEvent(TEN, "/a")),
-        (document(path=""), ChunkEvent(TEN, "")),
-        (document(path="😀"), ChunkEvent(TEN, "😀")),
-        (raw(b'"sid":"\\ud83d\\ude00"'), ChunkEvent(TEN, "/a", sid="😀")),
-        (raw(b'"sid":"\\\\u0000"'), ChunkEvent(TEN, "/a", sid="\\u0000")),
-        (raw(b'"\\u0073id":"escaped"'), ChunkEvent(TEN, "/a", sid="escaped")),
-        (raw(b'"path":"/b","sid":"x","sid":null'), ChunkEvent(TEN, "/b")),
-        (raw(b'"x":"\\u0000"'), ChunkEvent(TEN, "/a")),
-        (raw(b'"x":' + b"1" * 5000), ChunkEvent(TEN, "/a")),
-        (raw(b'"x":1e400'), ChunkEvent(TEN, "/a")),
-        (b" \n" + document() + b"\r\n", ChunkEvent(TEN, "/a")),
-        (document(time=ARRIVED.ms), ChunkEvent(TEN, "/a")),
-        (document(ip="-"), ChunkEvent(TEN, "/a")),
-        (document(ip="[2001:DB8::1]:443"), ChunkEvent(TEN, "/a", "2001:db8::1")),
-        (document(event_id="e" * 256), ChunkEvent(TEN, "/a", event_id="e" * 256)),
-        (document(event_id="é" * 128), ChunkEvent(TEN, "/a", event_id="é" * 128)),
-        (document(path="x" * 65_536), ChunkEvent(TEN, "x" * 65_536)),
-        (document(x="x" * 100_000), ChunkEvent(TEN, "/a")),
+        (document(x=1, y={"time": True}), ChunkEvent(time=TEN, path="/a")),
+        (document(path=""), ChunkEvent(time=TEN, path="")),
+        (document(path="😀"), ChunkEvent(time=TEN, path="😀")),
+        (raw(b'"sid":"\\ud83d\\ude00"'), ChunkEvent(time=TEN, path="/a", sid="😀")),
+        (raw(b'"sid":"\\\\u0000"'), ChunkEvent(time=TEN, path="/a", sid="\\u0000")),
+        (raw(b'"\\u0073id":"escaped"'), ChunkEvent(time=TEN, path="/a", sid="escaped")),
+        (raw(b'"path":"/b","sid":"x","sid":null'), ChunkEvent(time=TEN, path="/b")),
+        (raw(b'"x":"\\u0000"'), ChunkEvent(time=TEN, path="/a")),
+        (raw(b'"x":' + b"1" * 5000), ChunkEvent(time=TEN, path="/a")),
+        (raw(b'"x":1e400'), ChunkEvent(time=TEN, path="/a")),
+        (b" \n" + document() + b"\r\n", ChunkEvent(time=TEN, path="/a")),
+        (document(time=ARRIVED.ms), ChunkEvent(time=TEN, path="/a")),
+        (document(ip="-"), ChunkEvent(time=TEN, path="/a")),
+        (document(ip="[2001:DB8::1]:443"), ChunkEvent(time=TEN, path="/a", ip="2001:db8::1")),
+        (document(event_id="e" * 256), ChunkEvent(time=TEN, path="/a", event_id="e" * 256)),
+        (document(event_id="é" * 128), ChunkEvent(time=TEN, path="/a", event_id="é" * 128)),
+        (document(path="x" * 65_536), ChunkEvent(time=TEN, path="x" * 65_536)),
+        (document(x="x" * 100_000), ChunkEvent(time=TEN, path="/a")),
     ],
     ids=lambda value: repr(value)[:50],
 )

@@ -1,4 +1,4 @@
-"""The delivery of a batch: which errors are tried again, which are passed on, and what is measured."""
+"""The delivery of a batch: how tries are counted, which errors are passed on, and what is measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from tests.support.fakes import FakeClock
-from worker.errors import DatabaseUnavailable, RedisUnavailable, TableRefused, UnknownFailure
-from worker.pipelines.delivery import RETRIES_FIX, Delivery
-from worker.pipelines.model import Batch, Item, Letter, NotClaimed, WriteOutcome, Written
+from worker.errors import (
+    DatabaseUnavailable,
+    RedisUnavailable,
+    RetriesExhausted,
+    TableRefused,
+    UnknownFailure,
+)
+from worker.pipelines.delivery import MAX_PAUSE_S, Delivery
+from worker.pipelines.model import Batch, CommitUnanswered, Item, Letter, NotClaimed, WriteOutcome, Written
 
 Call = tuple[str, Any]
 
@@ -27,8 +33,10 @@ class FakeSink:
         self._clock = clock
         self._outcomes: Iterator[WriteOutcome | BaseException] = iter(outcomes)
         self.batches: list[Batch[str]] = []
+        self.isolated: list[bool] = []
 
-    async def write(self, batch: Batch[str]) -> WriteOutcome:
+    async def write(self, batch: Batch[str], *, isolate: bool = False) -> WriteOutcome:
+        self.isolated.append(isolate)
         self.batches.append(batch)
         self._clock.advance(0.5)
         outcome = next(self._outcomes)
@@ -38,7 +46,7 @@ class FakeSink:
 
 
 class Recorder:
-    """Implements WriteObserver; `calls` has also the pauses between the tries."""
+    """Implements WriteObserver."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -46,8 +54,8 @@ class Recorder:
     def writing(self, records: int, *, again: bool) -> None:
         self.calls.append(("again" if again else "writing", records))
 
-    def written(self, rows: int, letters: int, seconds: float, latency: float | None) -> None:
-        self.calls.append(("written", (rows, letters, seconds, latency)))
+    def written(self, written: Written, seconds: float, latency: float | None) -> None:
+        self.calls.append(("written", (written, seconds, latency)))
 
     def failed(self, records: int) -> None:
         self.calls.append(("failed", records))
@@ -58,9 +66,6 @@ class Recorder:
     def not_claimed(self) -> None:
         self.calls.append(("not claimed", None))
 
-    async def sleep(self, seconds: float) -> None:
-        self.calls.append(("sleep", seconds))
-
 
 class Case:
     """A delivery of one batch, of two records and a letter, to a sink that behaves as `outcomes` say."""
@@ -69,15 +74,18 @@ class Case:
         clock = FakeClock()
         self.observer = Recorder()
         self.sink = FakeSink(clock, *outcomes)
-        self.delivery = Delivery(
-            self.sink, self.observer, clock, max_retries=max_retries, retry_delay=0.1, sleep=self.observer.sleep
-        )
+        self.delivery = Delivery(self.sink, self.observer, clock, max_retries=max_retries, retry_delay=0.1)
         items = [Item("1-0", b"1", "one"), Item("2-0", b"2", "two")]
         oldest = None if age is None else clock.now().timestamp() - age
         self.batch = Batch(FreeClaim(), "s", items, [Letter("s/3-0", "not_json", "text", b"3")], oldest=oldest)
 
-    async def deliver(self) -> WriteOutcome:
-        return await self.delivery.deliver(self.batch)
+    async def deliver(self, *, isolate: bool = False) -> WriteOutcome:
+        return await self.delivery.deliver(self.batch, isolate=isolate)
+
+    async def fail(self, times: int) -> None:
+        for _ in range(times):
+            with pytest.raises(UnknownFailure):
+                await self.deliver()
 
 
 def unknown() -> UnknownFailure:
@@ -93,64 +101,82 @@ TRY_AGAIN: list[Call] = [("again", 3), ("failed", 3)]
 async def test_written_batch_is_measured(age: float | None, latency: float | None) -> None:
     case = Case(DONE, age=age)
     assert await case.deliver() == DONE
-    assert case.observer.calls == [("writing", 3), ("written", (2, 1, 0.5, latency))]
+    assert case.observer.calls == [("writing", 3), ("written", (DONE, 0.5, latency))]
 
 
-async def test_batch_that_is_not_claimed_is_not_measured_and_not_tried_again() -> None:
+async def test_batch_that_is_not_claimed_is_not_measured() -> None:
     case = Case(NotClaimed())
     assert await case.deliver() == NotClaimed()
     assert case.observer.calls == [("writing", 3), ("not claimed", None)]
 
 
-async def test_unknown_failure_is_tried_again_with_the_same_batch() -> None:
-    case = Case(unknown(), unknown(), DONE)
-    assert await case.deliver() == DONE
-    again = [("sleep", 0.1), *TRY_AGAIN, ("sleep", 0.2), ("again", 3), ("written", (2, 1, 0.5, 11.5))]
-    assert case.observer.calls == TRY + again
-    assert all(batch is case.batch for batch in case.sink.batches)
+async def test_each_call_writes_the_batch_once() -> None:
+    case = Case(unknown(), DONE)
+    await case.fail(1)
+    assert case.observer.calls == TRY
+    assert await case.deliver(isolate=True) == DONE
+    assert case.observer.calls == [*TRY, ("again", 3), ("written", (DONE, 0.5, 11.0))]
+    assert case.sink.isolated == [False, True]
 
 
-async def test_retry_may_find_that_the_batch_was_written() -> None:
-    case = Case(unknown(), NotClaimed())
-    assert await case.deliver() == NotClaimed()
-    assert case.observer.calls == [*TRY, ("sleep", 0.1), ("again", 3), ("not claimed", None)]
-
-
-async def test_three_retries_are_four_tries_and_then_the_table_refuses() -> None:
+async def test_three_retries_are_four_tries() -> None:
     failures = [unknown() for _ in range(4)]
     case = Case(*failures)
-    with pytest.raises(TableRefused, match="strange") as caught:
+    await case.fail(3)
+    with pytest.raises(RetriesExhausted, match="strange") as caught:
         await case.deliver()
-    assert caught.value.remedy == RETRIES_FIX
     assert caught.value.__cause__ is failures[-1]
-    pauses = [seconds for call, seconds in case.observer.calls if call == "sleep"]
-    assert pauses == [0.1, 0.2, 0.4]
     assert case.observer.calls[-3:] == [*TRY_AGAIN, ("exhausted", 3)]
     assert len(case.sink.batches) == 4
 
 
 async def test_without_retries_the_first_failure_is_the_last() -> None:
     case = Case(unknown(), max_retries=0)
-    with pytest.raises(TableRefused):
+    with pytest.raises(RetriesExhausted):
         await case.deliver()
     assert case.observer.calls == [*TRY, ("exhausted", 3)]
 
 
+async def test_pauses_double_and_are_bounded() -> None:
+    case = Case(*[unknown()] * 13, DONE, unknown(), max_retries=20)
+    pauses = []
+    for _ in range(13):
+        await case.fail(1)
+        pauses.append(case.delivery.pause())
+    steps = [min(MAX_PAUSE_S, 0.1 * 2**n) for n in range(13)]
+    assert all(step / 2 <= pause <= step for pause, step in zip(pauses, steps, strict=True))
+    await case.deliver()
+    await case.fail(1)
+    assert case.delivery.pause() <= 0.1
+
+
 @pytest.mark.parametrize(
     "error",
-    [DatabaseUnavailable("down"), RedisUnavailable("down"), TableRefused("missing", "Create it.")],
+    [
+        DatabaseUnavailable("down"),
+        CommitUnanswered("lost", Written(2, 1)),
+        RedisUnavailable("down"),
+        TableRefused("missing", "Create it."),
+    ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.parametrize("tries_before", [0, 1])
-async def test_other_errors_pass_at_once(error: Exception, tries_before: int) -> None:
-    case = Case(*[unknown()] * tries_before, error)
+async def test_other_errors_pass_and_are_not_counted_as_tries(error: Exception) -> None:
+    case = Case(unknown(), error, unknown(), max_retries=2)
+    await case.fail(1)
     with pytest.raises(type(error)) as caught:
         await case.deliver()
     assert caught.value is error
-    assert case.observer.calls == (TRY if not tries_before else [*TRY, ("sleep", 0.1), *TRY_AGAIN])
+    await case.fail(1)
 
 
-async def test_tries_are_counted_for_each_batch() -> None:
+async def test_a_mistake_in_the_program_is_an_unknown_failure() -> None:
+    case = Case(ZeroDivisionError("division by zero"))
+    with pytest.raises(UnknownFailure, match="ZeroDivisionError: division by zero"):
+        await case.deliver()
+
+
+async def test_tries_are_counted_from_the_last_write() -> None:
     case = Case(unknown(), DONE, unknown(), DONE, max_retries=1)
-    assert await case.deliver() == DONE
-    assert await case.deliver() == DONE
+    for _ in range(2):
+        await case.fail(1)
+        assert await case.deliver() == DONE

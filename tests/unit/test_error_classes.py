@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi as d
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.db.errors import ErrorClass, classify, database_errors
+from worker.db.errors import ErrorClass, classify, database_errors, describe
 from worker.errors import DatabaseRefused, DatabaseUnavailable
 
 WAIT, ROW, HOLD, UNKNOWN = ErrorClass.WAIT, ErrorClass.ROW, ErrorClass.HOLD, ErrorClass.UNKNOWN
@@ -126,3 +126,15 @@ def test_lost_connection_decides_before_the_sqlstate(state: str) -> None:
 )
 def test_error_without_a_sqlstate(error: Exception, expected: ErrorClass) -> None:
     assert classify(error, COLUMNS) is expected
+
+
+@pytest.mark.parametrize("state", ["23514", "40001", "42501", "28000"])
+def test_translated_error_is_described_with_its_sqlstate_once(state: str) -> None:
+    error = raised(refused(state))
+    assert describe(error) == f"text (SQLSTATE {state})"
+    assert describe(translated(error)).count(state) == 1
+
+
+def test_mistake_in_the_use_of_the_library_is_not_an_error_of_the_database() -> None:
+    with pytest.raises(ArgumentError), database_errors():
+        raise ArgumentError("text")

@@ -231,10 +231,16 @@ def test_import_loads_the_redis_library_and_few_modules_of_the_worker() -> None:
     assert done.stdout.strip() == f"['worker'] {[f'worker.{name}' for name in own]}"
 
 
-def test_package_exports_only_the_client_library() -> None:
-    assert {name: getattr(worker, name).__module__ for name in worker.__all__} == dict.fromkeys(
-        ("Outcome", "SyncViewProducer", "ViewProducer"), "worker.producer.client"
-    )
+def test_package_exports_only_what_applications_use() -> None:
+    assert {name: getattr(worker, name).__module__ for name in worker.__all__} == {
+        "ChunkEvent": "worker.pipelines.records.chunk_requests",
+        "Outcome": "worker.producer.client",
+        "SyncViewProducer": "worker.producer.client",
+        "SyncWriter": "worker.inprocess.sync_writer",
+        "ViewProducer": "worker.producer.client",
+        "Writer": "worker.inprocess.writer",
+        "WriterStats": "worker.inprocess.writer",
+    }
     with pytest.raises(AttributeError, match="Producer"):
         _ = worker.Producer
 

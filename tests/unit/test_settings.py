@@ -248,6 +248,10 @@ def test_database_group_of_the_environment_wins_over_a_url_in_the_file(tmp_path:
     [
         ({"BATCH_SIZE": "1" * 5000}, "BATCH_SIZE"),
         ({"VIEW_KEY_PREFIX": "v\udcff:"}, "VIEW_KEY_PREFIX"),
+        ({"CHUNK_REQUESTS_STREAM": "a,b\udcff"}, "CHUNK_REQUESTS_STREAM"),
+        ({"CHUNK_REQUESTS_STREAM_FIELD": "\udcff"}, "CHUNK_REQUESTS_STREAM_FIELD"),
+        ({"CHUNK_REQUESTS_STREAM_GROUP": "\udcff"}, "CHUNK_REQUESTS_STREAM_GROUP"),
+        ({"DB_PASSWORD": "\udcff"}, "DB_PASSWORD"),
         ({"DB_PASSWORD_FILE": "/dev/null"}, "DB_PASSWORD_FILE"),
     ],
 )

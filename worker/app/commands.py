@@ -137,14 +137,14 @@ async def count_letters(settings: Settings, wanted: LetterFilter) -> int:
 
 
 async def replay_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[Replayed]:
-    """Replay letters, page by page. Raises as `list_letters`, and TableRefused, UnknownFailure."""
+    """Replay letters, step by step. Raises as `list_letters`, and TableRefused."""
     async with _open_tables(settings) as database:
         for record in RECORD_TYPES.values():
             if wanted.pipeline in (None, record.name):
                 chosen = replace(wanted, pipeline=record.name)
                 window, sink = settings.pipeline(record).window, make_sink(database, record)
-                async for page in replay(database, record, sink, chosen, window):
-                    yield page
+                async for done in replay(database, record, sink, chosen, window):
+                    yield done
 
 
 async def purge_letters(settings: Settings, wanted: LetterFilter) -> int:

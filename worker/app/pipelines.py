@@ -82,9 +82,10 @@ def build_pipelines(
 ) -> Pipelines:
     """Nothing is read or written yet. `status` has a check for each name of `name_streams`."""
     streams: list[StreamPipeline] = []
+    held: set[Lease[UUID]] = set()
     tables: dict[str, RecordRetention] = {}
     for record, stream, name in name_streams(settings):
-        streams.append(_build(settings, record, stream, name, database, redis, status, metrics))
+        streams.append(_build(settings, record, stream, name, database, redis, status, metrics, held))
         age = settings.pipeline(record).retention
         if age is not None:
             tables[record.name] = RecordRetention(record.name, record.rule.time, age)
@@ -124,11 +125,16 @@ def _build(
     redis: RedisClient,
     status: Status,
     metrics: Metrics,
+    held: set[Lease[UUID]],
 ) -> StreamPipeline:
     clock = SystemClock()
     own = settings.pipeline(record)
     position = StreamPosition(settings.view_source_name, stream, record.name)
-    lease = Lease(database, position, new_worker_id(), status, loop=f"{name} lease")
+    lease = Lease(database, position, new_worker_id(), status, loop=f"{name} lease", held=held)
+
+    def is_on_hold() -> bool:
+        return status.checks[name].state is State.HOLD
+
     source = StreamSource(
         database=database,
         position=position,
@@ -141,18 +147,18 @@ def _build(
         ),
         waiting=redis.stream_connection(),
         reading=_make_reading(record, own),
-        observer=StreamMetrics(metrics, clock, record.name, stream),
+        observer=StreamMetrics(metrics, clock, record.name, stream, reads=lambda: lease.is_usable or is_on_hold()),
         new_mark=lambda: uuid4().hex,
     )
     delivery = Delivery(
         make_sink(database, record),
-        WriteMetrics(metrics, record.name),
+        WriteMetrics(metrics.records, record.name),
         clock,
         max_retries=own.max_retries,
         retry_delay=own.retry_delay.total_seconds(),
     )
-    metrics.stream_holds.labels(record.name, stream).set_function(lambda: status.checks[name].state is State.HOLD)
-    metrics.lease_held.labels(name).set_function(lambda: lease.token is not None)
+    metrics.stream_holds.labels(record.name, stream).set_function(is_on_hold)
+    metrics.lease_held.labels(name).set_function(lambda: lease.is_usable)
     pipeline = Pipeline(
         name=name,
         source=source,

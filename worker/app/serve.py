@@ -86,7 +86,7 @@ def _make_loops(
         POSTGRES: Monitor(POSTGRES, probe, status, metrics.postgres_up),
     }
     if settings.counts_views:
-        metrics.lease_held.labels(VIEW_COUNTS).set_function(lambda: counters.lease.token is not None)
+        metrics.lease_held.labels(VIEW_COUNTS).set_function(lambda: counters.lease.is_usable)
         loops |= {LEASE: counters.lease, VIEW_COUNTS: counters.loop, RETENTION: counters.retention}
         if settings.listens:
             loops[MESSAGES] = counters.listener

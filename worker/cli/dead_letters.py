@@ -34,6 +34,21 @@ def _filter(ids: list[int] | None, pipeline: str | None, error_class: str | None
     )
 
 
+def _unknown(pipeline: str | None) -> str:
+    """The message for a pipeline that this version does not have; empty for the others."""
+    from worker.pipelines.records import RECORD_TYPES
+
+    if pipeline is None or pipeline in RECORD_TYPES:
+        return ""
+    return f"this version has no pipeline {printable(pipeline)}; it has {', '.join(RECORD_TYPES)}"
+
+
+def _note_unknown(pipeline: str | None) -> None:
+    """Not an error where letters are listed or purged: they may be those of a pipeline that an older version had."""
+    if message := _unknown(pipeline):
+        typer.echo(message, err=True)
+
+
 @dead_letters.command("list")
 def list_(
     pipeline: Pipeline = None,
@@ -51,6 +66,8 @@ def list_(
     from worker.runtime.event_loop import run_async
 
     letters, counts = run_async(commands.list_letters(settings, wanted, limit))
+    if not letters:
+        _note_unknown(pipeline)
     if as_json:
         _print_json([_describe(letter) for letter in letters])
         return
@@ -100,10 +117,13 @@ def replay(
 ) -> None:
     """Write letters to their table, and delete those that became rows. Without a filter: all letters.
 
-    Exit code 1 when some did not become rows. Those stay as letters.
+    Exit code 1 when some did not become rows. Those stay as letters. It stops when the table refuses more than a
+    thousand letters in a row.
     """
     settings = read_settings(env_file, log_level)
     wanted = _filter(ids, pipeline, error_class, older_than)
+    if message := _unknown(pipeline):
+        raise typer.BadParameter(message, param_hint="--pipeline")
     from worker.runtime.event_loop import run_async
 
     raise typer.Exit(EXIT_FAILURE if run_async(_replay(settings, wanted)) else 0)
@@ -117,16 +137,19 @@ async def _replay(settings: Settings, wanted: LetterFilter) -> bool:
     from worker.app import commands
 
     console = Console(stderr=True)
+    total = await commands.count_letters(settings, wanted)
     rows, refused, invalid = 0, 0, dict[int, str]()
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("replaying", total=await commands.count_letters(settings, wanted))
-        async for page in commands.replay_letters(settings, wanted):
-            rows, refused = rows + page.rows, refused + page.refused
-            invalid |= page.invalid
-            progress.advance(bar, page.rows + page.refused + len(page.invalid))
-    for letter_id, cause in list(invalid.items())[:10]:
-        typer.echo(f"{letter_id:>8}  {printable(cause)}")
-    typer.echo(f"{rows:,} {plural(rows, 'row')} written, {refused:,} refused again, {len(invalid):,} not valid")
+    try:
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("replaying", total=total)
+            async for done in commands.replay_letters(settings, wanted):
+                rows, refused = rows + done.rows, refused + done.refused
+                invalid |= done.invalid
+                progress.advance(bar, done.rows + done.refused + len(done.invalid))
+    finally:  # also where the table or a server ends it
+        for letter_id, cause in list(invalid.items())[:10]:
+            typer.echo(f"{letter_id:>8}  {printable(cause)}")
+        typer.echo(f"{rows:,} {plural(rows, 'row')} written, {refused:,} refused again, {len(invalid):,} not valid")
     return bool(refused or invalid)
 
 
@@ -149,9 +172,11 @@ def purge(
     if not yes:
         count = run_async(commands.count_letters(settings, wanted))
         typer.echo(f"{count:,} {plural(count, 'letter')} would be deleted. Use --yes to delete.")
-        return
-    gone = run_async(commands.purge_letters(settings, wanted))
-    typer.echo(f"{gone:,} {plural(gone, 'letter')} deleted")
+    else:
+        count = run_async(commands.purge_letters(settings, wanted))
+        typer.echo(f"{count:,} {plural(count, 'letter')} deleted")
+    if not count:
+        _note_unknown(pipeline)
 
 
 def _describe(letter: StoredLetter) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.errors import DatabaseRefused, DatabaseUnavailable
+from worker.errors import DatabaseRefused, DatabaseUnavailable, ViewerWorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
 TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04", "26000", "40001", "40P01", "55P03", "57014"})
 LOCK_NOT_AVAILABLE = "55P03"
+QUERY_CANCELED = "57014"
 # Data that a table does not accept: out of range, not in the database's encoding, refused by a constraint or a trigger.
 REFUSED_DATA_PREFIXES = ("22", "23", "P0")
 # Errors of the transaction, the connection or the server. They may occur at any row, but are not caused by it.
@@ -160,7 +161,10 @@ def is_refused_by_row(error: BaseException) -> bool:
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Raise DatabaseUnavailable where a retry may succeed, DatabaseRefused for Postgres's other errors."""
+    """Raise DatabaseUnavailable where a retry may succeed, DatabaseRefused for Postgres's other errors.
+
+    SQLAlchemy's other errors are mistakes in this program: they stay as they are.
+    """
     try:
         yield
     except (SQLAlchemyError, asyncpg.PostgresError, *DRIVER_ERRORS, OSError) as error:
@@ -177,6 +181,8 @@ def database_errors() -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """The error in one line, without statement, parameters and address: those may contain data or secrets."""
+    if isinstance(error, ViewerWorkerError):
+        return str(error)  # it is translated already, and has its SQLSTATE
     origin: BaseException = error
     while isinstance(error, DBAPIError) and (deeper := getattr(origin, "orig", None) or origin.__cause__) is not None:
         if isinstance(origin, asyncpg.PostgresError):

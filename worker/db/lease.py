@@ -10,6 +10,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError
@@ -30,6 +31,11 @@ log = get_logger(__name__)
 LEASE_TTL = timedelta(seconds=8)
 RENEW_S = 2.0
 STANDBY_S = 1.0
+# For each lease that a worker holds, it leaves a free one so long to workers that hold fewer; at most so long.
+SHARE_S = 0.5
+MAX_SHARE_S = 2.0
+# Longer than the TTL, so the holder is alive. One that is on hold releases the lease after its look.
+KEPT_S = 10.0
 LOOP = "lease"
 BEAT_S = 60.0
 
@@ -38,10 +44,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LeaseState(Generic[T]):
-    """`token` is the fencing token of the holder."""
+    """`token` is the fencing token of the holder. `is_free`: the worker that asks may take the lease."""
 
     holder: str | None
     token: T
+    is_free: bool
 
 
 class LeasedRow(Protocol[T]):
@@ -53,6 +60,9 @@ class LeasedRow(Protocol[T]):
     async def take_lease(self, tx: Transaction, worker_id: str, dead: str | None = None) -> LeaseState[T] | None:
         """Take the lease if it is free, expired, our own, or held by `dead`. Returns who has it now."""
 
+    async def read_lease(self, tx: Transaction, worker_id: str) -> LeaseState[T] | None:
+        """Who has the lease; None: no row, or nobody ever had it."""
+
     async def release_lease(self, tx: Transaction, worker_id: str) -> None: ...
 
 
@@ -60,16 +70,33 @@ class Lease(Generic[T]):
     """Held when `token` is not None.
 
     A worker that cannot reach both servers must not hold the lease, so it is taken only while it can.
+
+    `held`: the leases that a process holds of those that replicas share out. They have one set, and the more are in it,
+    the longer they leave another free lease to other workers.
     """
 
-    def __init__(self, database: Database, row: LeasedRow[T], worker_id: str, status: Status, loop: str = LOOP) -> None:
+    def __init__(
+        self,
+        database: Database,
+        row: LeasedRow[T],
+        worker_id: str,
+        status: Status,
+        loop: str = LOOP,
+        held: set[Lease[T]] | None = None,
+    ) -> None:
         self._database = database
         self._row = row
         self._worker_id = worker_id
         self._status = status
         self._loop = loop
+        self._held: set[Lease[T]] = set() if held is None else held
         self._looked = False
         self._is_paused = False
+        self._is_yielding = False
+        self._free_since: float | None = None
+        # Another worker's lease, and when it was first seen.
+        self._other: LeaseState[T] | None = None
+        self._other_since = 0.0
         self._wake = asyncio.Event()
         self.token: T | None = None
         # Why it could not be taken or renewed at the last try.
@@ -81,14 +108,49 @@ class Lease(Generic[T]):
         while not stop.is_set():
             if self._status.is_ok(*SERVERS) and not self._is_paused:
                 try:
-                    await self.take()
+                    await self._look()
                 except (Unavailable, DatabaseRefused) as error:
                     # A right or the table is missing, for example: a restart would not help.
                     self._failed(error)
-            delay = RENEW_S if self.token is not None else STANDBY_S * random.uniform(0.5, 1.0)
+            delay = self._delay()
             self._status.expect_beat(self._loop, within=delay + BEAT_S)
             await wait_first(delay, stop, self._status.changed, self._wake)
             self._wake.clear()
+
+    async def _look(self) -> None:
+        """Renew the lease, or take it if it is free and this worker's turn. Raises as `take`."""
+        if self.token is None and self._held and not await self._is_my_turn():
+            return
+        # It counts before it is taken: the other leases of this process look at the same time.
+        self._held.add(self)
+        self._free_since = None
+        try:
+            await self.take()
+        finally:
+            if self.token is None:
+                self._held.discard(self)
+
+    async def _is_my_turn(self) -> bool:
+        async with self._database.transaction() as tx:
+            state = await self._row.read_lease(tx, self._worker_id)
+        if state is not None and state.holder == self._worker_id:
+            return True
+        if state is not None and not state.is_free:
+            self.failure = None
+            self._free_since = None
+            self._seen(state)
+            # Its holder may have died on this host: `take` finds out.
+            return not self._looked
+        now = monotonic()
+        if self._free_since is None:
+            self._free_since = now
+        return now - self._free_since >= min(MAX_SHARE_S, SHARE_S * len(self._held))
+
+    def _delay(self) -> float:
+        if self.token is not None:
+            return RENEW_S
+        # Workers that wait for their turn look in a random order, so that none of them gets all.
+        return (STANDBY_S if self._free_since is None else SHARE_S / 2) * random.uniform(0.5, 1.0)
 
     async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[], None]) -> bool:
         """Wait until the lease is held and both servers can be used; False when stopped before that.
@@ -109,6 +171,11 @@ class Lease(Generic[T]):
         """Held, while both servers can be used."""
         return self.token is not None and self._status.is_ok(*SERVERS)
 
+    @property
+    def is_kept_elsewhere(self) -> bool:
+        """Another worker has it, and keeps it: it is not on hold."""
+        return self._other is not None and monotonic() - self._other_since > KEPT_S
+
     async def take(self) -> bool:
         """Take or renew it. True when it is held afterwards. Raises DatabaseUnavailable."""
         if self.token is None:
@@ -118,11 +185,14 @@ class Lease(Generic[T]):
         self.failure = None
         if (dead := self._dead_holder(state)) is not None:
             state = await self._take(dead)
-        if state is not None and state.holder == self._worker_id:
-            self._become(state.token)
-        else:
-            self.lost()
+        self._seen(state)
         return self.token is not None
+
+    def _seen(self, state: LeaseState[T] | None) -> None:
+        other = None if state is None or state.is_free else state
+        if other != self._other:
+            self._other, self._other_since = other, monotonic()
+        self._become(state.token if state is not None and state.holder == self._worker_id else None)
 
     def _failed(self, error: ViewerWorkerError) -> None:
         if self.failure is None or str(self.failure) != str(error):
@@ -157,6 +227,7 @@ class Lease(Generic[T]):
         With `pause`, this worker does not take it before `resume`.
         """
         self._is_paused = pause
+        self._is_yielding = pause
         async with self._database.transaction() as tx:
             await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
@@ -168,9 +239,17 @@ class Lease(Generic[T]):
 
     def _become(self, token: T | None, event: str = "lease lost") -> None:
         if token == self.token:
+            # Kept, or another worker's: what comes next is news.
+            self._is_yielding = False
             return
         before, self.token = self.token, token
+        if token is None:
+            self._held.discard(self)
+        else:
+            self._held.add(self)
+        # A worker that waits for a stream, or is on hold, takes and releases the lease at each look.
+        write = log.debug if self._is_yielding else log.info
         shown = str(before if token is None else token)
-        log.info("lease taken" if token is not None else event, loop=self._loop, token=shown)
+        write("lease taken" if token is not None else event, loop=self._loop, token=shown)
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()

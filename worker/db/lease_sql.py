@@ -22,7 +22,7 @@ def is_mine(table: FromClause) -> ColumnElement[bool]:
 
 
 def is_free(table: FromClause) -> ColumnElement[Any]:
-    """May be taken by the worker `me`; the holder `dead` (or None) is known to have died."""
+    """May be taken by the worker `me`, or is its own; the holder `dead` (or None) is known to have died."""
     row = table.c
     return or_(
         row.lease_holder.is_(None),

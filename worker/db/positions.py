@@ -14,6 +14,7 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    false,
     func,
     or_,
     select,
@@ -153,7 +154,7 @@ _TAKE_LEASE = (
         lease_until=UNTIL,
     )
 )
-_READ_LEASE = select(_row.lease_holder, _row.lease_token).where(*_this)
+_READ_LEASE = select(_row.lease_holder, _row.lease_token, func.coalesce(_free, false())).where(*_this)
 _RELEASE_LEASE = update(stream_positions).where(*_this, _mine).values(lease_holder=None, lease_until=None)
 
 
@@ -219,8 +220,12 @@ class StreamPosition:
         """Take the lease if it is free, expired, our own, or held by `dead`. A takeover changes the token."""
         await tx.execute(APPLY_SETTINGS)
         await tx.execute(_TAKE_LEASE, self._key | {"me": worker_id, "dead": dead, "new_token": uuid4()})
-        row = (await tx.execute(_READ_LEASE, self._key)).one_or_none()
-        return None if row is None or row.lease_token is None else LeaseState(row.lease_holder, row.lease_token)
+        return await self.read_lease(tx, worker_id)
+
+    async def read_lease(self, tx: AsyncConnection, worker_id: str) -> LeaseState[UUID] | None:
+        """Who has the lease; None: nobody ever had it."""
+        row = (await tx.execute(_READ_LEASE, self._key | {"me": worker_id, "dead": None})).one_or_none()
+        return None if row is None or row.lease_token is None else LeaseState(*row)
 
     async def release_lease(self, tx: AsyncConnection, worker_id: str) -> None:
         await tx.execute(APPLY_SETTINGS)

@@ -130,3 +130,12 @@ dead_letters = Table(
     Column("payload", LargeBinary, nullable=False),
     Index("dead_letters_pipeline_idx", "pipeline", "id"),
 )
+
+# A row for each batch of records that came from a process's memory, for a day.
+ingest_batches = Table(
+    "ingest_batches",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("pipeline", Text, nullable=False),
+    Column("at", _timestamp, nullable=False, server_default=func.now()),
+)

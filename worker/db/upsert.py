@@ -66,8 +66,11 @@ class RecordTable:
             index_where=text(f"{record.rule.event_id} IS NOT NULL"),
         )
 
-    async def insert(self, tx: AsyncConnection, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Insert rows, at least one; a row with an `event_id` only if its time and id are not there yet."""
+    async def insert(self, tx: AsyncConnection, rows: Sequence[tuple[Any, ...]]) -> int:
+        """Insert rows, at least one; a row with an `event_id` only if its time and id are not there yet.
+
+        Returns how many were inserted.
+        """
         event_id, time = self._event_id, self._time
         if any(row[event_id] is not None for row in rows):
             # Two writers that insert the same ids in different orders would deadlock.
@@ -77,7 +80,7 @@ class RecordTable:
             statement = self._insert
         # Beside longer arrays, unnest fills up an empty one with NULLs: what nobody sends costs nothing.
         columns = [list(some) if any(value is not None for value in some) else [] for some in zip(*rows, strict=True)]
-        await tx.execute(statement, dict(zip(self._names, columns, strict=True)))
+        return (await tx.execute(statement, dict(zip(self._names, columns, strict=True)))).rowcount
 
 
 def _insertion(record: RecordShape) -> Insert:

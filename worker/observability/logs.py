@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
 
@@ -57,5 +57,27 @@ def _first_things_first(_logger: object, _method: str, event: EventDict) -> Even
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    """A logger as `configure_logs`, or an application that imports this package, configured structlog.
+
+    Where nobody did, lines go to the standard logger of this name, with their fields as text.
+    """
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name), processors=[_process], wrapper_class=structlog.stdlib.BoundLogger
+    )
     return logger
+
+
+def _process(logger: Any, method: str, event: EventDict) -> Any:
+    if not structlog.is_configured():
+        return _as_text(logger, method, event)
+    result: Any = event
+    for processor in structlog.get_config()["processors"]:
+        result = processor(logger, method, result)
+    return result
+
+
+def _as_text(logger: logging.Logger, method: str, event: EventDict) -> tuple[tuple[str, str], dict[str, Any]]:
+    structlog.stdlib.filter_by_level(logger, method, event)
+    options = {"exc_info": event.pop("exc_info")} if "exc_info" in event else {}
+    text = str(event.pop("event"))
+    return ("%s", " ".join([text, *(f"{name}={value!r}" for name, value in event.items())])), options

@@ -19,23 +19,39 @@ SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RECORDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
 
 
-class Metrics:
+class _Family:
+    """Makes metrics in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, labels, registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(name, meaning, labels, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)
+
+
+class Metrics(_Family):
     """All metrics of one worker, in a registry of its own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        super().__init__(CollectorRegistry())
         ProcessCollector(registry=self.registry)
         self.registry.register(PLATFORM_COLLECTOR)
         self.registry.register(GC_COLLECTOR)
         self._add_worker()
         self._add_views()
-        self._add_records()
+        self.records = RecordMetrics(self.registry)
         self._add_streams()
 
     def _add_worker(self) -> None:
         self.build_info = self._gauge("viewer_worker_build_info", "1, with the version as its label.", "version")
         self.lease_held = self._gauge(
-            "viewer_worker_lease_held", "1 while this worker holds the lease, else 0.", "lease"
+            "viewer_worker_lease_held", "1 while this worker holds the lease and can use both servers, else 0.", "lease"
         )
         self.redis_up = self._gauge("redis_up", "1 while Redis answers, else 0.")
         self.postgres_up = self._gauge("postgres_up", "1 while Postgres answers, else 0.")
@@ -86,7 +102,33 @@ class Metrics:
             "view_count_quarantined_keys", "Counter keys left as they are: their id or value cannot be counted."
         )
 
-    def _add_records(self) -> None:
+    def _add_streams(self) -> None:
+        labels = ("pipeline", "stream")
+        self.entries_carried = self._counter("stream_entries_carried_total", "Entries carried to Postgres.", *labels)
+        self.entries_lost = self._counter(
+            "stream_entries_lost_total", "Entries that were deleted or trimmed before they were carried.", *labels
+        )
+        self.stream_gaps = self._counter(
+            "stream_gaps_total", "Moments at which entries may have been lost, their number unknown.", *labels
+        )
+        self.backlog = self._gauge(
+            "stream_backlog_entries",
+            "Entries that are not carried yet. Only the replica that reads the stream reports it; others report 0.",
+            *labels,
+        )
+        self.oldest_unread = self._gauge(
+            "stream_oldest_unread_seconds",
+            "Age of the oldest entry that is not carried yet. Reported as stream_backlog_entries is.",
+            *labels,
+        )
+        self.stream_holds = self._gauge("stream_holds", "1 while the stream is on hold; /health says why.", *labels)
+
+
+class RecordMetrics(_Family):
+    """Metrics of the records of all pipelines of one process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
         self.records_in_flight = self._gauge(
             "persistence_queue_depth", "Records that are buffered or being written.", "pipeline"
         )
@@ -99,7 +141,29 @@ class Metrics:
         )
         self.records_retried = self._counter("persistence_retry_total", "Records that are written again.", "pipeline")
         self.records_exhausted = self._counter(
-            "persistence_retry_exhausted_total", "Records whose tries are used up: the pipeline is on hold.", "pipeline"
+            "persistence_retry_exhausted_total", "Records whose tries are used up.", "pipeline"
+        )
+        self.records_repeated = self._counter(
+            "persistence_repeated_total", "Records that were there already, with their event_id.", "pipeline"
+        )
+        self.records_unknown = self._counter(
+            "persistence_unknown_total",
+            "Records of an application whose commit had no answer until the end.",
+            "pipeline",
+        )
+        self.workers_stopped = self._counter(
+            "persistence_worker_stopped_total", "Tasks of an application's Writers that ended by a mistake.", "pipeline"
+        )
+        self.records_pausing = self._gauge(
+            "persistence_retry_queue_depth", "Records of an application that wait for their next try.", "pipeline"
+        )
+        self.queue_full = self._counter(
+            "persistence_queue_full_total", "Records of an application that a full buffer refused.", "pipeline"
+        )
+        self.records_dropped = self._counter(
+            "persistence_dropped_total",
+            "Records that are not written and not kept: refused by a full buffer, or impossible to keep.",
+            "pipeline",
         )
         self.dead_letters = self._counter("persistence_dead_letters_total", "Records kept as dead letters.", "pipeline")
         self.record_latency = self._histogram(
@@ -121,27 +185,3 @@ class Metrics:
         self.write_batches = self._histogram(
             "timescale_write_batch_size", "Records in a write.", RECORDS, "pipeline", "operation"
         )
-
-    def _add_streams(self) -> None:
-        labels = ("pipeline", "stream")
-        self.entries_carried = self._counter("stream_entries_carried_total", "Entries carried to Postgres.", *labels)
-        self.entries_lost = self._counter(
-            "stream_entries_lost_total", "Entries that were deleted or trimmed before they were carried.", *labels
-        )
-        self.stream_gaps = self._counter(
-            "stream_gaps_total", "Moments at which entries may have been lost, their number unknown.", *labels
-        )
-        self.backlog = self._gauge("stream_backlog_entries", "Entries that are not carried yet.", *labels)
-        self.oldest_unread = self._gauge(
-            "stream_oldest_unread_seconds", "Age of the oldest entry that is not carried yet.", *labels
-        )
-        self.stream_holds = self._gauge("stream_holds", "1 while the stream is on hold; /health says why.", *labels)
-
-    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        return Counter(name, meaning, labels, registry=self.registry)
-
-    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
-        return Gauge(name, meaning, labels, registry=self.registry)
-
-    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)

@@ -1,16 +1,16 @@
-"""Delivers a batch to a sink. Knows neither Redis nor SQL."""
+"""Delivers batches to a sink. Knows neither Redis nor SQL."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from worker.errors import TableRefused, UnknownFailure
+from worker.errors import RetriesExhausted, UnknownFailure, ViewerWorkerError, cause_of
 from worker.observability.logs import get_logger
 from worker.pipelines.model import Written
+from worker.runtime.backoff import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    import random
 
     from worker.pipelines.model import Batch, Sink, WriteOutcome
     from worker.pipelines.observer import WriteObserver
@@ -21,13 +21,13 @@ log = get_logger(__name__)
 R = TypeVar("R")
 
 MAX_PAUSE_S = 10.0
-RETRIES_FIX = "The log has the error. The worker keeps trying; if the error persists, check the database."
 
 
 class Delivery(Generic[R]):
-    """Measures each write. An error of unknown class is tried again `max_retries` times.
+    """Writes one batch at a time, measures each write, and counts its tries.
 
-    The pause before the first of these tries is `retry_delay` (seconds); it doubles with each, up to ten seconds.
+    An error of unknown class is UnknownFailure `max_retries` times in a row, then RetriesExhausted. `retry_delay`
+    (seconds) is the longest pause after the first; it doubles with each, up to ten seconds.
     """
 
     def __init__(
@@ -38,40 +38,57 @@ class Delivery(Generic[R]):
         *,
         max_retries: int,
         retry_delay: float,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rng: random.Random | None = None,
     ) -> None:
         self._sink = sink
         self._observer = observer
         self._clock = clock
         self._max_retries = max_retries
-        self._retry_delay = retry_delay
-        self._sleep = sleep
+        self._pauses = Backoff(first=retry_delay, cap=MAX_PAUSE_S, rng=rng)
+        self._failed = False
+        self._unknown_failures = 0
 
-    async def deliver(self, batch: Batch[R]) -> WriteOutcome:
-        """Raises Unavailable and TableRefused; afterwards its claim shows whether it was written."""
-        for attempt in range(self._max_retries + 1):
-            try:
-                return await self._write(batch, again=attempt > 0)
-            except UnknownFailure as error:
-                if attempt == self._max_retries:
-                    self._observer.exhausted(len(batch))
-                    raise TableRefused(str(error), RETRIES_FIX) from error
-                log.warning("write failed", cause=str(error), attempt=attempt + 1)
-            await self._sleep(min(MAX_PAUSE_S, self._retry_delay * 2**attempt))
-        raise AssertionError("unreachable")
+    def pause(self) -> float:
+        """Seconds to wait after UnknownFailure."""
+        return self._pauses.next()
 
-    async def _write(self, batch: Batch[R], *, again: bool) -> WriteOutcome:
-        self._observer.writing(len(batch), again=again)
+    async def deliver(self, batch: Batch[R], *, isolate: bool = False) -> WriteOutcome:
+        """Write the batch once, as `Sink.write` does. Raises what that raises, and RetriesExhausted."""
+        try:
+            outcome = await self._write(batch, isolate=isolate)
+        except UnknownFailure as error:
+            self._unknown_failures += 1
+            if self._unknown_failures <= self._max_retries:
+                log.warning("write failed", cause=str(error), attempt=self._unknown_failures)
+                raise
+            self._start_again()
+            self._observer.exhausted(len(batch))
+            raise RetriesExhausted(str(error)) from error
+        self._start_again()
+        return outcome
+
+    def _start_again(self) -> None:
+        self._unknown_failures = 0
+        self._pauses.reset()
+
+    async def _write(self, batch: Batch[R], *, isolate: bool) -> WriteOutcome:
+        self._observer.writing(len(batch), again=self._failed)
         started = self._clock.monotonic()
         try:
-            outcome = await self._sink.write(batch)
-        except BaseException:
+            outcome = await self._sink.write(batch, isolate=isolate)
+        except BaseException as error:
+            self._failed = True
             self._observer.failed(len(batch))
+            if isinstance(error, Exception) and not isinstance(error, ViewerWorkerError):
+                # A mistake of ours may concern this batch only.
+                log.error("write failed", exc_info=error)
+                raise UnknownFailure(cause_of(error)) from error
             raise
+        self._failed = False
         if not isinstance(outcome, Written):
             self._observer.not_claimed()
         else:
             seconds = self._clock.monotonic() - started
             latency = None if batch.oldest is None else max(0.0, self._clock.now().timestamp() - batch.oldest)
-            self._observer.written(outcome.rows, outcome.letters, seconds, latency)
+            self._observer.written(outcome, seconds, latency)
         return outcome

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from worker.db.positions import Move, Position
-    from worker.observability.metrics import Metrics
+    from worker.observability.metrics import Metrics, RecordMetrics
+    from worker.pipelines.model import Written
     from worker.pipelines.sources.stream.evidence import Evidence
     from worker.runtime.clock import Clock
 
@@ -16,7 +19,7 @@ WRITE_FAILED = "write_failed"
 class WriteMetrics:
     """Implements WriteObserver."""
 
-    def __init__(self, metrics: Metrics, pipeline: str) -> None:
+    def __init__(self, metrics: RecordMetrics, pipeline: str) -> None:
         self._in_flight = metrics.records_in_flight.labels(pipeline)
         self._queue = metrics.write_queue_depth.labels(pipeline)
         self._batches = (metrics.record_batches.labels(pipeline), metrics.write_batches.labels(pipeline, "write"))
@@ -24,7 +27,9 @@ class WriteMetrics:
         self._failed = metrics.records_failed.labels(pipeline)
         self._retried = metrics.records_retried.labels(pipeline)
         self._exhausted = metrics.records_exhausted.labels(pipeline)
+        self._repeated = metrics.records_repeated.labels(pipeline)
         self._letters = metrics.dead_letters.labels(pipeline)
+        self._dropped = metrics.records_dropped.labels(pipeline)
         self._latency = metrics.record_latency.labels(pipeline)
         self._succeeded = metrics.writes.labels(pipeline, "success")
         self._errors = metrics.writes.labels(pipeline, "error")
@@ -40,13 +45,15 @@ class WriteMetrics:
         if again:
             self._retried.inc(records)
 
-    def written(self, rows: int, letters: int, seconds: float, latency: float | None) -> None:
+    def written(self, written: Written, seconds: float, latency: float | None) -> None:
         self._idle()
         for batches in self._batches:
-            batches.observe(rows + letters)
-        self._written.inc(rows)
-        self._succeeded.inc(rows)
-        self._letters.inc(letters)
+            batches.observe(written.rows + written.repeated + written.letters)
+        self._written.inc(written.rows)
+        self._succeeded.inc(written.rows)
+        self._repeated.inc(written.repeated)
+        self._letters.inc(written.letters)
+        self._dropped.inc(written.dropped)
         self._seconds.observe(seconds)
         if latency is not None:
             self._latency.observe(latency)
@@ -70,32 +77,39 @@ class WriteMetrics:
 
 
 class StreamMetrics:
-    """Implements StreamObserver."""
+    """Implements StreamObserver.
 
-    def __init__(self, metrics: Metrics, clock: Clock, pipeline: str, stream: str) -> None:
+    `reads`: whether this worker reads the stream. While it does not, backlog and age are 0: another replica knows them.
+    """
+
+    def __init__(self, metrics: Metrics, clock: Clock, pipeline: str, stream: str, reads: Callable[[], bool]) -> None:
         labels = (pipeline, stream)
         self._clock = clock
+        self._reads = reads
         self._carried = metrics.entries_carried.labels(*labels)
         self._lost = metrics.entries_lost.labels(*labels)
         self._gaps = metrics.stream_gaps.labels(*labels)
-        self._backlog = metrics.backlog.labels(*labels)
+        self._backlog = 0
         self._oldest: float | None = None
+        metrics.backlog.labels(*labels).set_function(lambda: self._backlog if self._reads() else 0)
         metrics.oldest_unread.labels(*labels).set_function(self._oldest_seconds)
 
     def looked(self, row: Position, evidence: Evidence) -> None:
-        self._backlog.set(count_backlog(row, evidence))
+        self._backlog = count_backlog(row, evidence)
         self._oldest = None if evidence.above is None else evidence.above.ms / 1000
 
     def moved(self, move: Move, entries: int, backlog: int) -> None:
         self._carried.inc(entries)
         self._lost.inc(move.lost)
         self._gaps.inc(move.gap)
-        self._backlog.set(backlog)
+        self._backlog = backlog
         if not backlog:
             self._oldest = None
 
     def _oldest_seconds(self) -> float:
-        return 0.0 if self._oldest is None else max(0.0, self._clock.now().timestamp() - self._oldest)
+        if self._oldest is None or not self._reads():
+            return 0.0
+        return max(0.0, self._clock.now().timestamp() - self._oldest)
 
 
 def count_backlog(row: Position, evidence: Evidence) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from worker.errors import DatabaseUnavailable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -45,12 +47,18 @@ Rule: TypeAlias = Append
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """The names that a pipeline's settings have, and their defaults. Durations in seconds."""
+    """The names that a pipeline's settings have, and their defaults. Durations in seconds.
+
+    `capacity` (records), `writers` and `enabled` are those of an application's Writer.
+    """
 
     batch_size: tuple[str, int]
     interval: tuple[str, float]
     max_retries: tuple[str, int]
     retry_delay: tuple[str, float]
+    capacity: tuple[str, int]
+    writers: tuple[str, int]
+    enabled: str
     accept_past: float = 20 * 365 * 86_400.0
     accept_future: float = 300.0
 
@@ -125,10 +133,15 @@ class Batch(Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The batch is in the database: `rows` records as rows, `letters` as dead letters."""
+    """The batch is in the database: `rows` records as rows, `letters` as dead letters.
+
+    `repeated` records were there already, with their event_id. `dropped` could not even become letters.
+    """
 
     rows: int = 0
     letters: int = 0
+    repeated: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +152,23 @@ class NotClaimed:
 WriteOutcome: TypeAlias = Written | NotClaimed
 
 
+class CommitUnanswered(DatabaseUnavailable):
+    """The commit of a batch had no answer: it may be written or not. `written`: what it is then."""
+
+    def __init__(self, cause: str, written: Written) -> None:
+        super().__init__(cause)
+        self.written = written
+
+
 class Sink(Protocol[R]):
     """Writes a batch in one transaction: claim, rows, letters."""
 
-    async def write(self, batch: Batch[R]) -> WriteOutcome:
+    async def write(self, batch: Batch[R], *, isolate: bool = False) -> WriteOutcome:
         """Raises Unavailable (retry later), TableRefused (a hold), UnknownFailure (retry a few times).
 
-        After Unavailable it is unknown whether the batch was written: taking its claim again shows it.
+        After CommitUnanswered it is unknown whether the batch was written: taking its claim again shows it. After other
+        errors it was not. With `isolate`, a record that fails for an unknown reason becomes a letter, too, and a letter
+        that fails is dropped.
         """
 
 

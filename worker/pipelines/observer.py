@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from worker.db.positions import Move, Position
+    from worker.pipelines.model import Written
     from worker.pipelines.sources.stream.evidence import Evidence
 
 
@@ -23,7 +24,7 @@ class WriteObserver(Protocol):
     def writing(self, records: int, *, again: bool) -> None:
         """A write begins; `again` after one that failed."""
 
-    def written(self, rows: int, letters: int, seconds: float, latency: float | None) -> None:
+    def written(self, written: Written, seconds: float, latency: float | None) -> None:
         """`latency`: from the arrival of the oldest record to the commit."""
 
     def failed(self, records: int) -> None: ...

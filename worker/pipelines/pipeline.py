@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from worker.errors import DatabaseRefused, TableRefused, Unavailable, cause_of
+from worker.errors import DatabaseRefused, RetriesExhausted, TableRefused, Unavailable, UnknownFailure, cause_of
 from worker.observability.logs import get_logger
-from worker.observability.status import STEP_LIMIT_S
+from worker.observability.status import STEP_LIMIT_S, State
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.runtime.backoff import Backoff
 from worker.runtime.waiting import wait_first
@@ -27,8 +27,6 @@ log = get_logger(__name__)
 R = TypeVar("R")
 
 IDLE_S = 5.0
-# How long a hold is still shown after the lease went to another worker.
-HOLD_SHOWN_S = 90.0
 UNEXPECTED = "Nothing is lost: the entries stay in Redis. The log has the details."
 
 
@@ -50,7 +48,6 @@ class Pipeline(Generic[R]):
     _look_again: Backoff = field(default_factory=lambda: Backoff(first=1.0, cap=30.0))
     _retry: Backoff = field(default_factory=lambda: Backoff(first=0.2, cap=10.0))
     _committed_at: float = float("-inf")
-    _hold_until: float = float("-inf")
 
     async def run(self, stop: asyncio.Event) -> None:
         self.status.expect_beat(self.name, within=STEP_LIMIT_S)
@@ -60,13 +57,15 @@ class Pipeline(Generic[R]):
                 try:
                     await self._carry(stop)
                 except Unavailable as error:
-                    await self._failed(stop, str(error), error.remedy)
-                except (TableRefused, DatabaseRefused) as error:
+                    await self._failed(stop, str(error), error.remedy, self._retry.next())
+                except UnknownFailure as error:
+                    await self._failed(stop, str(error), UNEXPECTED, self.delivery.pause())
+                except (TableRefused, RetriesExhausted, DatabaseRefused) as error:
                     await self._hold(stop, OnHold(str(error), error.remedy))
                 except Exception as error:
                     # A mistake in one pipeline must not end the process, and with it the others.
                     log.error("pipeline failed", pipeline=self.name, exc_info=error)
-                    await self._failed(stop, cause_of(error), UNEXPECTED)
+                    await self._failed(stop, cause_of(error), UNEXPECTED, self._retry.next())
         finally:
             await self.source.close()
         await self._release_lease()
@@ -114,17 +113,15 @@ class Pipeline(Generic[R]):
     def _report_ok(self, role: str) -> None:
         self._look_again.reset()
         self._retry.reset()
-        self._hold_until = float("-inf")
         self.status.ok(self.name, role=role)
 
-    async def _failed(self, stop: asyncio.Event, cause: str, remedy: str) -> None:
+    async def _failed(self, stop: asyncio.Event, cause: str, remedy: str, pause: float) -> None:
         log.warning("pipeline interrupted", pipeline=self.name, cause=cause)
         self.status.failing(self.name, cause, remedy)
-        await wait_first(self._retry.next(), stop)
+        await wait_first(pause, stop)
 
     async def _hold(self, stop: asyncio.Event, hold: OnHold) -> None:
         self.status.hold(self.name, hold.cause, hold.remedy)
-        self._hold_until = self.clock.monotonic() + HOLD_SHOWN_S
         await self._yield_lease(lambda delay: wait_first(delay, stop))
 
     async def _wait_without_lease(self, stop: asyncio.Event, idle: Idle) -> None:
@@ -151,7 +148,9 @@ class Pipeline(Generic[R]):
             await asyncio.wait({waiting, stopping})
 
     def _standing_by(self) -> None:
-        if self.clock.monotonic() >= self._hold_until:
+        # The lease is released on hold, so another replica may have it: for one look only, or because it carries.
+        on_hold = self.status.checks[self.name].state is State.HOLD
+        if not on_hold or self.lease.is_kept_elsewhere:
             self.status.ok(self.name, role="standing by")
 
     async def _release_lease(self, *, pause: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.contract.entry_id import EntryId
 from worker.db.dead_letters import newest_letter, read_letters, take_letters
+from worker.errors import TableRefused, UnknownFailure
 from worker.pipelines.model import Batch, InvalidRecord, Item, Written
 from worker.pipelines.sources.stream.entries import TOO_LARGE
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from worker.pipelines.model import RecordType, Sink, Window
 
 LETTERS_AT_ONCE = 100
+REPLAY_AGAIN = "Fix the cause, and replay again: the letters that are left stay. viewer-worker check may show more."
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ class LetterClaim:
         return await take_letters(tx, self.ids)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Replayed:
-    """`rows` became rows; `refused` by the table, letters again; `invalid`: id → why it stays as it is."""
+    """One step. `rows` became rows; `refused` by the table, letters again; `invalid`: id → why it stays as it is."""
 
     rows: int = 0
     refused: int = 0
@@ -42,9 +44,9 @@ class Replayed:
 async def replay(
     database: Database, record: RecordType[Any], sink: Sink[Any], wanted: LetterFilter, window: Window
 ) -> AsyncIterator[Replayed]:
-    """Page by page, the oldest first. Letters that are written during the replay are not replayed.
+    """Step by step, the oldest first. Letters that are written during the replay are not replayed.
 
-    Raises Unavailable, TableRefused, UnknownFailure; it may be repeated then.
+    Raises Unavailable and TableRefused; it may be repeated then.
     """
     async with database.transaction() as tx:
         newest = await newest_letter(tx)
@@ -56,37 +58,44 @@ async def replay(
         if not letters:
             return
         after = letters[-1].id
-        yield await _replay_page(record, sink, letters, window)
+        async for done in _replay_page(record, sink, letters, window):
+            yield done
 
 
 async def _replay_page(
     record: RecordType[Any], sink: Sink[Any], letters: list[StoredLetter], window: Window
-) -> Replayed:
-    done = Replayed()
+) -> AsyncIterator[Replayed]:
     by_origin: dict[str, dict[int, Item[Any]]] = {}
+    invalid: dict[int, str] = {}
     for letter in letters:
         try:
             item = _read(record, letter, window)
         except InvalidRecord as error:
-            done.invalid[letter.id] = str(error)
+            invalid[letter.id] = str(error)
         else:
             by_origin.setdefault(letter.origin.rpartition("/")[0], {})[letter.id] = item
+    yield Replayed(invalid=invalid)
     for origin, items in by_origin.items():
-        outcome = await sink.write(Batch(LetterClaim(tuple(items)), origin, tuple(items.values())))
+        try:
+            outcome = await sink.write(Batch(LetterClaim(tuple(items)), origin, tuple(items.values())))
+        except (TableRefused, UnknownFailure) as error:
+            raise TableRefused(str(error), REPLAY_AGAIN) from error
         if isinstance(outcome, Written):
-            done.rows += outcome.rows
-            done.refused += outcome.letters
+            yield Replayed(outcome.rows + outcome.repeated, outcome.letters)
         else:
-            done.invalid |= dict.fromkeys(items, "another replay or purge takes letters of this page")
-    return done
+            yield Replayed(invalid=dict.fromkeys(items, "another replay or purge takes letters of this page"))
 
 
 def _read(record: RecordType[Any], letter: StoredLetter, window: Window) -> Item[Any]:
-    """The record of a letter, as of the arrival of its entry. Raises InvalidRecord."""
+    """The record of a letter, as of its arrival: the id of its entry, or else the time of the letter.
+
+    Raises InvalidRecord.
+    """
     if letter.error_class == TOO_LARGE:
         raise InvalidRecord(TOO_LARGE, "only the beginning of the entry is kept")
+    key = letter.origin.rpartition("/")[2]
     try:
-        entry_id = EntryId.parse(letter.origin.rpartition("/")[2].encode())
-    except ValueError:
-        raise InvalidRecord("origin", f"the origin {letter.origin} is not an entry") from None
-    return Item(entry_id, letter.payload, record.parse(letter.payload, entry_id, window))
+        arrived = EntryId.parse(key.encode())
+    except ValueError:  # a ticket, and the record's place in its batch
+        arrived = EntryId(int(letter.received_at.timestamp() * 1000), 0)
+    return Item(key, letter.payload, record.parse(letter.payload, arrived, window))

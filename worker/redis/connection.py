@@ -15,13 +15,17 @@ from redis.sentinel import Sentinel
 
 from worker.redis.address import RedisAddress
 
+# The library's default, 100, is less than a worker with fifty streams needs.
+UNLIMITED = 2**31
+
 
 def connect(
     address: RedisAddress, timeout: float | None, connect_timeout: float
 ) -> tuple[aioredis.Redis, list[aioredis.Redis]]:
     """The client, and the Sentinel clients that find its master (close them separately). Nothing is sent twice.
 
-    `timeout` (seconds) limits each wait for Redis. With None the caller has to limit it.
+    `timeout` (seconds) limits each wait for Redis. With None the caller has to limit it. The number of connections is
+    not limited: it follows from the streams, or from the producer's own limit.
     """
     options = _options(address, timeout, connect_timeout, AsyncRetry(NoBackoff(), 0))
     if address.master is None:
@@ -54,6 +58,7 @@ def _options(
         "socket_timeout": timeout,
         "socket_connect_timeout": connect_timeout,
         "retry": retry,
+        "max_connections": UNLIMITED,
         # Otherwise each connection sends CLIENT SETINFO, which needs a right and which older servers do not know.
         "driver_info": None,
         # With these notifications the pool hands out connections with unread data (another reply) or already closed.

@@ -7,14 +7,20 @@ import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dotenv import dotenv_values
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from worker.contract.urls import MASK
 from worker.errors import InvalidSettings, SettingProblem
-from worker.settings.model import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings
+from worker.settings.model import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings, writer_settings_of
+
+if TYPE_CHECKING:
+    from worker.pipelines.model import RecordType
+    from worker.settings.model import WriterSettings
+
+M = TypeVar("M", bound=BaseModel)
 
 # Names this similar count as misspelt. BATCH_INTERVAL is this similar to BATCH_INTERVAL_MS. DB_USERNAME, which an
 # application may use itself, is less similar to DB_USER.
@@ -34,17 +40,23 @@ def load_settings(
         raise InvalidSettings([SettingProblem("--env-file", str(env_file), "an existing file")])
     dotenv = read_dotenv(env_file)
     given = {name: value for name, value in overrides.items() if value is not None}
-    nearer = _collect(os.environ if environ is None else environ)
-    further = _collect(dotenv)
+    nearer = _collect(os.environ if environ is None else environ, Settings)
+    further = _collect(dotenv, Settings)
     if any(field in nearer for field in DATABASE_GROUP):
         further.pop("database_url", None)  # it wins over the group only when both are in the same place
     raw = further | nearer | given
     _follow(raw, "batch_size", "batch_size_max", more=True)
     _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        raise InvalidSettings([_problem(dict(details), raw) for details in error.errors()]) from None
+    return _validate(Settings, raw)
+
+
+def load_writer_settings(record: RecordType[Any], arguments: Mapping[str, Any]) -> WriterSettings:
+    """Read what an application's Writer needs, and nothing else. `arguments` (variable → value; durations in seconds)
+    win over the environment. An `.env` file is the application's own to read. Raises InvalidSettings.
+    """
+    model = writer_settings_of(record)
+    given = {name.lower(): value for name, value in arguments.items()}
+    return _validate(model, _collect(os.environ, model) | given)
 
 
 def read_dotenv(env_file: Path | None) -> dict[str, str]:
@@ -79,10 +91,17 @@ def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
         raw.setdefault(other, value)
 
 
-def _collect(given: Mapping[str, str]) -> dict[str, str]:
+def _validate(model: type[M], raw: Mapping[str, Any]) -> M:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise InvalidSettings([_problem(dict(details), raw, model) for details in error.errors()]) from None
+
+
+def _collect(given: Mapping[str, str], model: type[BaseModel]) -> dict[str, str]:
     """The variables that are settings. An empty one without a default counts as unset."""
     raw: dict[str, str] = {}
-    for field, info in Settings.model_fields.items():
+    for field, info in model.model_fields.items():
         name = field.upper()
         value, path = given.get(name), given.get(f"{name}_FILE")
         if path:
@@ -103,14 +122,14 @@ def _read_file(name: str, path: str) -> str:
         raise InvalidSettings([SettingProblem(name, path, f"a readable text file ({type(error).__name__})")]) from None
 
 
-def _problem(details: dict[str, Any], raw: Mapping[str, str]) -> SettingProblem:
+def _problem(details: dict[str, Any], raw: Mapping[str, Any], model: type[BaseModel]) -> SettingProblem:
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ConflictingSettings):
         field, expected = cause.field, cause.expected
     else:
         message = str(details["msg"]).removeprefix("Value error, ")
         field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
-    value = raw.get(field, str(Settings.model_fields[field].default or ""))
+    value = str(raw.get(field, model.model_fields[field].default or ""))
     return SettingProblem(field.upper(), _show_wrong(field, value), expected)
 
 

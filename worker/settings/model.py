@@ -14,12 +14,14 @@ from pydantic import (
     Field,
     SecretStr,
     create_model,
+    field_validator,
     model_validator,
 )
 
 from worker.contract.durations import format_duration
 from worker.contract.keys import DEFAULT_PREFIX, OWN_KEYS
 from worker.contract.message import DEFAULT_CHANNEL
+from worker.contract.sizes import format_size, parse_size
 from worker.contract.urls import MASK, mask_url
 from worker.db.address import DatabaseAddress, parse_database_url
 from worker.db.counters.count_source import CountSource
@@ -27,10 +29,19 @@ from worker.db.target.names import TargetNames, parse_target
 from worker.pipelines.model import RecordType
 from worker.pipelines.records import RECORD_TYPES
 from worker.redis.address import RedisAddress, parse_redis_url
-from worker.settings.pipelines import Duration, PipelineSettings, make_fields, read_pipeline
+from worker.settings.pipelines import (
+    BufferSettings,
+    Duration,
+    PipelineSettings,
+    make_fields,
+    make_writer_fields,
+    read_buffer,
+    read_pipeline,
+)
 
 VIEW_COUNTS = "view_counts"
 PIPELINES = (VIEW_COUNTS, *RECORD_TYPES)
+DEFAULT_BUFFER_BYTES = 64 * 2**20
 # What the counters, readers and monitors need besides one connection for each stream.
 BASE_CONNECTIONS = 3
 
@@ -57,14 +68,9 @@ def _host(value: str) -> str:
     return value
 
 
-def _is_utf8(value: str) -> bool:
-    """Bytes of the environment that are not UTF-8 arrive as surrogates."""
-    return not any("\ud800" <= char <= "\udfff" for char in value)
-
-
 def _key_prefix(value: str) -> str:
-    if not value or "\x00" in value or not _is_utf8(value):
-        raise ValueError("a non-empty key prefix in UTF-8, such as vod:views:")
+    if not value or "\x00" in value:
+        raise ValueError("a non-empty key prefix, such as vod:views:")
     if OWN_KEYS.startswith(value) or value.startswith(OWN_KEYS):
         raise ValueError(f"a prefix that does not overlap the worker's own keys ({OWN_KEYS}…)")
     return value
@@ -75,6 +81,13 @@ def _pipelines(value: object) -> object:
     if not isinstance(names, tuple) or not names or not set(names) <= set(PIPELINES) or len(set(names)) != len(names):
         raise ValueError(f"one or more of {', '.join(PIPELINES)}, separated by commas, each once")
     return names
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size)]
 
 
 def _level(value: object) -> object:
@@ -91,8 +104,8 @@ class ConflictingSettings(ValueError):
         self.expected = expected
 
 
-class CoreSettings(BaseModel):
-    """The field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
+class DatabaseSettings(BaseModel):
+    """Where Postgres is. The field `database_url` is the variable `DATABASE_URL`, and so on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -103,6 +116,36 @@ class CoreSettings(BaseModel):
     db_password: SecretStr | None = Field(None)
     db_name: str | None = Field(None)
     db_ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(None)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_utf8(cls, value: object) -> object:
+        """Bytes of the environment that are not UTF-8 arrive as surrogates."""
+        if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError("text in UTF-8")
+        return value
+
+    @property
+    def database(self) -> DatabaseAddress:
+        """`DATABASE_URL`; else the `DB_*` group if any of it is set; else the documented default."""
+        group = [getattr(self, field) for field in DATABASE_GROUP]
+        if self.database_url is not None:
+            return parse_database_url(self.database_url.get_secret_value())
+        if any(value is not None for value in group):
+            return DatabaseAddress(
+                host=self.db_host or "localhost",
+                port=self.db_port or 5432,
+                user=self.db_user or "postgres",
+                password=self.db_password.get_secret_value() if self.db_password else "postgres",
+                name=self.db_name or "stock_scanner",
+                options=urlencode({"sslmode": self.db_ssl_mode or "disable"}),
+            )
+        return parse_database_url(DEFAULT_DATABASE_URL)
+
+
+class CoreSettings(DatabaseSettings):
+    """The field `batch_size` is the variable `BATCH_SIZE`, and so on. Names and defaults are a public contract."""
+
     db_max_connections: int = Field(25, ge=3, le=1000)
     db_max_idle_conns: int = Field(5, ge=1, le=1000)
     db_conn_max_lifetime: Duration = Field(timedelta(minutes=5))
@@ -131,6 +174,7 @@ class CoreSettings(BaseModel):
     view_ledger_retention: Duration = Field(timedelta(days=30))
 
     dead_letter_retention: Duration = Field(timedelta(days=30))
+    buffer_max_bytes: Size = Field(DEFAULT_BUFFER_BYTES, ge=2**20)
     shutdown_timeout: Duration = Field(timedelta(seconds=8))
     migrate_on_start: bool = Field(False)
 
@@ -190,23 +234,6 @@ class CoreSettings(BaseModel):
         return VIEW_COUNTS in self.pipelines
 
     @property
-    def database(self) -> DatabaseAddress:
-        """`DATABASE_URL`; else the `DB_*` group if any of it is set; else the documented default."""
-        group = [getattr(self, field) for field in DATABASE_GROUP]
-        if self.database_url is not None:
-            return parse_database_url(self.database_url.get_secret_value())
-        if any(value is not None for value in group):
-            return DatabaseAddress(
-                host=self.db_host or "localhost",
-                port=self.db_port or 5432,
-                user=self.db_user or "postgres",
-                password=self.db_password.get_secret_value() if self.db_password else "postgres",
-                name=self.db_name or "stock_scanner",
-                options=urlencode({"sslmode": self.db_ssl_mode or "disable"}),
-            )
-        return parse_database_url(DEFAULT_DATABASE_URL)
-
-    @property
     def redis(self) -> RedisAddress:
         return parse_redis_url(self.redis_url.get_secret_value())
 
@@ -241,6 +268,7 @@ class CoreSettings(BaseModel):
     def redacted(self) -> dict[str, str]:
         """Variable → effective value, safe to print: secrets are masked."""
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
+        values["BUFFER_MAX_BYTES"] = format_size(self.buffer_max_bytes)
         values["DB_PASSWORD"] = MASK if self.db_password else ""
         if self.database_url is None:
             values["DATABASE_URL"] = self.database.redacted()
@@ -254,6 +282,23 @@ if TYPE_CHECKING:
 
 else:
     Settings = create_model("Settings", __base__=CoreSettings, **make_fields())
+
+
+class WriterSettings(DatabaseSettings):
+    """What an application's Writer reads of the environment."""
+
+    db_conn_max_lifetime: Duration = Field(timedelta(minutes=5))
+    buffer_max_bytes: Size = Field(DEFAULT_BUFFER_BYTES, ge=2**20)
+    shutdown_timeout: Duration = Field(timedelta(seconds=8))
+
+    def buffer(self, record: RecordType[Any]) -> BufferSettings:
+        """The settings of the Writer of a record; only that which this model was made for."""
+        return read_buffer(self, record)
+
+
+def writer_settings_of(record: RecordType[Any]) -> type[WriterSettings]:
+    """The model with the settings of this record's Writer."""
+    return create_model("RecordWriterSettings", __base__=WriterSettings, **make_writer_fields(record))
 
 
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"

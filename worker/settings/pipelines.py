@@ -48,6 +48,44 @@ class PipelineSettings:
     retry_delay: timedelta
 
 
+@dataclass(frozen=True, slots=True)
+class BufferSettings:
+    """The settings of an application's Writer of one pipeline. `capacity` is in records."""
+
+    capacity: int
+    writers: int
+    enabled: bool
+    window: Window
+    batch_size: int
+    interval: timedelta
+    max_retries: int
+    retry_delay: timedelta
+
+
+def read_buffer(settings: BaseModel, record: RecordType[Any]) -> BufferSettings:
+    """The settings of the Writer of this record."""
+    own = record.defaults
+
+    def get(name: str) -> Any:
+        return getattr(settings, name.lower())
+
+    return BufferSettings(
+        capacity=get(own.capacity[0]),
+        writers=get(own.writers[0]),
+        enabled=get(own.enabled),
+        window=read_window(settings, record),
+        batch_size=get(own.batch_size[0]),
+        interval=get(own.interval[0]),
+        max_retries=get(own.max_retries[0]),
+        retry_delay=get(own.retry_delay[0]),
+    )
+
+
+def read_window(settings: BaseModel, record: RecordType[Any]) -> Window:
+    past, future = (getattr(settings, f"{record.name}_accept_{side}") for side in ("past", "future"))
+    return Window(past.total_seconds(), future.total_seconds())
+
+
 def read_pipeline(settings: BaseModel, record: RecordType[Any]) -> PipelineSettings:
     """The settings of the pipeline of this record."""
     own, name = record.defaults, record.name
@@ -61,7 +99,7 @@ def read_pipeline(settings: BaseModel, record: RecordType[Any]) -> PipelineSetti
         group=get(f"{name}_stream_group"),
         keep=get(f"{name}_stream_keep"),
         retention=get(f"{name}_retention"),
-        window=Window(get(f"{name}_accept_past").total_seconds(), get(f"{name}_accept_future").total_seconds()),
+        window=read_window(settings, record),
         batch_size=get(own.batch_size[0].lower()),
         interval=get(own.interval[0].lower()),
         max_retries=get(own.max_retries[0].lower()),
@@ -70,18 +108,31 @@ def read_pipeline(settings: BaseModel, record: RecordType[Any]) -> PipelineSetti
 
 
 def _fields(record: RecordType[Any]) -> Iterator[tuple[str, Any]]:
-    own, name = record.defaults, record.name
+    name = record.name
+    yield from _writer_fields(record)
     yield f"{name}_stream", (Streams, Field((name,)))
     yield f"{name}_stream_field", (str, Field(DEFAULT_FIELD, min_length=1))
     yield f"{name}_stream_group", (str, Field(DEFAULT_GROUP, min_length=1))
     yield f"{name}_stream_keep", (Duration | None, Field(None))
     yield f"{name}_retention", (Duration | None, Field(None))
+
+
+def _writer_fields(record: RecordType[Any]) -> Iterator[tuple[str, Any]]:
+    own, name = record.defaults, record.name
     yield f"{name}_accept_past", (Duration, Field(timedelta(seconds=own.accept_past)))
     yield f"{name}_accept_future", (Duration, Field(timedelta(seconds=own.accept_future)))
     yield own.batch_size[0].lower(), (int, Field(own.batch_size[1], ge=1, le=10_000))
     yield own.interval[0].lower(), (Duration, Field(timedelta(seconds=own.interval[1])))
     yield own.max_retries[0].lower(), (int, Field(own.max_retries[1], ge=0, le=100))
     yield own.retry_delay[0].lower(), (Duration, Field(timedelta(seconds=own.retry_delay[1])))
+    yield own.capacity[0].lower(), (int, Field(own.capacity[1], ge=1, le=10_000_000))
+    yield own.writers[0].lower(), (int, Field(own.writers[1], ge=1, le=64))
+    yield own.enabled.lower(), (bool, Field(True))
+
+
+def make_writer_fields(record: RecordType[Any]) -> dict[str, Any]:
+    """Field → type and default, for an application's Writer of this record."""
+    return dict(_writer_fields(record))
 
 
 def make_fields() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Text, Uuid, bindparam, case, exists, func, select, text, update
+from sqlalchemy import Text, Uuid, bindparam, case, exists, false, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.lease import LeaseState
@@ -115,7 +115,7 @@ _TAKE_LEASE = (
         lease_until=UNTIL,
     )
 )
-_READ_LEASE = select(_row.lease_holder, _row.lease_epoch).where(_this)
+_READ_LEASE = select(_row.lease_holder, _row.lease_epoch, func.coalesce(_free, false())).where(_this)
 _RELEASE_LEASE = update(view_count_sources).where(_this, _mine).values(lease_holder=None, lease_until=None)
 
 
@@ -200,7 +200,11 @@ class SourceRow:
         # A worker that freezes right after this must not keep the row locked.
         await tx.execute(APPLY_SETTINGS)
         await tx.execute(_TAKE_LEASE, {"name": self.name, "me": worker_id, "dead": dead})
-        row = (await tx.execute(_READ_LEASE, {"name": self.name})).one_or_none()
+        return await self.read_lease(tx, worker_id)
+
+    async def read_lease(self, tx: AsyncConnection, worker_id: str) -> LeaseState[int] | None:
+        """Who has the lease; None: no row."""
+        row = (await tx.execute(_READ_LEASE, {"name": self.name, "me": worker_id, "dead": None})).one_or_none()
         return None if row is None else LeaseState(*row)
 
     async def release_lease(self, tx: AsyncConnection, worker_id: str) -> None:

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 TEXTS = ("path", "referer", "user_agent", "sid", "uid", "event_id")
 
 
-class ChunkEvent(msgspec.Struct, frozen=True, gc=False):
-    """One request. `ip` is an IPv4 or IPv6 address. The fields are the columns of the table, in their order."""
+class ChunkEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One request. The fields are the columns of the table, in their order.
 
-    time: datetime
+    `time` None: when a Writer accepts it; not for an event with an `event_id`. `ip` is an IPv4 or IPv6 address.
+    """
+
+    time: datetime | None = None
     path: str
     ip: str | None = None
     referer: str | None = None
@@ -52,7 +55,16 @@ def parse(document: bytes, entry_id: EntryId, window: Window) -> ChunkEvent:
     time = fields.parse_time(found.time, "time")
     fields.check_time(time, entry_id, window, "time")
     ip = None if found.ip is None else fields.parse_address(found.ip)
-    return ChunkEvent(time, found.path, ip, found.referer, found.user_agent, found.sid, found.uid, found.event_id)
+    return ChunkEvent(
+        time=time,
+        path=found.path,
+        ip=ip,
+        referer=found.referer,
+        user_agent=found.user_agent,
+        sid=found.sid,
+        uid=found.uid,
+        event_id=found.event_id,
+    )
 
 
 CHUNK_REQUESTS = RecordType(
@@ -75,5 +87,8 @@ CHUNK_REQUESTS = RecordType(
         interval=("CHUNKLOG_BATCH_TIMEOUT", 0.2),
         max_retries=("CHUNKLOG_MAX_RETRIES", 3),
         retry_delay=("CHUNKLOG_RETRY_DELAY", 0.1),
+        capacity=("CHUNKLOG_CHANNEL_CAP", 10_000),
+        writers=("CHUNKLOG_WORKERS", 2),
+        enabled="CHUNKLOG_ENABLED",
     ),
 )

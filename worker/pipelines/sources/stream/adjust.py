@@ -15,7 +15,8 @@ from worker.errors import PositionNotSet, RedisUnavailable
 from worker.pipelines.metrics import count_backlog
 from worker.pipelines.sources.stream.evidence import Evidence
 from worker.pipelines.sources.stream.judge import Hold, Subject, Wait, judge
-from worker.pipelines.sources.stream.look import LOOK_TIMEOUT_S, Disagreed, NotAllowed
+from worker.pipelines.sources.stream.look import LOOK_TIMEOUT_S, RIGHTS_FIX, Disagreed, NotAllowed
+from worker.pipelines.sources.stream.owner import find_owner
 from worker.redis.errors import describe
 from worker.redis.scripts import LuaScript
 
@@ -79,7 +80,8 @@ class Adjustment:
             backlog = count_backlog(row, seen.first)
             if self._is_new(row, seen.first):
                 return StreamState(stream, self.pipeline, row, backlog)
-        verdict = judge(row, seen.first, seen.ids, None, Subject(stream, self.pipeline.upper()))
+        owner = await find_owner(self.database, self.position, row, seen)
+        verdict = judge(row, seen.first, seen.ids, owner, Subject(stream, self.pipeline.upper()))
         if isinstance(verdict, Hold):
             return StreamState(stream, self.pipeline, row, backlog, f"on hold: {verdict.cause}", verdict.remedy)
         if isinstance(verdict, Wait):
@@ -152,7 +154,7 @@ class Adjustment:
     async def _ask(self, *command: str | int) -> Any:
         (reply,) = await self.looker.connection.send([command], LOOK_TIMEOUT_S)
         if isinstance(reply, NoPermissionError):
-            raise RedisUnavailable(describe(reply), "Give the user of REDIS_URL the rights in users.acl.") from reply
+            raise RedisUnavailable(describe(reply), RIGHTS_FIX) from reply
         if isinstance(reply, ResponseError):
             raise PositionNotSet(f"{self.position.stream}: {describe(reply)}") from reply
         return reply

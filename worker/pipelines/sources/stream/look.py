@@ -23,6 +23,7 @@ LOOK = LuaScript.load(Path(__file__).with_name("look.lua"))
 LOOK_TIMEOUT_S = 4.0
 MAX_DISAGREEMENTS = 10
 PEEK_COUNT = 20
+RIGHTS_FIX = "Give the user of REDIS_URL the rights in deploy/redis/users.acl."
 
 
 class NotAllowed(Exception):
@@ -133,7 +134,7 @@ class Looker:
         """What the server says is no evidence. On another connection the right server may answer."""
         await self.connection.drop()
         if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
-            raise NotAllowed(describe(error), "Give the user of REDIS_URL the rights in deploy/redis/users.acl.")
+            raise NotAllowed(describe(error), RIGHTS_FIX)
         raise RedisUnavailable(describe(error)) from error
 
 

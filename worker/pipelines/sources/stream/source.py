@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from redis.exceptions import NoPermissionError
+
 from worker.errors import RedisUnavailable
 from worker.observability.logs import get_logger
+from worker.observability.throttle import Throttle
 from worker.pipelines.metrics import count_backlog
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.pipelines.sources.stream.entries import read_entries
@@ -24,7 +28,9 @@ from worker.pipelines.sources.stream.judge import (
     judge,
     make_move,
 )
-from worker.pipelines.sources.stream.look import Disagreed, NotAllowed
+from worker.pipelines.sources.stream.look import RIGHTS_FIX, Disagreed, NotAllowed
+from worker.pipelines.sources.stream.owner import find_owner
+from worker.redis.errors import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +52,7 @@ R = TypeVar("R")
 REPLY_BYTES = 8 * 1024 * 1024
 BLOCK_S = 5.0
 ANSWER_S = 4.0
+LOG_PERIOD_S = 3600.0
 # Entries that are parsed at a stretch: less than a millisecond.
 SLICE = 100
 # Entries of the first look, when their size is not known yet; it doubles.
@@ -116,6 +123,7 @@ class StreamSource(Generic[R]):
         self._seen: Evidence | None = None
         self._mean_bytes = 1024.0
         self._limit = min(FIRST_LIMIT, reading.batch_size)
+        self._throttle = Throttle(LOG_PERIOD_S, time.monotonic)
 
     async def read(self) -> ReadOutcome[R]:
         """The entries after the position. Raises Unavailable."""
@@ -158,7 +166,7 @@ class StreamSource(Generic[R]):
             # Perhaps the reply was too large for the time limit.
             self.reset(smaller=True)
             raise
-        owner = await self._owner(row, seen)
+        owner = await find_owner(self._database, self._position, row, seen)
         return seen, judge(row, seen.first, seen.ids, owner, self._subject)
 
     async def _offer_mark(self, row: Position) -> tuple[Position, str]:
@@ -218,9 +226,16 @@ class StreamSource(Generic[R]):
             except RedisUnavailable as error:
                 reply = error
             if isinstance(reply, Exception):
+                self._warn_if_not_allowed(reply)
                 await asyncio.sleep(left)
             elif reply:
                 return
+
+    def _warn_if_not_allowed(self, error: Exception) -> None:
+        """Without XREAD everything is still carried, but an entry that comes is found only by the next look."""
+        if isinstance(error, NoPermissionError) and self._throttle.allows("xread"):
+            stream, cause = self._position.stream, describe(error)
+            log.warning("new entries are found late", stream=stream, right="xread", cause=cause, remedy=RIGHTS_FIX)
 
     async def close(self) -> None:
         await self._waiting.drop()
@@ -231,14 +246,6 @@ class StreamSource(Generic[R]):
         async with self._database.transaction() as tx:
             self._row = await self._position.read(tx)
         return self._row
-
-    async def _owner(self, row: Position, seen: Seen) -> str | None:
-        """Another row with the mark of the stream. Only a mark that is not ours can be another's."""
-        first = seen.first
-        if not isinstance(first, Evidence) or first.mark is None or first.mark == row.incarnation:
-            return None
-        async with self._database.transaction() as tx:
-            return await self._position.owner_of(tx, first.mark)
 
     def _count(self) -> int:
         return max(1, min(self._limit, int(REPLY_BYTES / self._mean_bytes)))

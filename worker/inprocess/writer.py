@@ -1,0 +1,363 @@
+"""`Writer`: records of an application, written from inside its process. It needs no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from weakref import WeakSet
+
+import msgspec
+
+from worker.db.session import Database
+from worker.db.tickets import prune_tickets
+from worker.db.upsert import RecordTable
+from worker.errors import DatabaseRefused, DatabaseUnavailable
+from worker.inprocess.metrics import metrics_in
+from worker.inprocess.options import WriterOptions
+from worker.observability.logs import get_logger
+from worker.observability.throttle import Throttle
+from worker.pipelines.batcher import Batcher
+from worker.pipelines.buffer import Buffer, ByteBudget
+from worker.pipelines.delivery import Delivery
+from worker.pipelines.drain import Drain, Tally
+from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS, ChunkEvent
+from worker.pipelines.sink import PostgresSink
+from worker.pipelines.sources.buffered import BufferedSource
+from worker.runtime.clock import SystemClock
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from prometheus_client import CollectorRegistry
+
+    from worker.pipelines.model import RecordType
+
+log = get_logger("worker.writer")
+
+R = TypeVar("R")
+
+PRUNE_PERIOD_S = 3600.0
+FIRST_PRUNE_S = 60.0
+TICKET_AGE = timedelta(days=1)
+TICKETS_AT_ONCE = 10_000
+LOG_PERIOD_S = 60.0
+
+# Shared by all Writers of the process.
+_budget = ByteBudget(0)
+
+
+@dataclass(frozen=True, slots=True)
+class WriterStats:
+    """Numbers of records. Accepted ones are `written + repeated + dead + dropped + unwritten + unknown + queued`.
+
+    `refused`: `send` returned False. `written`: rows. `repeated`: rows that were there already, with their `event_id`.
+    `dead`: dead letters. `dropped`: they could not even be kept as such. `queued`: not written yet; after `shutdown`,
+    these are `unwritten`, and those whose commit had no answer `unknown`.
+    """
+
+    accepted: int = 0
+    refused: int = 0
+    written: int = 0
+    repeated: int = 0
+    dead: int = 0
+    dropped: int = 0
+    unwritten: int = 0
+    unknown: int = 0
+    queued: int = 0
+
+
+class Writer(Generic[R]):
+    """Accepts records without waiting, and writes them in batches on the event loop on which it was started.
+
+    `async with` starts it and shuts it down. What it accepted is written exactly once while the process lives.
+    """
+
+    def __init__(
+        self, record: RecordType[R], options: WriterOptions, registry: CollectorRegistry | None = None
+    ) -> None:
+        clock = SystemClock()
+        _budget.limit = options.buffer_bytes
+        self._record = record
+        self._time, self._event_id = record.rule.time, record.rule.event_id
+        self._options = options
+        self._clock = clock
+        self._metrics = metrics_in(registry, record.name)
+        self._metrics.add(self)
+        self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic, max_topics=100)
+        self._encoder = msgspec.json.Encoder().encode
+        self._buffer = Buffer(
+            Batcher(options.batch_size, options.batch_timeout),
+            batch_size=options.batch_size,
+            capacity=options.capacity,
+            budget=_budget,
+            monotonic=clock.monotonic,
+            on_due=self._wake,
+        )
+        self._tally = Tally()
+        self._drains: list[Drain[R]] = []
+        self._source: BufferedSource[R] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._database: Database | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pruning: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+        self._has_ended = False
+        _writers.add(self)
+
+    @staticmethod
+    def chunk_requests(
+        database_url: str | None = None,
+        *,
+        capacity: int | None = None,
+        writers: int | None = None,
+        batch_size: int | None = None,
+        batch_timeout: float | None = None,
+        max_retries: int | None = None,
+        retry_delay: float | None = None,
+        enabled: bool | None = None,
+        registry: CollectorRegistry | None = None,
+    ) -> Writer[ChunkEvent]:
+        """A Writer for the table `chunk_requests`.
+
+        What is not given comes from the environment: `DATABASE_URL` or `DB_*`, `CHUNKLOG_CHANNEL_CAP` (`capacity`, in
+        records), `CHUNKLOG_WORKERS`, `CHUNKLOG_BATCH_SIZE`, `CHUNKLOG_BATCH_TIMEOUT` and `CHUNKLOG_RETRY_DELAY` (here
+        in seconds), `CHUNKLOG_MAX_RETRIES`, `CHUNKLOG_ENABLED`. With `enabled=False` it accepts everything and does
+        nothing. Its metrics are added to `registry`. Raises InvalidSettings.
+        """
+        options = WriterOptions.read(
+            CHUNK_REQUESTS,
+            database_url=database_url,
+            capacity=capacity,
+            writers=writers,
+            batch_size=batch_size,
+            batch_timeout=batch_timeout,
+            max_retries=max_retries,
+            retry_delay=retry_delay,
+            enabled=enabled,
+        )
+        return Writer(CHUNK_REQUESTS, options, registry)
+
+    def send(self, record: R) -> bool:
+        """Accept a record, from any thread; it never waits and never raises.
+
+        False: the buffer is full, this Writer is shut down, or the record cannot be encoded. It is counted and logged.
+        """
+        if not self._options.enabled:
+            return True
+        document = self._encode(record)
+        if document is None:
+            return False
+        return self._buffer.add(document) or self._refuse()
+
+    async def put(self, record: R, timeout: float) -> bool:
+        """As `send`, but wait up to `timeout` seconds for room."""
+        if not self._options.enabled:
+            return True
+        document = self._encode(record)
+        if document is None:
+            return False
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._buffer.add(document):
+                    if self._buffer.is_closed or self._source is None:
+                        return self._refuse()
+                    await self._source.wait_for_room()
+        except TimeoutError:
+            return self._refuse()
+        return True
+
+    async def flush(self, timeout: float) -> bool:
+        """Wait until everything that is accepted so far is in the database. False after `timeout` seconds."""
+        if self._source is None:
+            return not len(self._buffer)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._source.flush()
+        except TimeoutError:
+            return False
+        return True
+
+    @property
+    def stats(self) -> WriterStats:
+        tally, buffer = self._tally, self._buffer
+        left = buffer.accepted - tally.total
+        return WriterStats(
+            accepted=buffer.accepted,
+            refused=buffer.refused,
+            written=tally.written,
+            repeated=tally.repeated,
+            dead=tally.dead,
+            dropped=tally.dropped,
+            unknown=tally.unknown,
+            unwritten=left if self._has_ended else 0,
+            queued=0 if self._has_ended else left,
+        )
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._options.enabled
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything that was accepted is written, as far as it is known."""
+        return not self._buffer.held and not self.stats.unwritten and not self._tally.unknown
+
+    @property
+    def held(self) -> int:
+        """Records that are accepted and not written."""
+        return self._buffer.held
+
+    @property
+    def pausing(self) -> int:
+        """Those of them that wait for their next try."""
+        return sum(drain.pausing for drain in self._drains)
+
+    async def start(self) -> None:
+        """Start writing, also what was sent before. The database need not be reachable."""
+        if self._loop is not None or self._closing.is_set() or not self._options.enabled:
+            return
+        options, name = self._options, f"{self._record.name} writer"
+        self._loop = asyncio.get_running_loop()
+        self._database = Database(options.database, options.writers, overflow=1, recycle=options.recycle)
+        self._source = BufferedSource(self._record, options.window, self._buffer, self._clock)
+        self._drains = [self._make_drain(self._source, self._database) for _ in range(options.writers)]
+        self._tasks = [
+            asyncio.create_task(drain.run(), name=f"{name} {number}") for number, drain in enumerate(self._drains)
+        ]
+        for task in self._tasks:
+            task.add_done_callback(self._report_end)
+        self._pruning = asyncio.create_task(self._prune_tickets(self._database), name=f"{name} tickets")
+
+    async def shutdown(self, timeout: float | None = None) -> bool:
+        """Accept nothing more, and write what is left for up to `timeout` seconds (default: `SHUTDOWN_TIMEOUT`).
+
+        False when records are left: they are counted and logged. It goes on when it is cancelled, and may be called
+        again.
+        """
+        if self._ending is None:
+            self.refuse_more()
+            self._closing.set()
+            if self._source is not None:
+                await self._source.close()
+            limit = self._options.shutdown_timeout if timeout is None else timeout
+            self._ending = asyncio.create_task(self._end(limit), name=f"{self._record.name} writer shutdown")
+        await asyncio.shield(self._ending)
+        return self.is_complete
+
+    def refuse_more(self) -> None:
+        """Accept nothing from now on. From any thread."""
+        self._buffer.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    def _encode(self, record: R) -> bytes | None:
+        """The record as a document: changes to it later change nothing, and its size is known. None: impossible."""
+        try:
+            if getattr(record, self._time) is None and getattr(record, self._event_id) is None:
+                record = msgspec.structs.replace(record, **{self._time: self._clock.now()})  # type: ignore[type-var]
+            return self._encoder(record)
+        except Exception as error:
+            # The application must not fail because of a record.
+            if self._throttle.allows("encode"):
+                log.error("record cannot be encoded", pipeline=self._record.name, exc_info=error)
+            self._buffer.refuse()
+            return None
+
+    def _refuse(self) -> bool:
+        self._buffer.refuse()
+        self._metrics.refused()
+        cause = "shut down" if self._buffer.is_closed else "buffer full"
+        if self._throttle.allows(cause):
+            log.warning("record refused", pipeline=self._record.name, cause=cause, refused=self._buffer.refused)
+        return False
+
+    def _wake(self) -> None:
+        """Called by the thread that sends."""
+        if self._loop is not None and self._source is not None and not self._has_ended:
+            with contextlib.suppress(RuntimeError):  # the event loop was closed without a shutdown
+                self._loop.call_soon_threadsafe(self._source.wake)
+
+    def _make_drain(self, source: BufferedSource[R], database: Database) -> Drain[R]:
+        delivery = Delivery(
+            PostgresSink(database, self._record, RecordTable(self._record)),
+            self._metrics.write,
+            self._clock,
+            max_retries=self._options.max_retries,
+            retry_delay=self._options.retry_delay,
+        )
+        return Drain(source, delivery, self._tally, self._clock, self._closing, self._throttle)
+
+    def _report_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("writer stopped", pipeline=self._record.name, exc_info=error)
+            self._metrics.stopped()
+
+    async def _end(self, timeout: float) -> None:
+        try:
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=timeout)
+        finally:
+            tasks = [*self._tasks, *([self._pruning] if self._pruning else [])]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+            self._has_ended = True
+            stats = self.stats
+            if stats.unwritten or stats.unknown:
+                log.error("records left at shutdown", pipeline=self._record.name, **_left(stats))
+            self._metrics.left(stats.unwritten, stats.unknown)
+            self._buffer.clear()
+            if self._database is not None:
+                await self._database.close()
+
+    async def _prune_tickets(self, database: Database) -> None:
+        pause = FIRST_PRUNE_S
+        while True:
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = PRUNE_PERIOD_S
+            try:
+                more = True
+                while more:
+                    async with database.transaction() as tx:
+                        more = await prune_tickets(tx, TICKET_AGE, TICKETS_AT_ONCE) >= TICKETS_AT_ONCE
+            except (DatabaseUnavailable, DatabaseRefused) as error:
+                log.warning("tickets not pruned", cause=str(error))
+
+    def _forked(self) -> None:
+        """In the child of a fork: what is held belongs to the parent, and its tasks run there only."""
+        self._tally = Tally()
+        self._buffer.forked()
+        self._has_ended = True
+
+
+def _left(stats: WriterStats) -> dict[str, Any]:
+    return {"unwritten": stats.unwritten, "unknown": stats.unknown}
+
+
+_writers: WeakSet[Writer[Any]] = WeakSet()
+# What a child must not destroy: the sockets and the event loop's descriptors are the parent's, too.
+_of_parent: list[object] = []
+
+
+def _after_fork() -> None:
+    _budget.forked()
+    for writer in list(_writers):
+        _of_parent.append((writer._database, writer._loop, writer._tasks, writer._source))
+        writer._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,66 @@
+"""Groups items into batches. It is passive: no clock, no timer, no lock."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ClosedBy(Enum):
+    """Why a batch ends where it does."""
+
+    SIZE = "size"
+    AGE = "age"
+    FLUSH = "flush"
+
+
+@dataclass(frozen=True, slots=True)
+class Closed(Generic[T]):
+    """A batch: when each item was added, and the items, in their order."""
+
+    items: list[tuple[float, T]]
+    by: ClosedBy
+
+
+class Batcher(Generic[T]):
+    """A batch closes at `size` items, or when its first item is `age` old. Times are of one clock, in its unit."""
+
+    def __init__(self, size: int, age: float) -> None:
+        self._size = size
+        self._age = age
+        self._waiting: deque[tuple[float, T]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, item: T, at: float) -> None:
+        self._waiting.append((at, item))
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+    def due(self) -> float:
+        """When the next batch closes: `-inf` when it is full, `inf` when there is none."""
+        if not self._waiting:
+            return math.inf
+        return -math.inf if len(self._waiting) >= self._size else self._waiting[0][0] + self._age
+
+    def take(self, now: float, *, flush: bool = False) -> Closed[T] | None:
+        """The next batch if it is closed; with `flush`, as it is. None where there is nothing to take."""
+        if not self._waiting:
+            return None
+        if len(self._waiting) >= self._size:
+            by = ClosedBy.SIZE
+        elif now >= self._waiting[0][0] + self._age:
+            by = ClosedBy.AGE
+        elif flush:
+            by = ClosedBy.FLUSH
+        else:
+            return None
+        pop = self._waiting.popleft
+        return Closed([pop() for _ in range(min(self._size, len(self._waiting)))], by)

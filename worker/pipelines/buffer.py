@@ -1,0 +1,129 @@
+"""Holds accepted documents until they are written. Bounded in records and bytes; any thread may add."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from worker.pipelines.batcher import Batcher, Closed
+
+# What a waiting document takes besides its own bytes.
+OVERHEAD_BYTES = 120
+
+
+class ByteBudget:
+    """Bytes that all buffers of a process may hold together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        # Also that of the buffers: an addition takes one lock.
+        self.lock = Lock()
+
+    def forked(self) -> None:
+        """In the child of a fork, another thread may have held the lock."""
+        self.held = 0
+        self.lock = Lock()
+
+
+class Buffer:
+    """Capacity is held until `release`, so it bounds what waits and what is being written together.
+
+    `held` is how many records that is, `accepted`, `taken` and `refused` how many there ever were. `capacity` is in
+    records. `on_due` is called, by the thread that adds, when the reader may have something to do.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher[bytes],
+        *,
+        batch_size: int,
+        capacity: int,
+        budget: ByteBudget,
+        monotonic: Callable[[], float],
+        on_due: Callable[[], None],
+    ) -> None:
+        self._batcher = batcher
+        self._batch_size = batch_size
+        self._capacity = capacity
+        self._budget = budget
+        self._lock = budget.lock
+        self._monotonic = monotonic
+        self._on_due = on_due
+        self._bytes = 0
+        self.held = 0
+        self.accepted = 0
+        self.taken = 0
+        self.refused = 0
+        self.is_closed = False
+
+    def add(self, document: bytes) -> bool:
+        """Never waits. False: full or closed."""
+        size = len(document) + OVERHEAD_BYTES
+        budget = self._budget
+        with self._lock:
+            if self.is_closed or self.held >= self._capacity or budget.held + size > budget.limit:
+                return False
+            self.held += 1
+            self.accepted += 1
+            self._bytes += size
+            budget.held += size
+            self._batcher.add(document, self._monotonic())
+            waiting = len(self._batcher)
+        if waiting == 1 or waiting == self._batch_size:
+            self._on_due()
+        return True
+
+    def refuse(self) -> None:
+        """Count a record that was not added."""
+        with self._lock:
+            self.refused += 1
+
+    def take(self, *, flush_to: int = 0) -> Closed[bytes] | None:
+        """The next batch if one is closed; as it is, where it has one of the first `flush_to` records accepted."""
+        with self._lock:
+            closed = self._batcher.take(self._monotonic(), flush=self.taken < flush_to)
+            if closed is not None:
+                self.taken += len(closed.items)
+            return closed
+
+    def due(self) -> float:
+        """Seconds until the next batch closes: 0 when one is closed, `inf` when nothing waits."""
+        with self._lock:
+            return max(0.0, self._batcher.due() - self._monotonic())
+
+    def release(self, records: int, size: int) -> None:
+        """Give back the capacity of records that were taken; `size` is the bytes of their documents."""
+        with self._lock:
+            self._release(records, size + records * OVERHEAD_BYTES)
+
+    def clear(self) -> None:
+        """Forget everything that is held."""
+        with self._lock:
+            self._batcher.clear()
+            self._release(self.held, self._bytes)
+
+    def forked(self) -> None:
+        """In the child of a fork, after its budget: hold nothing, accept nothing."""
+        self._lock = self._budget.lock
+        self._batcher.clear()
+        self._bytes = self.held = self.accepted = self.taken = self.refused = 0
+        self.is_closed = True
+
+    def _release(self, records: int, size: int) -> None:
+        self.held -= records
+        self._bytes -= size
+        self._budget.held -= size
+
+    def close(self) -> None:
+        """Accept nothing from now on."""
+        with self._lock:
+            self.is_closed = True
+        self._on_due()
+
+    def __len__(self) -> int:
+        """Records that wait."""
+        return len(self._batcher)

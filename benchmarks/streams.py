@@ -27,6 +27,7 @@ from typing import Any
 
 import asyncpg
 import redis.asyncio as aioredis
+from chunk_requests import AGENT, BARE, INSERT, bare_parameters
 
 from worker.app.pipelines import build_pipelines
 from worker.contract.entry_id import EntryId
@@ -48,12 +49,6 @@ BATCH = 1000
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "5"))
 STREAM = "chunk_requests"
 FIELDS = ("time", "path", "ip", "referer", "user_agent", "sid", "uid", "event_id")
-INSERT = "INSERT INTO naive VALUES ($1, $2, $3::text::inet, $4, $5, $6, $7, $8)"
-UNNEST = (
-    "INSERT INTO naive SELECT unnest($1::timestamptz[]), unnest($2::text[]), unnest($3::text[])::inet, "
-    "unnest($4::text[]), unnest($5::text[]), unnest($6::text[]), unnest($7::text[]), unnest($8::text[])"
-)
-AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_9_1) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/32.0.1700.77"
 
 
 def make_documents() -> list[str]:
@@ -155,7 +150,7 @@ class Bench:
                 break
             rows = [CHUNK_REQUESTS.row(CHUNK_REQUESTS.parse(f[1], EntryId.parse(i), window)) for i, f in entries]
             async with self.sql.transaction():
-                await self.sql.execute(UNNEST, *map(list, zip(*rows, strict=True)))
+                await self.sql.execute(BARE, *bare_parameters(rows))
             last = entries[-1][0]
         await connection.drop()
 

@@ -8,6 +8,8 @@ from sqlalchemy import ARRAY, BigInteger, DateTime, Double, Text, bindparam, cas
 from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from worker.db.packed_text import pack, unpack
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -57,6 +59,7 @@ class RecordTable:
         self.name = record.name
         self.columns = frozenset(shape.name for shape in record.columns)
         self._names = [shape.name for shape in record.columns]
+        self._texts = [place for place, shape in enumerate(record.columns) if _is_text(shape)]
         self._time = self._names.index(record.rule.time)
         self._event_id = self._names.index(record.rule.event_id)
         self._insert = _insertion(record)
@@ -78,9 +81,13 @@ class RecordTable:
             statement = self._insert_once
         else:
             statement = self._insert
-        # Beside longer arrays, unnest fills up an empty one with NULLs: what nobody sends costs nothing.
-        columns = [list(some) if any(value is not None for value in some) else [] for some in zip(*rows, strict=True)]
-        return (await tx.execute(statement, dict(zip(self._names, columns, strict=True)))).rowcount
+        columns: list[Any] = list(zip(*rows, strict=True))
+        packed = pack([columns[place] for place in self._texts])
+        for place, joined in zip(self._texts, packed.texts, strict=True):
+            columns[place] = joined
+        parameters = dict(zip(self._names, columns, strict=True))
+        parameters |= {"separator": packed.separator, "null": packed.null}
+        return (await tx.execute(statement, parameters)).rowcount
 
 
 def _insertion(record: RecordShape) -> Insert:
@@ -90,7 +97,12 @@ def _insertion(record: RecordShape) -> Insert:
     )
 
 
+def _is_text(shape: ColumnShape) -> bool:
+    return isinstance(_TYPES[shape.type][1], Text)
+
+
 def _unnest(shape: ColumnShape) -> Any:
+    """Beside longer arrays, unnest fills up a shorter one with NULLs."""
     stored, sent = _TYPES[shape.type]
-    values = func.unnest(bindparam(shape.name, type_=ARRAY(sent)))
+    values = func.unnest(unpack(shape.name) if _is_text(shape) else bindparam(shape.name, type_=ARRAY(sent)))
     return values if stored is sent or type(stored) is type(sent) else cast(values, stored)

@@ -310,7 +310,7 @@ MUTANTS = (
     Mutant(
         "streams: high is ignored",
         "worker/pipelines/sources/stream/judge.py",
-        "if evidence.above is not None and row.high is not None and evidence.above <= row.high:",
+        "if evidence.next_entry is not None and row.high is not None and evidence.next_entry <= row.high:",
         "if False:",
         STREAM_TESTS,
     ),
@@ -345,7 +345,7 @@ MUTANTS = (
     Mutant(
         "streams: an empty XRANGE is nothing",
         "worker/pipelines/sources/stream/look.py",
-        "    if not entries or entries[0][0] != evidence.above:\n        return False\n",
+        "    if not entries or entries[0][0] != evidence.next_entry:\n        return False\n",
         "",
         STREAM_TESTS,
     ),

@@ -30,12 +30,12 @@ NEW = Position(candidate="b")
 def seen(*entries: int, last: int = 9, **changes: Any) -> Evidence:
     """A stream to which 1-0, 2-0, … `last` were added, and in which `entries` are left; read after 5-0."""
     values: dict[str, Any] = {
-        "last": at(last),
+        "last_id": at(last),
         "added": last,
         "length": len(entries),
-        "first": at(entries[0]) if entries else None,
-        "above": next((at(entry) for entry in entries if entry > 5), None),
-        "present": at(entries[-1]) if entries else None,
+        "first_entry": at(entries[0]) if entries else None,
+        "next_entry": next((at(entry) for entry in entries if entry > 5), None),
+        "last_entry": at(entries[-1]) if entries else None,
         "mark": "ours",
         "delivered": at(5),
         "consumers": 1,
@@ -44,8 +44,8 @@ def seen(*entries: int, last: int = 9, **changes: Any) -> Evidence:
 
 
 def decide(position: Position, evidence: Evidence | NoStream, owner: str | None = None, *read: EntryId) -> Verdict:
-    above = isinstance(evidence, Evidence) and evidence.above
-    return judge(position, evidence, read or ((above,) if above else ()), owner, SUBJECT)
+    following = isinstance(evidence, Evidence) and evidence.next_entry
+    return judge(position, evidence, read or ((following,) if following else ()), owner, SUBJECT)
 
 
 NO_GROUP: dict[str, Any] = {"mark": None, "delivered": None, "consumers": 0}
@@ -83,7 +83,7 @@ def test_id_that_does_not_fit_is_a_hold_and_never_skipped(evidence: Evidence, re
 
 def test_largest_ids_that_fit_are_carried() -> None:
     largest = EntryId(MAX_PART, MAX_PART)
-    assert decide(row(), seen(9, last=MAX_PART, above=largest), None, largest) == Carry("ours")
+    assert decide(row(), seen(9, last=MAX_PART, next_entry=largest), None, largest) == Carry("ours")
 
 
 # In the order of the table. The last column is a verdict, the type of one, or words of a hold's cause.
@@ -91,11 +91,17 @@ TABLE: list[tuple[str, Position, Evidence, str | None, Any]] = [
     ("several consumers", row(), seen(*ALL, mark=None, consumers=2), None, "several consumers"),
     ("mark of another row", row(), seen(*ALL, mark="b"), "b/requests", "b/requests carries this stream"),
     ("foreign mark ahead", row(), seen(*ALL, mark="b", delivered=at(6)), None, "another database carries"),
-    ("foreign mark ahead, first start", NEW, seen(*ALL, mark="b", above=at(1)), None, "another database carries"),
+    ("foreign mark ahead, first start", NEW, seen(*ALL, mark="b", next_entry=at(1)), None, "another database carries"),
     ("foreign mark ahead, trimmed", row(), seen(8, 9, mark="b", delivered=at(7)), None, "another database carries"),
     ("foreign mark behind", row(), seen(*ALL, mark="b"), None, "not the stream that was carried to 5-0"),
     ("no group", row(), seen(*ALL, **NO_GROUP), None, "not the stream that was carried to 5-0"),
-    ("no group, nothing above", row(9), seen(*ALL, above=None, **NO_GROUP), None, "not the stream that was carried"),
+    (
+        "no group, nothing above",
+        row(9),
+        seen(*ALL, next_entry=None, **NO_GROUP),
+        None,
+        "not the stream that was carried",
+    ),
     ("no group, entry at the position", row(), seen(5, 6, **NO_GROUP), None, "not the stream that was carried"),
     ("not ours, empty and behind", row(), seen(last=4, mark="b", delivered=at(0)), None, Wait),
     ("no group, empty and behind", row(), seen(last=4, **NO_GROUP), None, Wait),
@@ -107,14 +113,14 @@ TABLE: list[tuple[str, Position, Evidence, str | None, Any]] = [
     ("entry below high", row(high=at(8)), seen(*ALL), None, "Redis went back, and the entry 6-0 may be carried"),
     ("entry at high", row(high=at(6)), seen(*ALL), None, "Redis went back, and the entry 6-0 may be carried"),
     ("entry below high, new mark", row(high=at(8)), seen(6, 9, mark="b"), None, "Redis went back"),
-    ("first start", NEW, seen(*ALL, above=at(1), mark="b", delivered=at(0)), None, Carry("b", adopt=True)),
-    ("made anew", row(), seen(6, 9, mark="b"), None, Carry("b", adopt=True)),
+    ("first start", NEW, seen(*ALL, next_entry=at(1), mark="b", delivered=at(0)), None, Carry("b", takes_mark=True)),
+    ("made anew", row(), seen(6, 9, mark="b"), None, Carry("b", takes_mark=True)),
     ("made anew and emptied", row(), seen(mark="b"), None, Skip),
     ("made anew, nothing added", row(9), seen(mark="b"), None, CaughtUp()),
     ("deleted unread", row(), seen(), None, Skip),
     ("deleted unread behind what was read", row(), seen(4, 5), None, Skip),
-    ("idle", row(9), seen(*ALL, above=None), None, CaughtUp()),
-    ("idle below high", row(9, high=at(20)), seen(*ALL, above=None), None, CaughtUp()),
+    ("idle", row(9), seen(*ALL, next_entry=None), None, CaughtUp()),
+    ("idle below high", row(9, high=at(20)), seen(*ALL, next_entry=None), None, CaughtUp()),
     ("carry", row(), seen(*ALL), None, Carry("ours")),
     ("carry above high", row(high=at(5)), seen(*ALL), None, Carry("ours")),
     ("carry what is left", row(), seen(8, 9), None, Carry("ours")),
@@ -158,7 +164,7 @@ def test_first_row_that_fits_decides(position: Position, evidence: Evidence, own
     ("position", "high"), [(row(), 5), (row(high=at(8)), 8), (row(high=at(3)), 5)], ids=["first", "lower", "higher"]
 )
 def test_position_follows_redis_back_and_remembers_the_highest(position: Position, high: int) -> None:
-    verdict = decide(position, seen(1, 2, 3, last=4, above=None))
+    verdict = decide(position, seen(1, 2, 3, last=4, next_entry=None))
     assert verdict == Skip(Move(at(5), at(4), 4, at(high), "ours"), went_back=True)
 
 

@@ -72,7 +72,9 @@ def test_formula(
 def test_adopted_stream_starts_without_its_history(
     last: int, read: int | None, after: int, count: int, expected: tuple[int, int, bool]
 ) -> None:
-    move = make_move(Position(at(last), read), TRIMMED, TRIMMED, at(last), at(after), count, Carry("new", adopt=True))
+    move = make_move(
+        Position(at(last), read), TRIMMED, TRIMMED, at(last), at(after), count, Carry("new", takes_mark=True)
+    )
     assert (move.entries_read, move.lost, move.gap) == expected
     assert move.incarnation == "new"
 
@@ -119,12 +121,12 @@ class Simulation:
 
     def look(self) -> Evidence:
         return Evidence(
-            last=self.last,
+            last_id=self.last,
             added=self.added,
             length=len(self.present),
-            first=self.present[0] if self.present else None,
-            above=next((entry for entry in self.present if entry > self.row.last), None),
-            present=self.present[-1] if self.present else None,
+            first_entry=self.present[0] if self.present else None,
+            next_entry=next((entry for entry in self.present if entry > self.row.last), None),
+            last_entry=self.present[-1] if self.present else None,
             mark="ours",
             delivered=self.row.last,
             consumers=1,
@@ -143,11 +145,11 @@ class Simulation:
         second = self.look()
         if not second.confirms(first):
             return
-        exact = first.first is not None and first.first > self.row.last
+        exact = first.first_entry is not None and first.first_entry > self.row.last
         match judge(self.row, first, batch, None, SUBJECT):
             case Carry() as carry:
                 self.commit(make_move(self.row, first, second, self.row.last, batch[-1], len(batch), carry), batch)
-                exact = exact or self.row.last in (first.last, second.last)
+                exact = exact or self.row.last in (first.last_id, second.last_id)
             case Skip(move, went_back):
                 assert not went_back
                 self.commit(move, [])

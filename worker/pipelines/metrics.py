@@ -96,7 +96,7 @@ class StreamMetrics:
 
     def looked(self, row: Position, evidence: Evidence) -> None:
         self._backlog = count_backlog(row, evidence)
-        self._oldest = None if evidence.above is None else evidence.above.ms / 1000
+        self._oldest = None if evidence.next_entry is None else evidence.next_entry.ms / 1000
 
     def moved(self, move: Move, entries: int, backlog: int) -> None:
         self._carried.inc(entries)
@@ -114,6 +114,6 @@ class StreamMetrics:
 
 def count_backlog(row: Position, evidence: Evidence) -> int:
     """Entries above the position. Where it is not known how many were read, all that are present."""
-    if row.entries_read is None or (evidence.first is not None and evidence.first > row.last):
+    if row.entries_read is None or (evidence.first_entry is not None and evidence.first_entry > row.last):
         return evidence.length
     return max(0, evidence.added - row.entries_read)

@@ -15,7 +15,7 @@ from worker.errors import PositionNotSet, RedisUnavailable
 from worker.pipelines.metrics import count_backlog
 from worker.pipelines.sources.stream.evidence import Evidence
 from worker.pipelines.sources.stream.judge import Hold, Subject, Wait, judge
-from worker.pipelines.sources.stream.look import LOOK_TIMEOUT_S, RIGHTS_FIX, Disagreed, NotAllowed
+from worker.pipelines.sources.stream.look import LOOK_TIMEOUT_S, RIGHTS_FIX, LooksDisagree, NotAllowed
 from worker.pipelines.sources.stream.owner import find_owner
 from worker.redis.errors import describe
 from worker.redis.scripts import LuaScript
@@ -74,7 +74,7 @@ class Adjustment:
             seen = await self.looker.peek(row)
         except NotAllowed as error:
             return StreamState(stream, self.pipeline, row, None, error.cause, error.remedy)
-        except Disagreed:
+        except LooksDisagree:
             return StreamState(stream, self.pipeline, row, None, "the looks at the stream do not agree")
         if isinstance(seen.first, Evidence):
             backlog = count_backlog(row, seen.first)
@@ -91,7 +91,7 @@ class Adjustment:
     @staticmethod
     def _is_new(row: Position, evidence: Evidence) -> bool:
         """The worker creates the mark at its first look."""
-        return evidence.consumers == 0 and (evidence.first is None or evidence.first > row.last)
+        return evidence.consumers == 0 and (evidence.first_entry is None or evidence.first_entry > row.last)
 
     async def preview(self, target: str) -> Change:
         """Where `target` (an id, `0`, `$`, `group:<name>`) is, and how many entries lie between.

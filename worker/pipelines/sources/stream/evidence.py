@@ -17,17 +17,17 @@ class Evidence:
     """A stream at one instant.
 
     `mark`: the name of the single consumer of our group, which a worker made; else None. `consumers`: how many it has.
-    `delivered`: the group's last delivered id. `last`, `added`, `length`: the stream's last id, the entries ever added,
-    and those present. `first`: the first entry present. `above`: the first entry above the position that was asked
-    about. `present`: the last entry that is present.
+    `delivered`: the group's last delivered id. `last_id`: the stream's last id, `added` the entries ever added, `length`
+    those present, `first_entry` and `last_entry` their ends. `next_entry`: the first one above the position that was
+    asked about.
     """
 
-    last: EntryId
+    last_id: EntryId
     added: int
     length: int
-    first: EntryId | None = None
-    above: EntryId | None = None
-    present: EntryId | None = None
+    first_entry: EntryId | None = None
+    next_entry: EntryId | None = None
+    last_entry: EntryId | None = None
     mark: str | None = None
     delivered: EntryId | None = None
     consumers: int = 0
@@ -41,9 +41,9 @@ class Evidence:
         """Whether entries that were read between the two looks belong to the stream that `earlier` describes."""
         return (
             self.mark == earlier.mark
-            and self.first == earlier.first
+            and self.first_entry == earlier.first_entry
             and self.removed == earlier.removed
-            and self.last >= earlier.last
+            and self.last_id >= earlier.last_id
             and self.added >= earlier.added
         )
 
@@ -62,12 +62,12 @@ def parse_evidence(reply: list[Any]) -> tuple[str, Evidence | NoStream]:
         return role, NoStream(kind)
     consumers, mark, delivered, last, added, length, first, above, present = reply[2:]
     return role, Evidence(
-        last=EntryId.parse(last),
+        last_id=EntryId.parse(last),
         added=added,
         length=length,
-        first=_id(first),
-        above=_id(above),
-        present=_id(present),
+        first_entry=_id(first),
+        next_entry=_id(above),
+        last_entry=_id(present),
         mark=mark.decode() if consumers == 1 and _MARK.fullmatch(mark) else None,
         delivered=_id(delivered),
         consumers=max(0, consumers),

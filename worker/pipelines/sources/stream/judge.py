@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """Carry the entries that were read. The row then gets `mark`; with `adopt` the mark is new to it."""
+    """Carry the entries that were read. The row then gets `mark`; with `takes_mark` the mark is new to it."""
 
     mark: str
-    adopt: bool = False
+    takes_mark: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def judge(
             return Hold(f"the key {subject.stream} holds a {evidence.kind}, not a stream", "Rename the stream.")
         return Wait("there is no stream yet")
     # The last id may fit where an earlier one does not: 6-0 after 5-18446744073709551615.
-    if unfit := next((entry for entry in (evidence.last, *read) if not entry.fits), None):
+    if unfit := next((entry for entry in (evidence.last_id, *read) if not entry.fits), None):
         return Hold(f"the id {unfit} does not fit into a bigint", f"Delete the stream. {subject.set_hint}")
     if evidence.consumers > 1:
         return Hold("the group of this worker has several consumers", SHARED_GROUP)
@@ -97,14 +97,14 @@ def judge(
         return Hold(f"{owner} carries this stream already", "Let only one source carry a stream.")
     if evidence.mark is not None and evidence.mark == row.incarnation:
         return _judge_ours(row, evidence, subject)
-    return _judge_foreign(row, evidence, read, subject) or _judge_entries(row, evidence, subject, adopt=True)
+    return _judge_foreign(row, evidence, read, subject) or _judge_entries(row, evidence, subject, takes_mark=True)
 
 
 def _judge_ours(row: Position, evidence: Evidence, subject: Subject) -> Verdict:
-    if evidence.last < row.last:
+    if evidence.last_id < row.last:
         high = row.last if row.high is None else max(row.high, row.last)
-        return Skip(Move(row.last, evidence.last, evidence.added, high, str(row.incarnation)), went_back=True)
-    return _judge_entries(row, evidence, subject, adopt=False)
+        return Skip(Move(row.last, evidence.last_id, evidence.added, high, str(row.incarnation)), went_back=True)
+    return _judge_entries(row, evidence, subject, takes_mark=False)
 
 
 def _judge_foreign(
@@ -116,8 +116,8 @@ def _judge_foreign(
             "another database carries this stream, or it is another Redis",
             OTHER_DATABASE.format(prefix=subject.prefix, set_hint=subject.set_hint),
         )
-    if evidence.first is not None and evidence.first <= row.last:
-        complete = read[-1] == evidence.present if read else evidence.above is None
+    if evidence.first_entry is not None and evidence.first_entry <= row.last:
+        complete = read[-1] == evidence.last_entry if read else evidence.next_entry is None
         same = complete and row.entries_read is not None and len(read) == evidence.added - row.entries_read
         looks = f". It looks like the same stream: --set {subject.stream} {row.last}" if same else ""
         return Hold(
@@ -125,7 +125,7 @@ def _judge_foreign(
             f"the group was destroyed{looks}",
             f"Correct REDIS_URL if it is another Redis. Otherwise: {subject.set_hint}",
         )
-    if evidence.first is None and evidence.last < row.last:
+    if evidence.first_entry is None and evidence.last_id < row.last:
         return Wait("the stream is empty and behind the position")
     if evidence.mark is None:
         return Unmarked()
@@ -137,17 +137,17 @@ def _judge_foreign(
     return None
 
 
-def _judge_entries(row: Position, evidence: Evidence, subject: Subject, *, adopt: bool) -> Verdict:
-    carry = Carry(str(evidence.mark), adopt)
-    if evidence.above is not None and row.high is not None and evidence.above <= row.high:
+def _judge_entries(row: Position, evidence: Evidence, subject: Subject, *, takes_mark: bool) -> Verdict:
+    carry = Carry(str(evidence.mark), takes_mark)
+    if evidence.next_entry is not None and row.high is not None and evidence.next_entry <= row.high:
         return Hold(
-            f"Redis went back, and the entry {evidence.above} may be carried already (carried up to {row.high})",
+            f"Redis went back, and the entry {evidence.next_entry} may be carried already (carried up to {row.high})",
             f"Compare it with the table. {subject.set_hint}",
         )
-    if evidence.above is not None:
+    if evidence.next_entry is not None:
         return carry
-    if evidence.last > row.last:
-        return Skip(make_move(row, evidence, evidence, row.last, evidence.last, 0, carry))
+    if evidence.last_id > row.last:
+        return Skip(make_move(row, evidence, evidence, row.last, evidence.last_id, 0, carry))
     return CaughtUp()
 
 
@@ -158,8 +158,8 @@ def make_move(
 
     `first` and `second` are the two looks that the entries were read between.
     """
-    read = first.removed if carry.adopt else row.entries_read
-    gap = carry.adopt and row.last != (0, 0)
+    read = first.removed if carry.takes_mark else row.entries_read
+    gap = carry.takes_mark and row.last != (0, 0)
     entries_read, lost, unsure = _count_lost(read, first, second, before, after, count)
     high = None if row.high is not None and after > row.high else row.high
     return Move(before, after, entries_read, high, carry.mark, lost, gap or unsure)
@@ -170,10 +170,10 @@ def _count_lost(
 ) -> tuple[int | None, int, bool]:
     """Entries read afterwards, entries lost, and whether there is a gap: the number of lost ones is not known."""
     # Entries that are added between the looks are in the batch only where it ends at the second look's last id.
-    if after == first.last or after == second.last:
-        at = first if after == first.last else second
+    if after == first.last_id or after == second.last_id:
+        at = first if after == first.last_id else second
         certain: int | None = at.added
-    elif first.first is not None and first.first > before:
+    elif first.first_entry is not None and first.first_entry > before:
         certain = first.removed + count
     else:
         certain = None

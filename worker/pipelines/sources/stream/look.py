@@ -35,7 +35,7 @@ class NotAllowed(Exception):
         self.remedy = remedy
 
 
-class Disagreed(Exception):
+class LooksDisagree(Exception):
     """The looks before and after the entries do not agree, several times in a row."""
 
 
@@ -66,13 +66,13 @@ class Looker:
     async def look(self, row: Position, after: EntryId, count: int, new_mark: str) -> Seen:
         """At most `count` entries after `after`. `row` is committed: it is mirrored into the group.
 
-        Raises RedisUnavailable, NotAllowed, Disagreed.
+        Raises RedisUnavailable, NotAllowed, LooksDisagree.
         """
         for _ in range(MAX_DISAGREEMENTS):
             seen = await self._look(row, after, count, new_mark)
             if seen is not None:
                 return seen
-        raise Disagreed
+        raise LooksDisagree
 
     async def peek(self, row: Position) -> Seen:
         """As `look`, after the position, without writing anything. Raises as `look`."""
@@ -80,7 +80,7 @@ class Looker:
             seen = await self._look(row, row.last, PEEK_COUNT, "", look_only=True)
             if seen is not None:
                 return seen
-        raise Disagreed
+        raise LooksDisagree
 
     async def _look(
         self, row: Position, after: EntryId, count: int, new_mark: str, *, look_only: bool = False
@@ -140,9 +140,9 @@ class Looker:
 
 def _is_complete(evidence: Evidence, entries: list[Entry], count: int) -> bool:
     """Whether XRANGE returned what the evidence says is there: a proxy may have asked a replica."""
-    if evidence.above is None:
+    if evidence.next_entry is None:
         # Entries that were added since the first look are left for the next one.
         return True
-    if not entries or entries[0][0] != evidence.above:
+    if not entries or entries[0][0] != evidence.next_entry:
         return False
-    return len(entries) == count or (evidence.present is not None and entries[-1][0] >= evidence.present)
+    return len(entries) == count or (evidence.last_entry is not None and entries[-1][0] >= evidence.last_entry)

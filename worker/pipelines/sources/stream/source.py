@@ -28,7 +28,7 @@ from worker.pipelines.sources.stream.judge import (
     judge,
     make_move,
 )
-from worker.pipelines.sources.stream.look import RIGHTS_FIX, Disagreed, NotAllowed
+from worker.pipelines.sources.stream.look import RIGHTS_FIX, LooksDisagree, NotAllowed
 from worker.pipelines.sources.stream.owner import find_owner
 from worker.redis.errors import describe
 
@@ -135,7 +135,7 @@ class StreamSource(Generic[R]):
                 seen, verdict = await self._judge(row, mark)
         except NotAllowed as error:
             return OnHold(error.cause, error.remedy)
-        except Disagreed:
+        except LooksDisagree:
             return OnHold("something between the worker and Redis does not keep commands together", PROXY)
         self._observe(row, seen)
         return await self._act(row, seen, verdict)
@@ -185,15 +185,15 @@ class StreamSource(Generic[R]):
         try:
             # The script mirrors the row that is committed, never that of a batch which is being written.
             seen = await self._looker.look(self._row, expected.last, self._count(), "")
-        except (RedisUnavailable, NotAllowed, Disagreed):
+        except (RedisUnavailable, NotAllowed, LooksDisagree):
             return None
         first = seen.first
         if seen.opened != batch.opened or not isinstance(first, Evidence):
             return None
-        if first.mark != batch.mark or first.last < expected.last:
+        if first.mark != batch.mark or first.last_id < expected.last:
             return None
         verdict = judge(expected, first, seen.ids, None, self._subject)
-        if not isinstance(verdict, Carry) or verdict.adopt:
+        if not isinstance(verdict, Carry) or verdict.takes_mark:
             return None
         return await self._carry(expected, seen, verdict)
 
@@ -217,7 +217,7 @@ class StreamSource(Generic[R]):
     async def wait(self, seconds: float) -> None:
         """Until an entry comes, at most `seconds`. What the blocking command returns is not used: only looks count."""
         until = asyncio.get_running_loop().time() + seconds
-        last = "0-0" if self._seen is None else str(self._seen.last)
+        last = "0-0" if self._seen is None else str(self._seen.last_id)
         while (left := until - asyncio.get_running_loop().time()) > 0:
             block = max(1, round(min(left, BLOCK_S) * 1000))
             command = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", self._position.stream, last)

@@ -17,9 +17,9 @@ class Evidence:
     """A stream at one instant.
 
     `mark`: the name of the single consumer of our group, which a worker made; else None. `consumers`: how many it has.
-    `delivered`: the group's last delivered id. `last_id`: the stream's last id, `added` the entries ever added, `length`
-    those present, `first_entry` and `last_entry` their ends. `next_entry`: the first one above the position that was
-    asked about.
+    `delivered`: the group's last delivered id. `last_id`: the stream's last id. `added`: the entries ever added.
+    `length`: those present; `first_entry` and `last_entry` are their ends. `next_entry`: the first one above the
+    position that was asked about.
     """
 
     last_id: EntryId

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.records import Records
 from tests.support.world import World, database_url_for
+from tests.support.written import WrittenRecords
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
@@ -109,6 +110,14 @@ async def world(redis_url: str, database_url: str) -> AsyncIterator[World]:
     """A Redis prefix and a database for one test, with workers that use them."""
     async with World(redis_url, database_url) as made:
         yield made
+
+
+@pytest.fixture
+async def written(database_url: str) -> AsyncIterator[WrittenRecords]:
+    """A database for Writers, which need no Redis."""
+    sql = await asyncpg.connect(database_url)
+    yield WrittenRecords(database_url, sql)
+    await sql.close()
 
 
 @pytest.fixture

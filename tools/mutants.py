@@ -47,6 +47,19 @@ STREAM_TESTS = (
     "tests/property/test_stream_protocol.py",
 )
 
+WRITER_TESTS = (
+    "tests/unit/test_batcher.py",
+    "tests/unit/test_buffer.py",
+    "tests/unit/test_buffered_source.py",
+    "tests/unit/test_drain.py",
+    "tests/unit/test_writer_metrics.py",
+    "tests/integration/test_writer.py",
+    "tests/integration/test_writer_faults.py",
+    "tests/integration/test_sync_writer.py",
+    "tests/integration/test_sink_isolation.py",
+    "tests/acceptance/test_writer_crash.py",
+)
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -355,6 +368,86 @@ MUTANTS = (
         "    if is_above(limit, other['last-delivered-id']) then limit = other['last-delivered-id'] end\n",
         "",
         STREAM_TESTS,
+    ),
+    Mutant(
+        "writer: the ticket is not checked",
+        "worker/db/tickets.py",
+        'return (await tx.execute(_TAKE, {"ticket": self.id, "of_pipeline": self.pipeline})).rowcount == 1',
+        'return (await tx.execute(_TAKE, {"ticket": self.id, "of_pipeline": self.pipeline})).rowcount < 2',
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: rows outside of the ticket's transaction",
+        "worker/pipelines/sink.py",
+        "                if not await batch.claim.take(tx):\n                    return NotClaimed()\n",
+        "                async with self._database.transaction() as other:\n"
+        "                    if not await batch.claim.take(other):\n                        return NotClaimed()\n",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: capacity is released before the commit",
+        "worker/pipelines/buffer.py",
+        "                self.taken += len(closed.items)\n",
+        "                self.taken += len(closed.items)\n"
+        "                self._release(len(closed.items), sum(len(it) + OVERHEAD_BYTES for _, it in closed.items))\n",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: a batch that may be written gets new tickets",
+        "worker/pipelines/drain.py",
+        "if attempt.is_too_slow and len(batch.items) > 1 and attempt.unanswered is None:",
+        "if (attempt.is_too_slow or attempt.unanswered) and len(batch.items) > 1:",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: a batch that may be written is dropped",
+        "worker/pipelines/drain.py",
+        "            if attempt.isolates and attempt.unanswered is None:\n",
+        "            if attempt.isolates:\n",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: a batch that may be written is tried for ever",
+        "worker/pipelines/drain.py",
+        "return any(now - began > GIVE_UP_S for",
+        "return any(now - began > float('inf') for",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: a batch that was written without an answer is counted as nothing",
+        "worker/pipelines/drain.py",
+        "outcome if isinstance(outcome, Written) else attempt.unanswered or Written()",
+        "outcome if isinstance(outcome, Written) else Written()",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: a cancelled write counts as not written",
+        "worker/pipelines/drain.py",
+        "return self.outcome is None and (self.is_writing or self.unanswered is not None)",
+        "return self.outcome is None and self.unanswered is not None",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: flush waits for the youngest batch only",
+        "worker/pipelines/sources/buffered.py",
+        "        while min(self._in_flight, default=self._buffer.taken) < target:\n",
+        "        while max(self._in_flight, default=self._buffer.taken) < target:\n",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: the child of a fork writes what the parent holds",
+        "worker/pipelines/buffer.py",
+        "        self._lock = self._budget.lock\n        self._batcher.clear()\n"
+        "        self._bytes = self.held = self.accepted = self.taken = self.refused = 0\n",
+        "        self._lock = self._budget.lock\n",
+        WRITER_TESTS,
+    ),
+    Mutant(
+        "writer: the child of a fork uses its parent's thread",
+        "worker/inprocess/sync_writer.py",
+        "        self._loop = self._thread = None\n",
+        "",
+        WRITER_TESTS,
     ),
 )
 

@@ -23,7 +23,10 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._reset_at: bytes | None = None
         self._last_request: bytes | None = None
+        self._last_mode = Mode.RESET
         self._addition: tuple[bytes, bytes] | None = None
+        self._cut_before: bytes | None = None
+        self.cuts = 0
         self.mode = Mode.FORWARD
         self.requests: list[bytes] = []
         self.connections = 0
@@ -36,9 +39,14 @@ class Proxy:
         """Reset the connection when the server sends these bytes, instead of passing them on."""
         self._reset_at = answer
 
-    def lose_answer_to(self, request: bytes) -> None:
+    def lose_answer_to(self, request: bytes, mode: Mode = Mode.RESET) -> None:
         """From the first request that contains these bytes on, reset connections instead of answering."""
         self._last_request = request
+        self._last_mode = mode
+
+    def cut_before(self, request: bytes | None) -> None:
+        """Reset the connection at each request that contains these bytes; the server does not get it. None: no more."""
+        self._cut_before = request
 
     def append_to(self, answer: bytes, extra: bytes) -> None:
         """After data that ends with `answer`, also send `extra`, which the server did not send."""
@@ -89,7 +97,10 @@ class Proxy:
         while chunk := await reader.read(65536):
             self.requests.append(chunk)
             if self._last_request is not None and self._last_request in chunk:
-                self.mode = Mode.RESET
+                self.mode = self._last_mode
+            if self._cut_before is not None and self._cut_before in chunk:
+                self.cuts += 1
+                raise ConnectionResetError  # it ends both directions
             if self.mode is not Mode.DROP_ALL:
                 to_server.write(chunk)
                 await to_server.drain()

@@ -73,6 +73,18 @@ def test_every_command_and_option_in_the_documents_exists() -> None:
     assert set(commands) <= {*re.findall(r"viewer-worker ([a-z-]+)", (DOCS.parent / "README.md").read_text())}
 
 
+def test_every_test_in_the_documents_exists() -> None:
+    root = DOCS.parent
+    named = 0
+    for document in (path for path in DOCUMENTS if path.suffix == ".md"):
+        for path, name in re.findall(r"`(tests/[\w/.-]+\.py)::(\w+)", document.read_text()):
+            assert re.search(rf"^ *(async )?def {name}\(", (root / path).read_text(), re.MULTILINE), (
+                f"{document.name}: {name}"
+            )
+            named += 1
+    assert named > 20
+
+
 def test_every_make_target_in_the_documents_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (DOCS.parent / "Makefile").read_text(), re.MULTILINE))
     for document in (path for path in DOCUMENTS if path.suffix == ".md"):

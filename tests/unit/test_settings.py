@@ -219,7 +219,7 @@ def test_printed_duration_is_parsed_to_the_same_value(milliseconds: int) -> None
 
 def test_env_example_lists_every_variable_with_its_default() -> None:
     text = (ROOT / "env.example").read_text()
-    listed = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", text, re.MULTILINE))
+    listed = dict(re.findall(r"^#?([A-Z0-9_]+)=(.*)$", text, re.MULTILINE))
     assert list(listed) == [name.upper() for name in Settings.model_fields]
     settings = load_settings(environ={name: value for name, value in listed.items() if value})
     default = load(DATABASE_URL=listed["DATABASE_URL"], DB_HOST=listed["DB_HOST"])
@@ -230,7 +230,7 @@ def test_env_example_lists_every_variable_with_its_default() -> None:
 
 def test_reference_lists_every_variable() -> None:
     text = (ROOT / "docs" / "reference" / "settings.md").read_text()
-    assert re.findall(r"^\| `([A-Z_]+)`", text, re.MULTILINE) == [name.upper() for name in Settings.model_fields]
+    assert re.findall(r"^\| `([A-Z0-9_]+)`", text, re.MULTILINE) == [name.upper() for name in Settings.model_fields]
 
 
 def test_database_group_of_the_environment_wins_over_a_url_in_the_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.db.rights import RECORD_RIGHTS, STREAM_RIGHTS, missing_rights, missing_tables
+from worker.db.rights import STREAM_RIGHTS, missing_rights, missing_tables, rights_on_records
 from worker.db.schema import GRANT, read_schema, read_versions
 from worker.errors import SchemaNotCurrent, TargetUnusable
 from worker.redis.scripts import LuaScript
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from worker.counters.adopt import Adoption
     from worker.db.session import Database
     from worker.db.target.table import TargetTable
+    from worker.pipelines.model import RecordType
     from worker.pipelines.sources.stream.adjust import Adjustment
     from worker.redis.client import RedisClient
 
@@ -70,11 +71,11 @@ async def _target(database: Database, target: TargetTable) -> Finding:
     return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 
-async def check_record_tables(database: Database, tables: Sequence[str]) -> list[Finding]:
+async def check_record_tables(database: Database, records: Sequence[RecordType[Any]]) -> list[Finding]:
     """Check the rights on the tables of the pipelines that are carried. Raises DatabaseUnavailable."""
-    if not tables:
+    if not records:
         return []
-    needed = STREAM_RIGHTS | dict.fromkeys(tables, RECORD_RIGHTS)
+    needed = STREAM_RIGHTS | rights_on_records(records)
     async with database.transaction() as tx:
         gone = await missing_tables(tx, list(needed))
         lacking = await missing_rights(tx, needed)

@@ -136,13 +136,17 @@ async def count_letters(settings: Settings, wanted: LetterFilter) -> int:
         return sum((await dead_letters.count_letters(tx, wanted)).values())
 
 
-async def replay_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[Replayed]:
-    """Replay letters, step by step. Raises as `list_letters`, and TableRefused."""
+async def replay_letters(settings: Settings, wanted: LetterFilter, *, overwrite: bool) -> AsyncIterator[Replayed]:
+    """Replay letters, step by step. Without `overwrite`, rows that are there stay, and so do the letters.
+
+    Raises as `list_letters`, and TableRefused.
+    """
     async with _open_tables(settings) as database:
         for record in RECORD_TYPES.values():
             if wanted.pipeline in (None, record.name):
                 chosen = replace(wanted, pipeline=record.name)
-                window, sink = settings.pipeline(record).window, make_sink(database, record)
+                window = settings.pipeline(record).window
+                sink = make_sink(settings, database, record, replaces=overwrite)
                 async for done in replay(database, record, sink, chosen, window):
                     yield done
 
@@ -179,9 +183,7 @@ async def check(settings: Settings) -> list[Finding]:
             counters = _build(settings, database, redis)
             findings += await _look("marker", check_agreement(counters.adoption))
             adjustments = make_adjustments(settings, database, redis)
-            findings += await _look(
-                POSTGRES, check_record_tables(database, [record.name for record in settings.records])
-            )
+            findings += await _look(POSTGRES, check_record_tables(database, settings.records))
             findings += await _look("streams", check_streams(adjustments[stream] for stream in settings.streams))
     return findings
 

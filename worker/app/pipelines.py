@@ -88,7 +88,7 @@ def build_pipelines(
         streams.append(_build(settings, record, stream, name, database, redis, status, metrics, held))
         age = settings.pipeline(record).retention
         if age is not None:
-            tables[record.name] = RecordRetention(record.name, record.rule.time, age)
+            tables[record.name] = RecordRetention(record.name, record.time, age)
     retention = PipelineRetention(
         database=database,
         status=status,
@@ -112,8 +112,12 @@ def make_adjustments(settings: Settings, database: Database, redis: RedisClient)
     }
 
 
-def make_sink(database: Database, record: RecordType[Any]) -> PostgresSink[Any]:
-    return PostgresSink(database, record, RecordTable(record))
+def make_sink(
+    settings: Settings, database: Database, record: RecordType[Any], *, replaces: bool = True
+) -> PostgresSink[Any]:
+    """`replaces`: as for RecordTable."""
+    table = RecordTable(record, future=settings.pipeline(record).window.future, replaces=replaces)
+    return PostgresSink(database, record, table)
 
 
 def _build(
@@ -151,7 +155,7 @@ def _build(
         new_mark=lambda: uuid4().hex,
     )
     delivery = Delivery(
-        make_sink(database, record),
+        make_sink(settings, database, record),
         WriteMetrics(metrics.records, record.name),
         clock,
         max_retries=own.max_retries,

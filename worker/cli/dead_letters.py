@@ -112,6 +112,9 @@ def replay(
     pipeline: Pipeline = None,
     error_class: ErrorClass = None,
     older_than: OlderThan = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also replace rows that are there, such as bars that came since.")
+    ] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
@@ -126,10 +129,10 @@ def replay(
         raise typer.BadParameter(message, param_hint="--pipeline")
     from worker.runtime.event_loop import run_async
 
-    raise typer.Exit(EXIT_FAILURE if run_async(_replay(settings, wanted)) else 0)
+    raise typer.Exit(EXIT_FAILURE if run_async(_replay(settings, wanted, overwrite=overwrite)) else 0)
 
 
-async def _replay(settings: Settings, wanted: LetterFilter) -> bool:
+async def _replay(settings: Settings, wanted: LetterFilter, *, overwrite: bool) -> bool:
     """True when some letters did not become rows."""
     from rich.console import Console
     from rich.progress import Progress
@@ -142,7 +145,7 @@ async def _replay(settings: Settings, wanted: LetterFilter) -> bool:
     try:
         with Progress(console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("replaying", total=total)
-            async for done in commands.replay_letters(settings, wanted):
+            async for done in commands.replay_letters(settings, wanted, overwrite=overwrite):
                 rows, refused = rows + done.rows, refused + done.refused
                 invalid |= done.invalid
                 progress.advance(bar, done.rows + done.refused + len(done.invalid))

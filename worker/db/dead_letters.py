@@ -76,7 +76,8 @@ async def write_letters(tx: AsyncConnection, pipeline: str, letters: Sequence[Le
             }
             for letter in letters
         ]
-        await tx.execute(insert(dead_letters), rows)
+        # Without RETURNING, which needs a right to read.
+        await tx.execute(insert(dead_letters).inline(), rows)
 
 
 async def read_letters(tx: AsyncConnection, wanted: LetterFilter, after: int, at_most: int) -> list[StoredLetter]:

@@ -7,8 +7,10 @@ import sqlalchemy as sa
 from alembic import context, op
 
 
-def partition_by_time(table: str, column: str, chunk: str, *, append_only: bool) -> None:
-    """Make a hypertable with chunks of an interval such as `1 day`; elsewhere add a BRIN index on the time.
+def partition_by_time(table: str, column: str, chunk: str, *, append_only: bool, indexed: bool = False) -> None:
+    """Make a hypertable with chunks of an interval such as `1 day`.
+
+    Elsewhere add a BRIN index on the time, unless it is `indexed` already.
 
     Rows without a key (`append_only`) cannot be deleted under a publication for all tables, unless the whole row is
     their identity. Hypertables cannot have that setting.
@@ -19,7 +21,8 @@ def partition_by_time(table: str, column: str, chunk: str, *, append_only: bool)
             "create_default_indexes => false)"
         )
         return
-    op.create_index(f"{table}_{column}_brin", table, [column], postgresql_using="brin")
+    if not indexed:
+        op.create_index(f"{table}_{column}_brin", table, [column], postgresql_using="brin")
     if append_only:
         op.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL")
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from sqlalchemy import ARRAY, Text, bindparam, text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from worker.db.upsert import RecordShape
 
 RIGHTS = {
     "view_counts": ("SELECT", "INSERT", "UPDATE"),
@@ -24,7 +26,17 @@ STREAM_RIGHTS = {
     "stream_positions": ("SELECT", "INSERT", "UPDATE"),
     "dead_letters": ("SELECT", "INSERT", "DELETE"),
 }
+# Of tables whose rows are kept, and of those whose rows are replaced.
 RECORD_RIGHTS = ("SELECT", "INSERT", "DELETE")
+REPLACED_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
+# What the role of an application needs that writes by a Writer: docs/how-to/write-from-inside.md grants exactly these.
+WRITER_RIGHTS = {
+    "chunk_requests": ("INSERT",),
+    "dead_letters": ("INSERT",),
+    "ingest_batches": ("SELECT", "INSERT", "DELETE"),
+}
+# On some columns only: table → right → columns.
+WRITER_COLUMN_RIGHTS = {"chunk_requests": {"SELECT": ("time", "event_id")}}
 _MISSING = text(
     """
     SELECT needed.privilege || ' on ' || needed.name
@@ -38,6 +50,11 @@ _MISSING = text(
 _NO_TABLE = text("SELECT name FROM unnest(:tables) name WHERE to_regclass(name) IS NULL ORDER BY name").bindparams(
     bindparam("tables", type_=ARRAY(Text))
 )
+
+
+def rights_on_records(records: Iterable[RecordShape]) -> dict[str, Sequence[str]]:
+    """Table → rights, for the tables of these records."""
+    return {each.name: RECORD_RIGHTS if each.rule.action == "keep" else REPLACED_RIGHTS for each in records}
 
 
 async def missing_tables(connection: AsyncConnection, tables: Sequence[str]) -> tuple[str, ...]:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from sqlalchemy import ARRAY, BigInteger, DateTime, Double, Text, bindparam, cast, column, func, select, table, text
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    DateTime,
+    Double,
+    Text,
+    bindparam,
+    cast,
+    column,
+    func,
+    or_,
+    select,
+    table,
+    text,
+    tuple_,
+)
 from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.dialects.postgresql import insert as upsert
 
@@ -34,11 +49,15 @@ class ColumnShape(Protocol):
     def type(self) -> str: ...
 
 
-class AppendRule(Protocol):
+class ConflictRule(Protocol):
     @property
-    def time(self) -> str: ...
+    def key(self) -> tuple[str, ...]: ...
     @property
-    def event_id(self) -> str: ...
+    def action(self) -> Literal["keep", "replace", "replace_older"]: ...
+    @property
+    def optional(self) -> str | None: ...
+    @property
+    def position(self) -> tuple[str, ...]: ...
 
 
 class RecordShape(Protocol):
@@ -49,38 +68,67 @@ class RecordShape(Protocol):
     @property
     def columns(self) -> Sequence[ColumnShape]: ...
     @property
-    def rule(self) -> AppendRule: ...
+    def rule(self) -> ConflictRule: ...
+
+
+Rows: TypeAlias = "Sequence[tuple[Any, ...]]"
 
 
 class RecordTable:
-    """The table of a record type. Every method runs in the caller's transaction."""
+    """The table of a record type. Every method runs in the caller's transaction.
 
-    def __init__(self, record: RecordShape) -> None:
+    `future` (seconds): a position further ahead of the time is a mistake, which any record replaces. Without
+    `replaces`, a record whose key the table has is refused where the rule would replace its row.
+    """
+
+    def __init__(self, record: RecordShape, *, future: float = 0.0, replaces: bool = True) -> None:
         self.name = record.name
         self.columns = frozenset(shape.name for shape in record.columns)
         self._names = [shape.name for shape in record.columns]
         self._texts = [place for place, shape in enumerate(record.columns) if _is_text(shape)]
-        self._time = self._names.index(record.rule.time)
-        self._event_id = self._names.index(record.rule.event_id)
+        rule = record.rule
+        self._key = [self._names.index(name) for name in rule.key]
+        self._position = [self._names.index(name) for name in rule.position]
+        self._optional = None if rule.optional is None else self._names.index(rule.optional)
+        self._folds = rule.action != "keep"
         self._insert = _insertion(record)
-        # A separate statement: ON CONFLICT costs something even where no row has an event_id.
-        self._insert_once = self._insert.on_conflict_do_nothing(
-            index_elements=[record.rule.time, record.rule.event_id],
-            index_where=text(f"{record.rule.event_id} IS NOT NULL"),
-        )
+        keeps = rule.action == "replace" and not replaces
+        self._upsert = self._insert if keeps else _on_conflict(self._insert, record, future)
 
-    async def insert(self, tx: AsyncConnection, rows: Sequence[tuple[Any, ...]]) -> int:
-        """Insert rows, at least one; a row with an `event_id` only if its time and id are not there yet.
+    async def insert(self, tx: AsyncConnection, rows: Rows) -> int:
+        """Insert rows, at least one; those of equal key as if one after the other.
 
-        Returns how many were inserted.
+        Returns how many are in the table for the first time, or, where the rule replaces rows, all.
         """
-        event_id, time = self._event_id, self._time
-        if any(row[event_id] is not None for row in rows):
-            # Two writers that insert the same ids in different orders would deadlock.
-            rows = sorted(rows, key=lambda row: (row[event_id] or "", row[time]))
-            statement = self._insert_once
-        else:
-            statement = self._insert
+        if self._optional is not None and all(row[self._optional] is None for row in rows):
+            # ON CONFLICT costs something even where no row has a key.
+            return await self._execute(tx, self._insert, rows)
+        # In the order of the key: two writers that insert the same keys in different orders would deadlock.
+        inserted = await self._execute(tx, self._upsert, sorted(self._fold(rows), key=self._sort_key))
+        return len(rows) if self._folds else inserted
+
+    def _fold(self, rows: Rows) -> Rows:
+        """The row that wins, for each key: a statement must not have two."""
+        if not self._folds:
+            return rows
+        winners: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        for row in rows:
+            key = self._key_of(row)
+            if key not in winners or self._position_of(row) >= self._position_of(winners[key]):
+                winners[key] = row
+        return list(winners.values())
+
+    def _key_of(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple([row[place] for place in self._key])
+
+    def _position_of(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple([row[place] for place in self._position])
+
+    def _sort_key(self, row: tuple[Any, ...]) -> tuple[tuple[bool, Any], ...]:
+        """NULL is less than any value."""
+        return tuple([(row[place] is not None, row[place]) for place in self._key])
+
+    async def _execute(self, tx: AsyncConnection, statement: Insert, rows: Rows) -> int:
         columns: list[Any] = list(zip(*rows, strict=True))
         packed = pack([columns[place] for place in self._texts])
         for place, joined in zip(self._texts, packed.texts, strict=True):
@@ -88,6 +136,23 @@ class RecordTable:
         parameters = dict(zip(self._names, columns, strict=True))
         parameters |= {"separator": packed.separator, "null": packed.null}
         return (await tx.execute(statement, parameters)).rowcount
+
+
+def _on_conflict(insert: Insert, record: RecordShape, future: float) -> Insert:
+    rule = record.rule
+    if rule.action == "keep":
+        given = None if rule.optional is None else text(f"{rule.optional} IS NOT NULL")
+        return insert.on_conflict_do_nothing(index_elements=rule.key, index_where=given)
+    new = insert.excluded
+    values = {shape.name: new[shape.name] for shape in record.columns if shape.name not in rule.key}
+    if rule.action == "replace":
+        return insert.on_conflict_do_update(index_elements=rule.key, set_=values)
+    stored = insert.table.c
+    is_newer = tuple_(*(new[name] for name in rule.position)) > tuple_(*(stored[name] for name in rule.position))
+    latest = (func.extract("epoch", func.clock_timestamp()) + future) * 1000
+    return insert.on_conflict_do_update(
+        index_elements=rule.key, set_=values, where=or_(is_newer, stored[rule.position[0]] > latest)
+    )
 
 
 def _insertion(record: RecordShape) -> Insert:

@@ -26,7 +26,8 @@ class BufferMetrics:
     """The metrics of one pipeline in one registry, which several Writers may share."""
 
     def __init__(self, records: RecordMetrics, pipeline: str) -> None:
-        self.write = WriteMetrics(records, pipeline)
+        self._records = records
+        self._pipeline = pipeline
         self._holders: WeakSet[Holder] = WeakSet()
         self._queue_full = records.queue_full.labels(pipeline)
         self._dropped = records.records_dropped.labels(pipeline)
@@ -41,11 +42,17 @@ class BufferMetrics:
     def add(self, holder: Holder) -> None:
         self._holders.add(holder)
 
-    def refused(self) -> None:
-        self._queue_full.inc()
+    def make_write_metrics(self) -> WriteMetrics:
+        """Of one writer: each counts what it is writing."""
+        return WriteMetrics(self._records, self._pipeline)
+
+    def refused(self, *, full: bool) -> None:
+        """`full`: for want of room."""
         self._dropped.inc()
-        self._errors.inc()
-        self._error_types.inc()
+        if full:
+            self._queue_full.inc()
+            self._errors.inc()
+            self._error_types.inc()
 
     def stopped(self) -> None:
         self._stopped.inc()
@@ -66,4 +73,6 @@ def metrics_in(registry: CollectorRegistry | None, pipeline: str) -> BufferMetri
     if registry not in _of_registry:
         _of_registry[registry] = RecordMetrics(registry), {}
     records, pipelines = _of_registry[registry]
-    return pipelines.setdefault(pipeline, BufferMetrics(records, pipeline))
+    if pipeline not in pipelines:
+        pipelines[pipeline] = BufferMetrics(records, pipeline)
+    return pipelines[pipeline]

@@ -37,14 +37,18 @@ class WriterOptions:
         variables = {
             "database_url": "DATABASE_URL",
             "capacity": own.capacity[0],
-            "writers": own.writers[0],
+            "writers": None if own.writers is None else own.writers[0],
             "batch_size": own.batch_size[0],
             "batch_timeout": own.interval[0],
             "max_retries": own.max_retries[0],
             "retry_delay": own.retry_delay[0],
             "enabled": own.enabled,
         }
-        given = {variables[name]: value for name, value in arguments.items() if value is not None}
+        given = {
+            variable: value
+            for name, value in arguments.items()
+            if value is not None and (variable := variables[name]) is not None
+        }
         try:
             settings = load_writer_settings(record, given)
         except InvalidSettings as error:

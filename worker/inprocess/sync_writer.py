@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from weakref import WeakSet
 
 from worker.inprocess.writer import Writer
+from worker.observability.logs import get_logger
 from worker.runtime.event_loop import run_async
+
+with contextlib.suppress(ImportError):
+    import uvloop  # noqa: F401 - at the exit of the interpreter, where the thread may start, it is too late
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -22,8 +27,12 @@ if TYPE_CHECKING:
     from worker.inprocess.writer import WriterStats
     from worker.pipelines.records.chunk_requests import ChunkEvent
 
+log = get_logger("worker.writer")
+
 R = TypeVar("R")
 T = TypeVar("T")
+
+NO_THREAD = "no thread can be started"
 
 
 class SyncWriter(Generic[R]):
@@ -33,9 +42,9 @@ class SyncWriter(Generic[R]):
     interpreter exits is written then, for up to `SHUTDOWN_TIMEOUT`.
     """
 
-    def __init__(self, make_writer: Callable[[], Writer[R]]) -> None:
-        self._make_writer = make_writer
-        self._writer = make_writer()
+    def __init__(self, writer: Writer[R]) -> None:
+        self._writer = writer
+        # Its holder may use `_loop`: the event loop does not end meanwhile.
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -57,7 +66,7 @@ class SyncWriter(Generic[R]):
     ) -> SyncWriter[ChunkEvent]:
         """As `Writer.chunk_requests`."""
         return SyncWriter(
-            lambda: Writer.chunk_requests(
+            Writer.chunk_requests(
                 database_url,
                 capacity=capacity,
                 writers=writers,
@@ -72,19 +81,20 @@ class SyncWriter(Generic[R]):
 
     def send(self, record: R) -> bool:
         """As `Writer.send`."""
-        if self._thread is None:
-            self._start()
+        if self._thread is None and not self._start():
+            return self._writer.refuse(NO_THREAD)
         return self._writer.send(record)
 
     def put(self, record: R, timeout: float) -> bool:
         """As `Writer.put`."""
-        self._start()
+        if not self._start():
+            return self._writer.refuse(NO_THREAD)
         return self._call(self._writer.put(record, timeout), otherwise=lambda: self._writer.send(record))
 
     def flush(self, timeout: float) -> bool:
         """As `Writer.flush`."""
         self._start()
-        return self._call(self._writer.flush(timeout), otherwise=lambda: not self._writer.held)
+        return self._call(self._writer.flush(timeout), otherwise=lambda: self._writer.is_complete)
 
     def shutdown(self, timeout: float | None = None) -> bool:
         """As `Writer.shutdown`. Returns when the thread has ended."""
@@ -108,22 +118,42 @@ class SyncWriter(Generic[R]):
     ) -> None:
         self.shutdown()
 
-    def _start(self) -> None:
-        """Start the thread unless it was started."""
+    def _start(self) -> bool:
+        """Start the thread unless it was started, or is not needed. False: impossible."""
         with self._lock:
-            if self._thread is None and not self._is_closed and self._writer.is_enabled:
-                started = threading.Event()
-                thread = threading.Thread(target=run_async, args=(self._run(started),), name="writer", daemon=True)
+            if self._thread is not None or self._is_closed or not self._writer.is_enabled:
+                return True
+            started = threading.Event()
+            thread = threading.Thread(target=self._run_thread, args=(started,), name="writer", daemon=True)
+            try:
                 thread.start()
-                started.wait()
-                self._thread = thread
+            except RuntimeError:  # too many threads, or the interpreter exits
+                return False
+            self._thread = thread
+            started.wait()
+            return True
+
+    def _run_thread(self, started: threading.Event) -> None:
+        main = self._run(started)
+        try:
+            run_async(main)
+        except Exception as error:
+            log.error("writer stopped", exc_info=error)
+            self._writer.refuse_more()
+        finally:
+            main.close()
+            started.set()
 
     async def _run(self, started: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         await self._writer.start()
+        self._loop = asyncio.get_running_loop()
         started.set()
         await self._stop.wait()
+        with self._lock:
+            self._loop = None
+        # Calls that were made before become tasks, which the runner cancels; otherwise nobody would answer them.
+        await asyncio.sleep(0)
 
     async def _end(self, timeout: float | None) -> bool:
         try:
@@ -133,19 +163,22 @@ class SyncWriter(Generic[R]):
 
     def _call(self, step: Coroutine[Any, Any, T], otherwise: Callable[[], T]) -> T:
         """Run `step` in the thread; `otherwise` where there is none, or it ends."""
-        if self._loop is not None:
-            try:
-                return asyncio.run_coroutine_threadsafe(step, self._loop).result()
-            except (RuntimeError, concurrent.futures.CancelledError):  # the event loop is closed, or closes
-                pass
-        step.close()
-        return otherwise()
+        with self._lock:
+            future = None if self._loop is None else asyncio.run_coroutine_threadsafe(step, self._loop)
+        if future is None:
+            step.close()
+            return otherwise()
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            return otherwise()
 
     def _forked(self) -> None:
         self._lock = threading.Lock()
         _of_parent.append((self._loop, self._thread, self._writer))
         self._loop = self._thread = None
-        self._writer = self._make_writer()
+        if not self._is_closed:
+            self._writer = self._writer.again()
 
 
 _writers: WeakSet[SyncWriter[Any]] = WeakSet()

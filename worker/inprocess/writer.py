@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from weakref import WeakSet
@@ -46,6 +46,7 @@ FIRST_PRUNE_S = 60.0
 TICKET_AGE = timedelta(days=1)
 TICKETS_AT_ONCE = 10_000
 LOG_PERIOD_S = 60.0
+FULL = "buffer full"
 
 # Shared by all Writers of the process.
 _budget = ByteBudget(0)
@@ -83,9 +84,10 @@ class Writer(Generic[R]):
         clock = SystemClock()
         _budget.limit = options.buffer_bytes
         self._record = record
-        self._time, self._event_id = record.rule.time, record.rule.event_id
+        self._stamp = record.stamp
         self._options = options
         self._clock = clock
+        self._registry = registry
         self._metrics = metrics_in(registry, record.name)
         self._metrics.add(self)
         self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic, max_topics=100)
@@ -153,7 +155,7 @@ class Writer(Generic[R]):
         document = self._encode(record)
         if document is None:
             return False
-        return self._buffer.add(document) or self._refuse()
+        return self._buffer.add(document) or self.refuse()
 
     async def put(self, record: R, timeout: float) -> bool:
         """As `send`, but wait up to `timeout` seconds for room."""
@@ -166,30 +168,34 @@ class Writer(Generic[R]):
             async with asyncio.timeout(timeout):
                 while not self._buffer.add(document):
                     if self._buffer.is_closed or self._source is None:
-                        return self._refuse()
+                        return self.refuse()
                     await self._source.wait_for_room()
         except TimeoutError:
-            return self._refuse()
+            # Another Writer of the process may have made room in the bytes that they share.
+            return self._buffer.add(document) or self.refuse()
         return True
 
     async def flush(self, timeout: float) -> bool:
-        """Wait until everything that is accepted so far is in the database. False after `timeout` seconds."""
+        """Wait until everything that is accepted so far is in the database. False after `timeout` seconds, or at the
+        end of a shutdown that left records.
+        """
         if self._source is None:
-            return not len(self._buffer)
+            return self.is_complete
         try:
             async with asyncio.timeout(timeout):
-                await self._source.flush()
+                return await self._source.flush()
         except TimeoutError:
             return False
-        return True
 
     @property
     def stats(self) -> WriterStats:
-        tally, buffer = self._tally, self._buffer
-        left = buffer.accepted - tally.total
+        # Read once, and before what is accepted: other threads go on meanwhile.
+        tally = replace(self._tally)
+        accepted = self._buffer.accepted
+        left = accepted - tally.total
         return WriterStats(
-            accepted=buffer.accepted,
-            refused=buffer.refused,
+            accepted=accepted,
+            refused=self._buffer.refused,
             written=tally.written,
             repeated=tally.repeated,
             dead=tally.dead,
@@ -250,6 +256,10 @@ class Writer(Generic[R]):
         await asyncio.shield(self._ending)
         return self.is_complete
 
+    def again(self) -> Writer[R]:
+        """Another one with the same options, empty and not started."""
+        return Writer(self._record, self._options, self._registry)
+
     def refuse_more(self) -> None:
         """Accept nothing from now on. From any thread."""
         self._buffer.close()
@@ -266,20 +276,22 @@ class Writer(Generic[R]):
     def _encode(self, record: R) -> bytes | None:
         """The record as a document: changes to it later change nothing, and its size is known. None: impossible."""
         try:
-            if getattr(record, self._time) is None and getattr(record, self._event_id) is None:
-                record = msgspec.structs.replace(record, **{self._time: self._clock.now()})  # type: ignore[type-var]
+            if self._stamp is not None:
+                record = self._stamp(record, self._clock.now)
             return self._encoder(record)
         except Exception as error:
             # The application must not fail because of a record.
             if self._throttle.allows("encode"):
                 log.error("record cannot be encoded", pipeline=self._record.name, exc_info=error)
             self._buffer.refuse()
+            self._metrics.refused(full=False)
             return None
 
-    def _refuse(self) -> bool:
+    def refuse(self, cause: str = "") -> bool:
+        """Count and log a record that is not accepted, by default since there is no room. Returns False."""
         self._buffer.refuse()
-        self._metrics.refused()
-        cause = "shut down" if self._buffer.is_closed else "buffer full"
+        cause = cause or ("shut down" if self._buffer.is_closed else FULL)
+        self._metrics.refused(full=cause == FULL)
         if self._throttle.allows(cause):
             log.warning("record refused", pipeline=self._record.name, cause=cause, refused=self._buffer.refused)
         return False
@@ -293,7 +305,7 @@ class Writer(Generic[R]):
     def _make_drain(self, source: BufferedSource[R], database: Database) -> Drain[R]:
         delivery = Delivery(
             PostgresSink(database, self._record, RecordTable(self._record)),
-            self._metrics.write,
+            self._metrics.make_write_metrics(),
             self._clock,
             max_retries=self._options.max_retries,
             retry_delay=self._options.retry_delay,
@@ -321,6 +333,8 @@ class Writer(Generic[R]):
                 log.error("records left at shutdown", pipeline=self._record.name, **_left(stats))
             self._metrics.left(stats.unwritten, stats.unknown)
             self._buffer.clear()
+            if self._source is not None:
+                self._source.abandon()
             if self._database is not None:
                 await self._database.close()
 
@@ -338,10 +352,17 @@ class Writer(Generic[R]):
                 log.warning("tickets not pruned", cause=str(error))
 
     def _forked(self) -> None:
-        """In the child of a fork: what is held belongs to the parent, and its tasks run there only."""
+        """In the child of a fork: what is held belongs to the parent, and a Writer that was started runs there only."""
         self._tally = Tally()
         self._buffer.forked()
-        self._has_ended = True
+        if self._loop is not None or self._ending is not None:
+            _of_parent.append((self._loop, self._source, self._database, self._tasks, self._pruning, self._ending))
+            self._loop = self._source = self._database = self._pruning = self._ending = None
+            self._drains, self._tasks = [], []
+            self._closing = asyncio.Event()
+            self._closing.set()
+            self._buffer.close()
+            self._has_ended = True
 
 
 def _left(stats: WriterStats) -> dict[str, Any]:
@@ -356,7 +377,6 @@ _of_parent: list[object] = []
 def _after_fork() -> None:
     _budget.forked()
     for writer in list(_writers):
-        _of_parent.append((writer._database, writer._loop, writer._tasks, writer._source))
         writer._forked()
 
 

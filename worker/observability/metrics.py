@@ -162,7 +162,7 @@ class RecordMetrics(_Family):
         )
         self.records_dropped = self._counter(
             "persistence_dropped_total",
-            "Records that are not written and not kept: refused by a full buffer, or impossible to keep.",
+            "Records that are neither rows nor dead letters: refused, left at a shutdown, or impossible to keep.",
             "pipeline",
         )
         self.dead_letters = self._counter("persistence_dead_letters_total", "Records kept as dead letters.", "pipeline")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,13 +20,14 @@ class ByteBudget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        # Also that of the buffers: an addition takes one lock.
-        self.lock = Lock()
+        # Also that of the buffers: an addition takes one lock. Re-entrant: a signal handler or a finalizer may add
+        # while its thread is adding.
+        self.lock = RLock()
 
     def forked(self) -> None:
         """In the child of a fork, another thread may have held the lock."""
         self.held = 0
-        self.lock = Lock()
+        self.lock = RLock()
 
 
 class Buffer:
@@ -107,11 +108,10 @@ class Buffer:
             self._release(self.held, self._bytes)
 
     def forked(self) -> None:
-        """In the child of a fork, after its budget: hold nothing, accept nothing."""
+        """In the child of a fork, after its budget: empty, as in the beginning. It stays closed if it was."""
         self._lock = self._budget.lock
         self._batcher.clear()
         self._bytes = self.held = self.accepted = self.taken = self.refused = 0
-        self.is_closed = True
 
     def _release(self, records: int, size: int) -> None:
         self.held -= records

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from worker.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
 
     from worker.contract.entry_id import EntryId
 
@@ -35,21 +36,30 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Append:
-    """Each record is a row. A record with an `event_id` is inserted once for each (`time`, `event_id`)."""
+class Rule:
+    """What becomes of a record whose `key` (columns of a unique index) the table has already.
 
-    time: str = "time"
-    event_id: str = "event_id"
+    `keep`: the row stays. `replace`: the record replaces it. `replace_older`: it does where its `position` (columns) is
+    greater. `optional`: a record without a value in this column has no key.
+    """
+
+    key: tuple[str, ...]
+    action: Literal["keep", "replace", "replace_older"]
+    optional: str | None = None
+    position: tuple[str, ...] = ()
 
 
-Rule: TypeAlias = Append
+def append(time: str = "time", event_id: str = "event_id") -> Rule:
+    """Each record is a row; one with an `event_id` only once for its time and id."""
+    return Rule((time, event_id), "keep", optional=event_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
     """The names that a pipeline's settings have, and their defaults. Durations in seconds.
 
-    `capacity` (records), `writers` and `enabled` are those of an application's Writer.
+    `capacity` (records), `writers` and `enabled` are those of an application's Writer; without a name there is one that
+    is enabled. With `counts_first_try`, `max_retries` is a number of tries.
     """
 
     batch_size: tuple[str, int]
@@ -57,8 +67,9 @@ class Defaults:
     max_retries: tuple[str, int]
     retry_delay: tuple[str, float]
     capacity: tuple[str, int]
-    writers: tuple[str, int]
-    enabled: str
+    writers: tuple[str, int] | None = None
+    enabled: str | None = None
+    counts_first_try: bool = False
     accept_past: float = 20 * 365 * 86_400.0
     accept_future: float = 300.0
 
@@ -74,16 +85,19 @@ class Window(NamedTuple):
 class RecordType(Generic[R]):
     """A pipeline's record: how it is read from a document, and how it becomes a row.
 
-    `parse` takes a document, the id of its entry, and the accepted window around it; it raises InvalidRecord. `row`
-    returns the values of the columns, in their order.
+    `time` is the column that says how old a row is. `parse` takes a document, the id of its entry, and the accepted
+    window around it; it raises InvalidRecord. `row` returns the values of the columns, in their order. `stamp` takes a
+    record of an application and a clock, and fills in the time of acceptance where the record needs one.
     """
 
     name: str
     columns: tuple[Column, ...]
+    time: str
     rule: Rule
     parse: Callable[[bytes, EntryId, Window], R]
     row: Callable[[R], tuple[Any, ...]]
     defaults: Defaults
+    stamp: Callable[[R, Callable[[], datetime]], R] | None = None
 
 
 class Item(NamedTuple, Generic[R]):

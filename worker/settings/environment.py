@@ -56,7 +56,11 @@ def load_writer_settings(record: RecordType[Any], arguments: Mapping[str, Any]) 
     """
     model = writer_settings_of(record)
     given = {name.lower(): value for name, value in arguments.items()}
-    return _validate(model, _collect(os.environ, model) | given)
+    unread = set(given)
+    if "database_url" in given or os.environ.get("DATABASE_URL") or os.environ.get("DATABASE_URL_FILE"):
+        unread.update(DATABASE_GROUP)  # their names are not ours alone: Kubernetes sets DB_PORT for a service `db`
+    environ = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE").lower() not in unread}
+    return _validate(model, _collect(environ, model) | given)
 
 
 def read_dotenv(env_file: Path | None) -> dict[str, str]:

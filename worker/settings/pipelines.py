@@ -28,12 +28,23 @@ def _streams(value: object) -> object:
     return names
 
 
-Duration = Annotated[timedelta, BeforeValidator(_duration)]
+Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(), le=timedelta(days=36_500))]
 Streams = Annotated[tuple[str, ...], BeforeValidator(_streams)]
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliverySettings:
+    """How the records of one pipeline are written."""
+
+    window: Window
+    batch_size: int
+    interval: timedelta
+    max_retries: int
+    retry_delay: timedelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineSettings(DeliverySettings):
     """The settings of one pipeline. `keep` and `retention`: None is for ever."""
 
     streams: tuple[str, ...]
@@ -41,70 +52,52 @@ class PipelineSettings:
     group: str
     keep: timedelta | None
     retention: timedelta | None
-    window: Window
-    batch_size: int
-    interval: timedelta
-    max_retries: int
-    retry_delay: timedelta
 
 
-@dataclass(frozen=True, slots=True)
-class BufferSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferSettings(DeliverySettings):
     """The settings of an application's Writer of one pipeline. `capacity` is in records."""
 
     capacity: int
     writers: int
     enabled: bool
-    window: Window
-    batch_size: int
-    interval: timedelta
-    max_retries: int
-    retry_delay: timedelta
+
+
+def read_pipeline(settings: BaseModel, record: RecordType[Any]) -> PipelineSettings:
+    """The settings of the pipeline of this record."""
+    name = record.name
+    return PipelineSettings(
+        **_read_delivery(settings, record),
+        streams=getattr(settings, f"{name}_stream"),
+        field=getattr(settings, f"{name}_stream_field"),
+        group=getattr(settings, f"{name}_stream_group"),
+        keep=getattr(settings, f"{name}_stream_keep"),
+        retention=getattr(settings, f"{name}_retention"),
+    )
 
 
 def read_buffer(settings: BaseModel, record: RecordType[Any]) -> BufferSettings:
     """The settings of the Writer of this record."""
     own = record.defaults
-
-    def get(name: str) -> Any:
-        return getattr(settings, name.lower())
-
     return BufferSettings(
-        capacity=get(own.capacity[0]),
-        writers=get(own.writers[0]),
-        enabled=get(own.enabled),
-        window=read_window(settings, record),
-        batch_size=get(own.batch_size[0]),
-        interval=get(own.interval[0]),
-        max_retries=get(own.max_retries[0]),
-        retry_delay=get(own.retry_delay[0]),
+        **_read_delivery(settings, record),
+        capacity=getattr(settings, own.capacity[0].lower()),
+        writers=1 if own.writers is None else getattr(settings, own.writers[0].lower()),
+        enabled=own.enabled is None or getattr(settings, own.enabled.lower()),
     )
 
 
-def read_window(settings: BaseModel, record: RecordType[Any]) -> Window:
+def _read_delivery(settings: BaseModel, record: RecordType[Any]) -> dict[str, Any]:
+    own = record.defaults
     past, future = (getattr(settings, f"{record.name}_accept_{side}") for side in ("past", "future"))
-    return Window(past.total_seconds(), future.total_seconds())
-
-
-def read_pipeline(settings: BaseModel, record: RecordType[Any]) -> PipelineSettings:
-    """The settings of the pipeline of this record."""
-    own, name = record.defaults, record.name
-
-    def get(field: str) -> Any:
-        return getattr(settings, field)
-
-    return PipelineSettings(
-        streams=get(f"{name}_stream"),
-        field=get(f"{name}_stream_field"),
-        group=get(f"{name}_stream_group"),
-        keep=get(f"{name}_stream_keep"),
-        retention=get(f"{name}_retention"),
-        window=read_window(settings, record),
-        batch_size=get(own.batch_size[0].lower()),
-        interval=get(own.interval[0].lower()),
-        max_retries=get(own.max_retries[0].lower()),
-        retry_delay=get(own.retry_delay[0].lower()),
-    )
+    tries = getattr(settings, own.max_retries[0].lower())
+    return {
+        "window": Window(past.total_seconds(), future.total_seconds()),
+        "batch_size": getattr(settings, own.batch_size[0].lower()),
+        "interval": getattr(settings, own.interval[0].lower()),
+        "max_retries": tries - own.counts_first_try,
+        "retry_delay": getattr(settings, own.retry_delay[0].lower()),
+    }
 
 
 def _fields(record: RecordType[Any]) -> Iterator[tuple[str, Any]]:
@@ -123,11 +116,13 @@ def _writer_fields(record: RecordType[Any]) -> Iterator[tuple[str, Any]]:
     yield f"{name}_accept_future", (Duration, Field(timedelta(seconds=own.accept_future)))
     yield own.batch_size[0].lower(), (int, Field(own.batch_size[1], ge=1, le=10_000))
     yield own.interval[0].lower(), (Duration, Field(timedelta(seconds=own.interval[1])))
-    yield own.max_retries[0].lower(), (int, Field(own.max_retries[1], ge=0, le=100))
+    yield own.max_retries[0].lower(), (int, Field(own.max_retries[1], ge=int(own.counts_first_try), le=100))
     yield own.retry_delay[0].lower(), (Duration, Field(timedelta(seconds=own.retry_delay[1])))
     yield own.capacity[0].lower(), (int, Field(own.capacity[1], ge=1, le=10_000_000))
-    yield own.writers[0].lower(), (int, Field(own.writers[1], ge=1, le=64))
-    yield own.enabled.lower(), (bool, Field(True))
+    if own.writers is not None:
+        yield own.writers[0].lower(), (int, Field(own.writers[1], ge=1, le=64))
+    if own.enabled is not None:
+        yield own.enabled.lower(), (bool, Field(True))
 
 
 def make_writer_fields(record: RecordType[Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from worker.pipelines.model import Append, Column, Defaults, RecordType
+from worker.pipelines.model import Column, Defaults, RecordType, append
 from worker.pipelines.records import fields
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from worker.contract.entry_id import EntryId
     from worker.pipelines.model import Window
 
@@ -67,6 +69,13 @@ def parse(document: bytes, entry_id: EntryId, window: Window) -> ChunkEvent:
     )
 
 
+def stamp(event: ChunkEvent, now: Callable[[], datetime]) -> ChunkEvent:
+    """An `event_id` needs a time of the application's own: a repeated event must have the same."""
+    if event.time is not None or event.event_id is not None:
+        return event
+    return msgspec.structs.replace(event, time=now())
+
+
 CHUNK_REQUESTS = RecordType(
     name="chunk_requests",
     columns=(
@@ -79,7 +88,8 @@ CHUNK_REQUESTS = RecordType(
         Column("uid", "text"),
         Column("event_id", "text"),
     ),
-    rule=Append(),
+    time="time",
+    rule=append(),
     parse=parse,
     row=msgspec.structs.astuple,
     defaults=Defaults(
@@ -91,4 +101,5 @@ CHUNK_REQUESTS = RecordType(
         writers=("CHUNKLOG_WORKERS", 2),
         enabled="CHUNKLOG_ENABLED",
     ),
+    stamp=stamp,
 )

@@ -60,6 +60,14 @@ def parse_time(value: str | int, name: str) -> datetime:
         raise InvalidRecord("invalid_field", f"`{name}` is not a time in RFC 3339 or in milliseconds") from None
 
 
+def time_of(entry_id: EntryId) -> datetime:
+    """The time of arrival. Raises InvalidRecord for an id that a producer chose beyond the calendar."""
+    try:
+        return EPOCH + timedelta(milliseconds=entry_id.ms)
+    except OverflowError:
+        raise InvalidRecord("time_out_of_range", "the id of the entry is not a time") from None
+
+
 def check_time(time: datetime, entry_id: EntryId, window: Window, name: str) -> None:
     """Raises InvalidRecord unless `time` lies in the window around the arrival of the entry."""
     arrived = entry_id.ms / 1000
@@ -80,6 +88,13 @@ def check_texts(document: bytes, record: msgspec.Struct, names: tuple[str, ...])
             raise InvalidRecord("invalid_field", f"`{name}` has a NUL")
         if len(text.encode()) > MAX_TEXT_BYTES:
             raise InvalidRecord("invalid_field", f"`{name}` has more than 64 KiB")
+
+
+def check_key(text: str, name: str) -> None:
+    """Raises InvalidRecord for a key with a NUL, that is empty, or that has more than 256 bytes."""
+    check_id(text, name)
+    if "\x00" in text:
+        raise InvalidRecord("invalid_field", f"`{name}` has a NUL")
 
 
 def check_id(text: str | None, name: str) -> None:

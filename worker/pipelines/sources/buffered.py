@@ -65,6 +65,7 @@ class BufferedSource(Generic[R]):
         self._again: deque[BufferedBatch[R]] = deque()
         self._due = asyncio.Event()
         self._done = asyncio.Event()
+        self._is_abandoned = False
 
     def wake(self) -> None:
         """A batch may be due. Call it on the event loop."""
@@ -109,19 +110,32 @@ class BufferedSource(Generic[R]):
 
     async def wait(self, seconds: float) -> None:
         timeout = min(seconds, self._buffer.due())
+        # Not `wait_for`: that of Python 3.11 may lose a cancellation.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._due.wait(), None if timeout == math.inf else timeout)
+            async with asyncio.timeout(None if timeout == math.inf else timeout):
+                await self._due.wait()
 
     async def wait_for_room(self) -> None:
         """Until a batch is done, or the buffer is closed."""
         await self._done.wait()
 
-    async def flush(self) -> None:
-        """Until every record that is accepted so far is done. Batches that are not full do not wait for more."""
+    async def flush(self) -> bool:
+        """Until every record that is accepted so far is done: True; False where nobody reads any more.
+
+        Batches that are not full do not wait for more.
+        """
         target = self._flush_to = self._buffer.accepted
         self._due.set()
         while min(self._in_flight, default=self._buffer.taken) < target:
+            if self._is_abandoned:
+                return False
             await self._done.wait()
+        return True
+
+    def abandon(self) -> None:
+        """What is not done never will be: wait for it no longer."""
+        self._is_abandoned = True
+        self._report_progress()
 
     async def close(self) -> None:
         """Accept nothing more. What was accepted can still be read."""

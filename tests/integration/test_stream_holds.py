@@ -130,7 +130,7 @@ async def test_a_stop_does_not_wait_for_the_tries_after_an_unknown_error(records
     await records.world.sql.execute(STRANGE)
     await records.add(3)
     worker = records.start(CHUNKLOG_MAX_RETRIES="100", CHUNKLOG_RETRY_DELAY="100s")
-    await worker.wait_for_log("write failed")
+    await worker.wait_for_log("pipeline interrupted")
     worker.terminate()
     assert await worker.wait(timeout=4) == 0
 

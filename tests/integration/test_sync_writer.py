@@ -228,7 +228,6 @@ writer = SyncWriter.chunk_requests(batch_size=10, batch_timeout=float(sys.argv[1
 """
 # name → what happens before the fork; the records that are written for it.
 BEFORE = {
-    "not used": ("", []),
     "started": ("send(writer, 'before'); assert writer.flush(10)", ["before"]),
     "records wait": ("send(writer, *range(25))", range(25)),
     "in the middle of it": (

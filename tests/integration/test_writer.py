@@ -95,7 +95,7 @@ class Unprintable:
         raise ValueError
 
 
-IMPOSSIBLE = [None, object(), {"path": "/x"}, "text", event(1, sid=Unprintable()), event(1, path="\udcff")]
+IMPOSSIBLE = [None, object(), {"path": "/x"}, "text", event(1, sid=Unprintable())]
 
 
 async def test_what_cannot_be_encoded_is_refused_and_counted(written: WrittenRecords) -> None:
@@ -110,6 +110,14 @@ async def test_what_cannot_be_encoded_is_refused_and_counted(written: WrittenRec
     assert registry.get_sample_value("persistence_dropped_total", {"pipeline": "chunk_requests"}) == refused
     assert registry.get_sample_value("persistence_queue_full_total", {"pipeline": "chunk_requests"}) == 0
     await written.assert_adds_up(writer.stats)
+
+
+async def test_what_is_not_unicode_in_a_text_is_replaced(written: WrittenRecords) -> None:
+    """A client could keep its requests out of the table by one byte in a header."""
+    async with written.writer() as writer:
+        assert writer.send(event(1, user_agent="a\udcffb"))
+    assert writer.stats.written == 1
+    assert await written.sql.fetchval("SELECT user_agent FROM chunk_requests") == "a\ufffdb"
 
 
 async def test_an_overflow_is_refused_and_what_was_accepted_is_written(written: WrittenRecords) -> None:

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from weakref import WeakSet
 
-from worker.inprocess.writer import Writer
+from worker.inprocess.writer import FLUSH_TIMEOUT_S, PUT_TIMEOUT_S, Writer
 from worker.observability.logs import get_logger
 from worker.runtime.event_loop import run_async
 
@@ -85,13 +85,13 @@ class SyncWriter(Generic[R]):
             return self._writer.refuse(NO_THREAD)
         return self._writer.send(record)
 
-    def put(self, record: R, timeout: float) -> bool:
+    def put(self, record: R, timeout: float = PUT_TIMEOUT_S) -> bool:
         """As `Writer.put`."""
         if not self._start():
             return self._writer.refuse(NO_THREAD)
         return self._call(self._writer.put(record, timeout), otherwise=lambda: self._writer.send(record))
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float = FLUSH_TIMEOUT_S) -> bool:
         """As `Writer.flush`."""
         self._start()
         return self._call(self._writer.flush(timeout), otherwise=lambda: self._writer.is_complete)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -26,6 +27,7 @@ from worker.pipelines.buffer import Buffer, ByteBudget
 from worker.pipelines.delivery import Delivery
 from worker.pipelines.drain import Drain, Tally
 from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS, ChunkEvent
+from worker.pipelines.records.fields import replace_surrogates
 from worker.pipelines.sink import PostgresSink
 from worker.pipelines.sources.buffered import BufferedSource
 from worker.runtime.clock import SystemClock
@@ -46,6 +48,8 @@ FIRST_PRUNE_S = 60.0
 TICKET_AGE = timedelta(days=1)
 TICKETS_AT_ONCE = 10_000
 LOG_PERIOD_S = 60.0
+PUT_TIMEOUT_S = 0.1
+FLUSH_TIMEOUT_S = 5.0
 FULL = "buffer full"
 
 # Shared by all Writers of the process.
@@ -97,7 +101,7 @@ class Writer(Generic[R]):
             batch_size=options.batch_size,
             capacity=options.capacity,
             budget=_budget,
-            monotonic=clock.monotonic,
+            monotonic=time.monotonic,
             on_due=self._wake,
         )
         self._tally = Tally()
@@ -157,7 +161,7 @@ class Writer(Generic[R]):
             return False
         return self._buffer.add(document) or self.refuse()
 
-    async def put(self, record: R, timeout: float) -> bool:
+    async def put(self, record: R, timeout: float = PUT_TIMEOUT_S) -> bool:
         """As `send`, but wait up to `timeout` seconds for room."""
         if not self._options.enabled:
             return True
@@ -175,7 +179,7 @@ class Writer(Generic[R]):
             return self._buffer.add(document) or self.refuse()
         return True
 
-    async def flush(self, timeout: float) -> bool:
+    async def flush(self, timeout: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until everything that is accepted so far is in the database. False after `timeout` seconds, or at the
         end of a shutdown that left records.
         """
@@ -278,7 +282,10 @@ class Writer(Generic[R]):
         try:
             if self._stamp is not None:
                 record = self._stamp(record, self._clock.now)
-            return self._encoder(record)
+            try:
+                return self._encoder(record)
+            except UnicodeEncodeError:
+                return self._encoder(replace_surrogates(record))  # type: ignore[type-var]
         except Exception as error:
             # The application must not fail because of a record.
             if self._throttle.allows("encode"):

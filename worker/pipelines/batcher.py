@@ -38,8 +38,10 @@ class Batcher(Generic[T]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, item: T, at: float) -> None:
+    def add(self, item: T, at: float) -> int:
+        """Returns how many items wait now."""
         self._waiting.append((at, item))
+        return len(self._waiting)
 
     def clear(self) -> None:
         self._waiting.clear()

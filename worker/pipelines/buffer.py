@@ -72,8 +72,7 @@ class Buffer:
             self.accepted += 1
             self._bytes += size
             budget.held += size
-            self._batcher.add(document, self._monotonic())
-            waiting = len(self._batcher)
+            waiting = self._batcher.add(document, self._monotonic())
         if waiting == 1 or waiting == self._batch_size:
             self._on_due()
         return True

@@ -59,7 +59,6 @@ class Delivery(Generic[R]):
         except UnknownFailure as error:
             self._unknown_failures += 1
             if self._unknown_failures <= self._max_retries:
-                log.warning("write failed", cause=str(error), attempt=self._unknown_failures)
                 raise
             self._start_again()
             self._observer.exhausted(len(batch))

@@ -120,7 +120,8 @@ class Drain(Generic[R]):
             pause = self._failed(error, self._waits)
         except Unavailable as error:
             pause = self._failed(error, self._waits)
-        except UnknownFailure:
+        except UnknownFailure as error:
+            self._log(error)
             pause = self._delivery.pause()
         except RetriesExhausted as error:
             if attempt.isolates and attempt.unanswered is None:
@@ -140,9 +141,12 @@ class Drain(Generic[R]):
         return pause
 
     def _failed(self, error: ViewerWorkerError, pauses: Backoff) -> float:
-        if self._warnings.allows(str(error)):
-            log.warning("records not written", cause=str(error), remedy=error.remedy)
+        self._log(error)
         return pauses.next()
+
+    def _log(self, error: ViewerWorkerError) -> None:
+        if self._warnings.allows(str(error)):
+            log.warning("records not written", cause=str(error))
 
     async def _pause(self, seconds: float, records: int) -> None:
         self.pausing = records

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from worker.pipelines.model import Window
 
 D = TypeVar("D")
+S = TypeVar("S", bound=msgspec.Struct)
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_ID_BYTES = 256
@@ -27,6 +28,7 @@ MAX_ADDRESS_LENGTH = 128
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Newer Pythons parse an hour of 24, all of them an offset of +05:99.
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)?", re.ASCII)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]+)\](?::\d{1,5})?|(?P<ipv4>[\d.]+):\d{1,5}", re.ASCII)
 
 
@@ -95,6 +97,12 @@ def check_key(text: str, name: str) -> None:
     check_id(text, name)
     if "\x00" in text:
         raise InvalidRecord("invalid_field", f"`{name}` has a NUL")
+
+
+def replace_surrogates(record: S) -> S:
+    """The record with U+FFFD for what is not Unicode in its texts: bytes of a header, for example."""
+    texts = {name: value for name, value in msgspec.structs.asdict(record).items() if isinstance(value, str)}
+    return msgspec.structs.replace(record, **{name: _SURROGATE.sub("\ufffd", text) for name, text in texts.items()})
 
 
 def check_id(text: str | None, name: str) -> None:

@@ -88,6 +88,7 @@ class Writer(Generic[R]):
         clock = SystemClock()
         _budget.limit = options.buffer_bytes
         self._record = record
+        self.is_enabled = options.enabled
         self._stamp = record.stamp
         self._options = options
         self._clock = clock
@@ -154,7 +155,7 @@ class Writer(Generic[R]):
 
         False: the buffer is full, this Writer is shut down, or the record cannot be encoded. It is counted and logged.
         """
-        if not self._options.enabled:
+        if not self.is_enabled:
             return True
         document = self._encode(record)
         if document is None:
@@ -163,7 +164,7 @@ class Writer(Generic[R]):
 
     async def put(self, record: R, timeout: float = PUT_TIMEOUT_S) -> bool:
         """As `send`, but wait up to `timeout` seconds for room."""
-        if not self._options.enabled:
+        if not self.is_enabled:
             return True
         document = self._encode(record)
         if document is None:
@@ -210,10 +211,6 @@ class Writer(Generic[R]):
         )
 
     @property
-    def is_enabled(self) -> bool:
-        return self._options.enabled
-
-    @property
     def is_complete(self) -> bool:
         """Everything that was accepted is written, as far as it is known."""
         return not self._buffer.held and not self.stats.unwritten and not self._tally.unknown
@@ -230,7 +227,7 @@ class Writer(Generic[R]):
 
     async def start(self) -> None:
         """Start writing, also what was sent before. The database need not be reachable."""
-        if self._loop is not None or self._closing.is_set() or not self._options.enabled:
+        if self._loop is not None or self._closing.is_set() or not self.is_enabled:
             return
         options, name = self._options, f"{self._record.name} writer"
         self._loop = asyncio.get_running_loop()

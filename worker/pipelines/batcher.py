@@ -33,36 +33,40 @@ class Batcher(Generic[T]):
     def __init__(self, size: int, age: float) -> None:
         self._size = size
         self._age = age
-        self._waiting: deque[tuple[float, T]] = deque()
+        self._items: deque[T] = deque()
+        # Beside the items: pairs would be many objects for the garbage collector to look at.
+        self._times: deque[float] = deque()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._items)
 
     def add(self, item: T, at: float) -> int:
         """Returns how many items wait now."""
-        self._waiting.append((at, item))
-        return len(self._waiting)
+        self._times.append(at)
+        self._items.append(item)
+        return len(self._items)
 
     def clear(self) -> None:
-        self._waiting.clear()
+        self._times.clear()
+        self._items.clear()
 
     def due(self) -> float:
         """When the next batch closes: `-inf` when it is full, `inf` when there is none."""
-        if not self._waiting:
+        if not self._items:
             return math.inf
-        return -math.inf if len(self._waiting) >= self._size else self._waiting[0][0] + self._age
+        return -math.inf if len(self._items) >= self._size else self._times[0] + self._age
 
     def take(self, now: float, *, flush: bool = False) -> Closed[T] | None:
         """The next batch if it is closed; with `flush`, as it is. None where there is nothing to take."""
-        if not self._waiting:
+        if not self._items:
             return None
-        if len(self._waiting) >= self._size:
+        if len(self._items) >= self._size:
             by = ClosedBy.SIZE
-        elif now >= self._waiting[0][0] + self._age:
+        elif now >= self._times[0] + self._age:
             by = ClosedBy.AGE
         elif flush:
             by = ClosedBy.FLUSH
         else:
             return None
-        pop = self._waiting.popleft
-        return Closed([pop() for _ in range(min(self._size, len(self._waiting)))], by)
+        count = min(self._size, len(self._items))
+        return Closed([(self._times.popleft(), self._items.popleft()) for _ in range(count)], by)

@@ -444,7 +444,7 @@ MUTANTS = (
     ),
     Mutant(
         "writer: the child of a fork uses its parent's thread",
-        "worker/inprocess/sync_writer.py",
+        "worker/inprocess/thread.py",
         "        self._loop = self._thread = None\n",
         "",
         WRITER_TESTS,

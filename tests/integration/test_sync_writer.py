@@ -13,7 +13,7 @@ import pytest
 from tests.support.proxy import Mode, Proxy
 from tests.support.written import WrittenRecords, assert_identity, event, paths_of
 from worker import SyncWriter, WriterStats
-from worker.inprocess import sync_writer as sync_writer_module
+from worker.inprocess import thread as thread_module
 
 THREADS = 8
 EACH = 2000
@@ -187,7 +187,7 @@ def test_without_an_event_loop_nothing_is_accepted_and_nobody_waits(monkeypatch:
     def fail(_: Any) -> None:
         raise OSError("too many open files")
 
-    monkeypatch.setattr(sync_writer_module, "run_async", fail)
+    monkeypatch.setattr(thread_module, "run_async", fail)
     writer = SyncWriter.chunk_requests("postgresql://nobody@127.0.0.1:1/none")
     writer.flush(5)
     assert not writer.send(event(1))

@@ -6,18 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from worker.inprocess.bar_store import BarStore, SyncBarStore
     from worker.inprocess.sync_writer import SyncWriter
     from worker.inprocess.writer import Writer, WriterStats
+    from worker.pipelines.records.bars_1m import Bar
     from worker.pipelines.records.chunk_requests import ChunkEvent
     from worker.producer.client import Outcome, SyncViewProducer, ViewProducer
 
-__all__ = ["ChunkEvent", "Outcome", "SyncViewProducer", "SyncWriter", "ViewProducer", "Writer", "WriterStats"]
+__all__ = [
+    "Bar",
+    "BarStore",
+    "ChunkEvent",
+    "Outcome",
+    "SyncBarStore",
+    "SyncViewProducer",
+    "SyncWriter",
+    "ViewProducer",
+    "Writer",
+    "WriterStats",
+]
 __version__ = "0.1.0"
 
 
 _MODULES = {
+    "Bar": "worker.pipelines.records.bars_1m",
+    "BarStore": "worker.inprocess.bar_store",
     "ChunkEvent": "worker.pipelines.records.chunk_requests",
     "Outcome": "worker.producer.client",
+    "SyncBarStore": "worker.inprocess.bar_store",
     "SyncViewProducer": "worker.producer.client",
     "SyncWriter": "worker.inprocess.sync_writer",
     "ViewProducer": "worker.producer.client",

@@ -233,8 +233,11 @@ def test_import_loads_the_redis_library_and_few_modules_of_the_worker() -> None:
 
 def test_package_exports_only_what_applications_use() -> None:
     assert {name: getattr(worker, name).__module__ for name in worker.__all__} == {
+        "Bar": "worker.pipelines.records.bars_1m",
+        "BarStore": "worker.inprocess.bar_store",
         "ChunkEvent": "worker.pipelines.records.chunk_requests",
         "Outcome": "worker.producer.client",
+        "SyncBarStore": "worker.inprocess.bar_store",
         "SyncViewProducer": "worker.producer.client",
         "SyncWriter": "worker.inprocess.sync_writer",
         "ViewProducer": "worker.producer.client",

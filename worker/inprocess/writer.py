@@ -211,6 +211,11 @@ class Writer(Generic[R]):
         )
 
     @property
+    def accepts(self) -> bool:
+        """Whether there is room for a small record."""
+        return self._buffer.has_room
+
+    @property
     def is_complete(self) -> bool:
         """Everything that was accepted is written, as far as it is known."""
         return not self._buffer.held and not self.stats.unwritten and not self._tally.unknown

@@ -77,6 +77,12 @@ class Buffer:
             self._on_due()
         return True
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a small document would be accepted now."""
+        budget = self._budget
+        return not self.is_closed and self.held < self._capacity and budget.held + OVERHEAD_BYTES < budget.limit
+
     def refuse(self) -> None:
         """Count a record that was not added."""
         with self._lock:

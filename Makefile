@@ -26,9 +26,10 @@ $(VENV)/.installed: requirements-demo.lock pyproject.toml
 	@touch $@
 
 # Tests, lint and build need more.
-$(VENV)/.tools: requirements-dev.lock $(VENV)/.installed
-	@echo "Installing into $(VENV) from requirements-dev.lock ..."
+$(VENV)/.tools: requirements-dev.lock requirements-data.lock $(VENV)/.installed
+	@echo "Installing into $(VENV) from requirements-dev.lock and requirements-data.lock ..."
 	@$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
+	@$(PIP_INSTALL) --require-hashes --no-deps -r requirements-data.lock
 	@touch $@
 
 demo: install ## Run the worker on embedded servers: 20 s of traffic, a kill -9, a pass/fail report
@@ -50,6 +51,7 @@ bench: $(VENV)/.tools ## Measure flushing, receiving messages and recording view
 	@$(BIN)/python benchmarks/flush.py
 	@$(BIN)/python benchmarks/streams.py
 	@$(BIN)/python benchmarks/writer.py
+	@$(BIN)/python benchmarks/sessions.py
 	@$(BIN)/python benchmarks/messages.py
 	@$(BIN)/python benchmarks/producer.py
 
@@ -73,6 +75,7 @@ lock: ## Write the lock files again (UPGRADE=1: with the newest versions)
 	@$(COMPILE) pyproject.toml --extra demo --group editable --constraint requirements.lock --output-file requirements-demo.lock
 	@$(COMPILE) pyproject.toml --extra demo --extra dev --group editable --constraint requirements-demo.lock --output-file requirements-dev.lock
 	@$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
+	@$(COMPILE) --group data --no-deps --output-file requirements-data.lock
 
 build: $(VENV)/.tools ## Build the wheel into dist/
 	@$(BIN)/python -m hatchling build -t wheel

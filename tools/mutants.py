@@ -423,7 +423,7 @@ MUTANTS = (
     Mutant(
         "writer: a cancelled write counts as not written",
         "worker/pipelines/drain.py",
-        "return self.outcome is None and (self.is_writing or self.unanswered is not None)",
+        "return self.outcome is None and (self.is_committing or self.unanswered is not None)",
         "return self.outcome is None and self.unanswered is not None",
         WRITER_TESTS,
     ),
@@ -438,7 +438,7 @@ MUTANTS = (
         "writer: the child of a fork writes what the parent holds",
         "worker/pipelines/buffer.py",
         "        self._lock = self._budget.lock\n        self._batcher.clear()\n"
-        "        self._bytes = self.held = self.accepted = self.taken = self.refused = 0\n",
+        "        self._bytes = self.held = self.accepted = self.coalesced = self.taken = self.refused = 0\n",
         "        self._lock = self._budget.lock\n",
         WRITER_TESTS,
     ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from worker.inprocess.bar_store import BarStore, SyncBarStore
+    from worker.inprocess.session_store import EventTracker, SessionManager, SessionStore
     from worker.inprocess.sync_writer import SyncWriter
     from worker.inprocess.writer import Writer, WriterStats
     from worker.pipelines.records.bars_1m import Bar
@@ -17,7 +18,10 @@ __all__ = [
     "Bar",
     "BarStore",
     "ChunkEvent",
+    "EventTracker",
     "Outcome",
+    "SessionManager",
+    "SessionStore",
     "SyncBarStore",
     "SyncViewProducer",
     "SyncWriter",
@@ -32,7 +36,10 @@ _MODULES = {
     "Bar": "worker.pipelines.records.bars_1m",
     "BarStore": "worker.inprocess.bar_store",
     "ChunkEvent": "worker.pipelines.records.chunk_requests",
+    "EventTracker": "worker.inprocess.session_store",
     "Outcome": "worker.producer.client",
+    "SessionManager": "worker.inprocess.session_store",
+    "SessionStore": "worker.inprocess.session_store",
     "SyncBarStore": "worker.inprocess.bar_store",
     "SyncViewProducer": "worker.producer.client",
     "SyncWriter": "worker.inprocess.sync_writer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,13 +92,16 @@ class MemorySink:
     claimed: set[object] = field(default_factory=set)
     refuses_all: bool = False
 
-    async def write(self, batch: Batch[Any], *, isolate: bool = False) -> WriteOutcome:
+    async def write(
+        self, batch: Batch[Any], *, isolate: bool = False, before_commit: Callable[[], None] = lambda: None
+    ) -> WriteOutcome:
         tx = MemoryTransaction(set(self.claimed))
         if not await batch.claim.take(tx):
             return NotClaimed()
         if self.refuses_all:
             raise TableRefused("no such table", "")
         bad = self._find(batch.items, isolate=isolate)
+        before_commit()
         letters = [*batch.letters, *(Letter(f"{batch.origin}/{item.key}", "refused", "", item.payload) for item in bad)]
         self.claimed = tx.claimed
         self.rows += [item.record for item in batch.items if item not in bad]

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.pipelines.batcher import Batcher, Closed, ClosedBy
+from worker.pipelines.batcher import Batcher, Closed, ClosedBy, CoalescingBatcher
 
 AGE = 10.0
 # What happens next: seconds pass, then an item is added (None), or the next batch is taken, with or without a flush.
@@ -81,3 +81,33 @@ def test_clearing_forgets_what_waits() -> None:
     batcher.clear()
     assert len(batcher) == 0
     assert batcher.take(math.inf, flush=True) is None
+
+
+# Coalescing
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40))
+def test_of_each_key_only_the_newest_item_is_taken_in_the_place_of_the_first(steps: list[tuple[str, bool]]) -> None:
+    batcher: CoalescingBatcher[int] = CoalescingBatcher(2, 100.0)
+    model: dict[str, tuple[float, int]] = {}
+    for number, (key, takes) in enumerate(steps):
+        older = batcher.replace(key, number, float(number))
+        assert older == (model[key][1] if key in model else None)
+        if older is None:
+            assert batcher.add(number, float(number), key) == len(model) + 1
+        model[key] = (float(number), number)
+        assert batcher.find(key) == number
+        if takes and (closed := batcher.take(float(number))) is not None:
+            keys = list(model)[:2]
+            assert closed == Closed([model.pop(each) for each in keys], ClosedBy.SIZE)
+        assert len(batcher) == len(model)
+
+
+def test_age_of_a_slot_counts_from_the_first_item_of_its_key() -> None:
+    batcher: CoalescingBatcher[str] = CoalescingBatcher(10, 5.0)
+    batcher.add("old", 1.0, "k")
+    assert batcher.replace("k", "new", 4.0) == "old"
+    assert batcher.due() == 6.0
+    assert batcher.take(5.9) is None
+    assert batcher.take(6.0) == Closed([(4.0, "new")], ClosedBy.AGE)
+    assert batcher.due() == math.inf

@@ -174,10 +174,10 @@ def test_a_record_may_be_added_while_its_own_thread_is_adding() -> None:
     """As by a signal handler or a finalizer: with a plain lock this thread would wait for itself."""
 
     class Interrupted(Batcher[bytes]):
-        def add(self, item: bytes, at: float) -> int:
+        def add(self, item: bytes, at: float, key: str = "") -> int:
             if item == b"1":
                 assert buffer.add(b"from a signal handler")
-            return super().add(item, at)
+            return super().add(item, at, key)
 
     buffer = Buffer(
         Interrupted(3, AGE),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,7 +35,9 @@ class FakeSink:
         self.batches: list[Batch[str]] = []
         self.isolated: list[bool] = []
 
-    async def write(self, batch: Batch[str], *, isolate: bool = False) -> WriteOutcome:
+    async def write(
+        self, batch: Batch[str], *, isolate: bool = False, before_commit: Callable[[], None] = lambda: None
+    ) -> WriteOutcome:
         self.isolated.append(isolate)
         self.batches.append(batch)
         self._clock.advance(0.5)

@@ -64,11 +64,16 @@ class ScriptedSink:
     batches: list[Batch[Any]] = field(default_factory=list)
     isolated: list[bool] = field(default_factory=list)
     on_write: Callable[[], None] = lambda: None
+    reaches_commit: bool = True
 
-    async def write(self, batch: Batch[Any], *, isolate: bool = False) -> WriteOutcome:
+    async def write(
+        self, batch: Batch[Any], *, isolate: bool = False, before_commit: Callable[[], None] = lambda: None
+    ) -> WriteOutcome:
         self.batches.append(batch)
         self.isolated.append(isolate)
         self.on_write()
+        if self.reaches_commit:
+            before_commit()
         await asyncio.sleep(0)
         outcome = next(self.outcomes)
         if isinstance(outcome, BaseException):
@@ -301,6 +306,12 @@ async def test_a_batch_that_is_certainly_not_written_is_never_given_up() -> None
 async def test_a_write_that_is_cancelled_is_unknown() -> None:
     case = Case(whole, whole, records=5, batch_size=3)
     assert await case.cancel_when(lambda: len(case.sink.batches) == 2) == Tally(written=3, unknown=2)
+
+
+async def test_a_write_that_is_cancelled_before_its_commit_leaves_the_records_unwritten() -> None:
+    case = Case(DOWN)
+    case.sink.reaches_commit = False
+    assert await case.cancel_when(lambda: len(case.sink.batches) == 1) == Tally()
 
 
 async def test_a_pause_that_is_cancelled_leaves_the_records_unwritten() -> None:

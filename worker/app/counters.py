@@ -28,6 +28,7 @@ from worker.counters.stores import Stores
 from worker.db.counters.ledger import Ledger
 from worker.db.counters.source_row import SourceRow
 from worker.db.lease import Lease
+from worker.db.read_limit import ReadLimit
 from worker.db.target.table import TargetTable
 from worker.runtime.clock import SystemClock
 from worker.runtime.worker_id import new_worker_id
@@ -57,9 +58,14 @@ class ViewCounters:
 
 
 def build_counters(
-    settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
+    settings: Settings,
+    database: Database,
+    redis: RedisClient,
+    status: Status,
+    metrics: Metrics,
+    limit: ReadLimit | None = None,
 ) -> ViewCounters:
-    """Nothing is read or written yet."""
+    """Nothing is read or written yet. `limit` is the one that other reads of this database share."""
     clock = SystemClock()
     worker_id = new_worker_id()
     stores = Stores(
@@ -103,7 +109,7 @@ def build_counters(
         backlog=backlog,
         adoption=Adoption(stores=stores, settler=settler, recovery=recovery),
         forgetting=Forgetting(stores=stores, reader=reader, settler=settler, recovery=recovery),
-        display=Display(stores, settings.view_count_source),
+        display=Display(stores, settings.view_count_source, limit or ReadLimit()),
     )
 
 

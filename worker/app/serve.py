@@ -13,15 +13,18 @@ from worker.app.pipelines import build_pipelines, name_streams
 from worker.app.probes import PostgresProbe, RedisProbe
 from worker.counters.retention import LOOP as RETENTION
 from worker.db.lease import LOOP as LEASE
+from worker.db.read_limit import ReadLimit
+from worker.db.record_reads import RecordReader
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
 from worker.observability.status import MESSAGES, POSTGRES, REDIS, SERVERS, VIEW_COUNTS, Status
 from worker.runtime.clock import SystemClock
 from worker.runtime.monitor import Monitor
 from worker.runtime.supervisor import Loop, Supervisor
-from worker.web.api import Api
 from worker.web.health import Health
+from worker.web.records_api import RecordsApi
 from worker.web.server import WebServer
+from worker.web.views_api import ViewsApi
 
 if TYPE_CHECKING:
     from worker.db.session import Database
@@ -41,10 +44,11 @@ async def run(settings: Settings) -> bool:
     metrics.build_info.labels(__version__).set(1)
     status = Status(clock.monotonic, _name_checks(settings))
     async with open_connections(settings) as (database, redis), AsyncExitStack() as resources:
-        counters = build_counters(settings, database, redis, status, metrics)
+        limit = ReadLimit()
+        counters = build_counters(settings, database, redis, status, metrics, limit)
         health = Health(status, clock, __version__, settings.health_grace, counters.backlog.quarantine.listed)
-        api = Api(counters.display)
-        web = WebServer(health, api, metrics.registry, settings.health_check_host, settings.health_check_port)
+        routes = [*ViewsApi(counters.display).routes(), *RecordsApi(RecordReader(database, limit), clock).routes()]
+        web = WebServer(health, routes, metrics.registry, settings.health_check_host, settings.health_check_port)
         # Closed after all loops have ended: it answers while they drain.
         resources.push_async_callback(web.close)
         await web.start()

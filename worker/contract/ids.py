@@ -14,18 +14,21 @@ class InvalidId(ViewerWorkerError):
     """Not a valid id; the text says why."""
 
 
-def decode_id(raw: bytes) -> str:
-    """Decode an id. Raises InvalidId if it is empty, has more than 256 bytes, is not UTF-8, or has a NUL byte."""
+def decode_id(raw: bytes, name: str = "id") -> str:
+    """Decode an id. Raises InvalidId if it is empty, has more than 256 bytes, is not UTF-8, or has a NUL byte.
+
+    The error calls it `name`.
+    """
     if not raw:
-        raise InvalidId("the id is empty")
+        raise InvalidId(f"the {name} is empty")
     if len(raw) > MAX_ID_BYTES:
-        raise InvalidId(f"the id has more than {MAX_ID_BYTES} bytes")
+        raise InvalidId(f"the {name} has more than {MAX_ID_BYTES} bytes")
     if b"\x00" in raw:
-        raise InvalidId("the id has a NUL byte")
+        raise InvalidId(f"the {name} has a NUL byte")
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise InvalidId("the id is not UTF-8") from None
+        raise InvalidId(f"the {name} is not UTF-8") from None
 
 
 def check_id(vod_id: object) -> str:

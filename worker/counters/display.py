@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
 from worker.db.counters.count_source import VIEWS
 from worker.db.counters.reads import Shown, Top, TopEntry, read_top, read_totals
-from worker.errors import DatabaseUnavailable, TooManyReaders
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
     from datetime import timedelta
 
     from worker.counters.stores import Stores
     from worker.db.counters.count_source import CountSource
     from worker.db.counters.reads import Stored
-
-# Readers share the connections with the flushes, and must leave some to them.
-READERS_AT_ONCE = 2
-WAITING_READERS = 50
-TURN_LIMIT_S = 2.0
-# Longer than the statement timeout of Postgres: for a Postgres that is out of reach.
-ANSWER_S = 4.0
+    from worker.db.read_limit import ReadLimit
 
 
 class Display:
@@ -35,20 +26,19 @@ class Display:
     DatabaseRefused when the tables do not exist.
     """
 
-    def __init__(self, stores: Stores, count_source: CountSource) -> None:
+    def __init__(self, stores: Stores, count_source: CountSource, limit: ReadLimit) -> None:
         self._stores = stores
         self._views = VIEWS[count_source]
-        self._turn = asyncio.Semaphore(READERS_AT_ONCE)
-        self._present = 0
+        self._limit = limit
 
     async def views(self, ids: Sequence[str]) -> list[Shown]:
         """The numbers of these ids, in their order; zero for an unknown id."""
-        async with self._room():
+        async with self._limit.turn():
             return await self._look_up(ids)
 
     async def top(self, window: timedelta, limit: int) -> Top:
         """The `limit` most-viewed ids of the window, counted in whole hours."""
-        async with self._room():
+        async with self._limit.turn():
             async with self._stores.database.transaction() as tx:
                 since, ranked = await read_top(tx, window, limit)
             totals = await self._look_up([entry.vod_id for entry in ranked])
@@ -67,30 +57,6 @@ class Display:
         async with self._stores.database.transaction() as tx:
             totals = await read_totals(tx, ids, self._stores.source_row.name, lineage, settled)
         return [self._shown(totals[vod_id], value) for vod_id, value in zip(ids, values, strict=True)]
-
-    @asynccontextmanager
-    async def _room(self) -> AsyncIterator[None]:
-        if self._present >= WAITING_READERS:
-            raise TooManyReaders
-        self._present += 1
-        try:
-            await self._wait_for_turn()
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    yield
-            except TimeoutError:
-                raise DatabaseUnavailable("no answer in time") from None
-            finally:
-                self._turn.release()
-        finally:
-            self._present -= 1
-
-    async def _wait_for_turn(self) -> None:
-        try:
-            async with asyncio.timeout(TURN_LIMIT_S):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise TooManyReaders from None
 
     def _shown(self, stored: Stored, value: bytes | None) -> Shown:
         value_now = (parse_count(value) if value is not None else 0) or 0

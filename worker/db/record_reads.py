@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -14,18 +15,25 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
-    func,
+    literal_column,
     select,
+    tuple_,
 )
+
+from worker.db.read_limit import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-# Cancel slow reads before they slow down the database.
-_LIMITS = select(func.set_config("statement_timeout", "2s", True), func.set_config("lock_timeout", "1s", True))
+    from worker.db.read_limit import ReadLimit
+    from worker.db.session import Database
+
+# Only the primary key (symbol, timestamp) has the order that the queries ask for. Otherwise the planner may walk the
+# index on the time, through all newer bars of other symbols, or sort all bars of the symbol.
+BAR_SETTINGS = read_settings(enable_sort="off", enable_incremental_sort="off")
+_SETTINGS = read_settings()
 
 _metadata = MetaData()
 _bars = Table(
@@ -44,15 +52,24 @@ _sessions = Table(
     Column("last_event_id", Text),
     Column("recorded_at", DateTime(timezone=True)),
 )
-_of_symbol = _bars.c.symbol == bindparam("of_symbol")
-_at_most = bindparam("at_most", type_=Integer)
+_symbol, _at_most = bindparam("of_symbol", type_=Text), bindparam("at_most", type_=Integer)
+_first, _last = (bindparam(name, type_=DateTime(timezone=True)) for name in ("first", "last"))
+_key = tuple_(_bars.c.symbol, _bars.c.timestamp)
+# The range of the time is implied by that of the key; it also says which chunks of a hypertable to read.
 BARS_BETWEEN = (
     select(_bars)
-    .where(_of_symbol, _bars.c.timestamp.between(bindparam("first"), bindparam("last")))
-    .order_by(_bars.c.timestamp)
+    .where(_key >= tuple_(_symbol, _first), _key <= tuple_(_symbol, _last), _bars.c.timestamp.between(_first, _last))
+    .order_by(_bars.c.symbol, _bars.c.timestamp)
     .limit(_at_most)
 )
-LATEST_BARS = select(_bars).where(_of_symbol).order_by(_bars.c.timestamp.desc()).limit(_at_most)
+# Without the times of Postgres that are not a datetime.
+_earliest, _latest = (literal_column(f"timestamptz '{time}+00'") for time in (datetime.min, datetime.max))
+LATEST_BARS = (
+    select(_bars)
+    .where(_key >= tuple_(_symbol, _earliest), _key <= tuple_(_symbol, _latest))
+    .order_by(_bars.c.symbol.desc(), _bars.c.timestamp.desc())
+    .limit(_at_most)
+)
 LAST_EVENT = select(_sessions.c.last_event_id, _sessions.c.recorded_at).where(
     _sessions.c.session_id == bindparam("of_session")
 )
@@ -62,20 +79,44 @@ Row = dict[str, Any]
 
 async def read_bars(tx: AsyncConnection, symbol: str, first: datetime, last: datetime, at_most: int) -> Sequence[Row]:
     """The bars of a symbol from `first` to `last`, both included, the oldest first; column → value."""
-    await tx.execute(_LIMITS)
+    await tx.execute(BAR_SETTINGS)
     found = await tx.execute(BARS_BETWEEN, {"of_symbol": symbol, "first": first, "last": last, "at_most": at_most})
     return [dict(row) for row in found.mappings()]
 
 
 async def read_latest_bars(tx: AsyncConnection, symbol: str, count: int) -> Sequence[Row]:
     """The newest `count` bars of a symbol, the oldest of them first; column → value."""
-    await tx.execute(_LIMITS)
+    await tx.execute(BAR_SETTINGS)
     found = await tx.execute(LATEST_BARS, {"of_symbol": symbol, "at_most": count})
     return [dict(row) for row in found.mappings()][::-1]
 
 
 async def read_last_event(tx: AsyncConnection, session_id: str) -> tuple[str, datetime] | None:
     """The last event id of a session, and when it was recorded. None for an unknown session."""
-    await tx.execute(_LIMITS)
+    await tx.execute(_SETTINGS)
     row = (await tx.execute(LAST_EVENT, {"of_session": session_id})).one_or_none()
     return None if row is None else (row.last_event_id, row.recorded_at)
+
+
+class RecordReader:
+    """Reads for requests, in transactions of its own and within the limit.
+
+    Raises Unavailable when Postgres cannot be used, is too slow, or too many readers ask at once, and DatabaseRefused
+    when the table does not exist.
+    """
+
+    def __init__(self, database: Database, limit: ReadLimit) -> None:
+        self._database = database
+        self._limit = limit
+
+    async def bars(self, symbol: str, first: datetime, last: datetime, at_most: int) -> Sequence[Row]:
+        async with self._limit.turn(), self._database.transaction() as tx:
+            return await read_bars(tx, symbol, first, last, at_most)
+
+    async def latest_bars(self, symbol: str, count: int) -> Sequence[Row]:
+        async with self._limit.turn(), self._database.transaction() as tx:
+            return await read_latest_bars(tx, symbol, count)
+
+    async def last_event(self, session_id: str) -> tuple[str, datetime] | None:
+        async with self._limit.turn(), self._database.transaction() as tx:
+            return await read_last_event(tx, session_id)

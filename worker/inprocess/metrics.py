@@ -31,12 +31,14 @@ class BufferMetrics:
         self._holders: WeakSet[Holder] = WeakSet()
         self._queue_full = records.queue_full.labels(pipeline)
         self._dropped = records.records_dropped.labels(pipeline)
+        self._coalesced = records.records_coalesced.labels(pipeline)
         self._stopped = records.workers_stopped.labels(pipeline)
         self._unknown = records.records_unknown.labels(pipeline)
         self._errors = records.writes.labels(pipeline, "error")
         self._error_types = records.write_errors.labels(pipeline, QUEUE_FULL)
         # The function replaces what WriteMetrics counts: records that are being written are held, too.
-        records.records_in_flight.labels(pipeline).set_function(lambda: sum(each.held for each in self._holders))
+        for depth in (records.records_in_flight, records.write_queue_depth):
+            depth.labels(pipeline).set_function(lambda: sum(each.held for each in self._holders))
         records.records_pausing.labels(pipeline).set_function(lambda: sum(each.pausing for each in self._holders))
 
     def add(self, holder: Holder) -> None:
@@ -46,13 +48,18 @@ class BufferMetrics:
         """Of one writer: each counts what it is writing."""
         return WriteMetrics(self._records, self._pipeline)
 
-    def refused(self, *, full: bool) -> None:
-        """`full`: for want of room."""
+    def refused(self, *, full: bool = False, closed: bool = False) -> None:
+        """`full`: for want of room. `closed`: after the shutdown."""
+        if closed:
+            self._stopped.inc()
         self._dropped.inc()
         if full:
             self._queue_full.inc()
             self._errors.inc()
             self._error_types.inc()
+
+    def coalesced(self) -> None:
+        self._coalesced.inc()
 
     def stopped(self) -> None:
         self._stopped.inc()
@@ -63,13 +70,13 @@ class BufferMetrics:
         self._unknown.inc(unknown)
 
 
+_unread = CollectorRegistry()
 _of_registry: dict[CollectorRegistry, tuple[RecordMetrics, dict[str, BufferMetrics]]] = {}
 
 
 def metrics_in(registry: CollectorRegistry | None, pipeline: str) -> BufferMetrics:
-    """The metrics of a pipeline in this registry; they are made once. None: in a registry that nobody reads."""
-    if registry is None:
-        return BufferMetrics(RecordMetrics(CollectorRegistry()), pipeline)
+    """The metrics of a pipeline in this registry; they are made once. None: in one that nobody reads."""
+    registry = registry or _unread
     if registry not in _of_registry:
         _of_registry[registry] = RecordMetrics(registry), {}
     records, pipelines = _of_registry[registry]

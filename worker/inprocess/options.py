@@ -40,7 +40,7 @@ class WriterOptions:
             "writers": None if own.writers is None else own.writers[0],
             "batch_size": own.batch_size[0],
             "batch_timeout": own.interval[0],
-            "max_retries": own.max_retries[0],
+            "max_attempts" if own.counts_first_try else "max_retries": own.max_retries[0],
             "retry_delay": own.retry_delay[0],
             "enabled": own.enabled,
         }

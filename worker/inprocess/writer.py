@@ -22,7 +22,7 @@ from worker.inprocess.metrics import metrics_in
 from worker.inprocess.options import WriterOptions
 from worker.observability.logs import get_logger
 from worker.observability.throttle import Throttle
-from worker.pipelines.batcher import Batcher
+from worker.pipelines.batcher import Batcher, CoalescingBatcher
 from worker.pipelines.buffer import Buffer, ByteBudget
 from worker.pipelines.delivery import Delivery
 from worker.pipelines.drain import Drain, Tally
@@ -33,11 +33,12 @@ from worker.pipelines.sources.buffered import BufferedSource
 from worker.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from prometheus_client import CollectorRegistry
 
-    from worker.pipelines.model import RecordType
+    from worker.pipelines.model import Batch, RecordType
 
 log = get_logger("worker.writer")
 
@@ -51,6 +52,7 @@ LOG_PERIOD_S = 60.0
 PUT_TIMEOUT_S = 0.1
 FLUSH_TIMEOUT_S = 5.0
 FULL = "buffer full"
+CLOSED = "shut down"
 
 # Shared by all Writers of the process.
 _budget = ByteBudget(0)
@@ -58,15 +60,19 @@ _budget = ByteBudget(0)
 
 @dataclass(frozen=True, slots=True)
 class WriterStats:
-    """Numbers of records. Accepted ones are `written + repeated + dead + dropped + unwritten + unknown + queued`.
+    """Numbers of records.
 
-    `refused`: `send` returned False. `written`: rows. `repeated`: rows that were there already, with their `event_id`.
-    `dead`: dead letters. `dropped`: they could not even be kept as such. `queued`: not written yet; after `shutdown`,
-    these are `unwritten`, and those whose commit had no answer `unknown`.
+    Accepted ones are `coalesced + written + repeated + dead + dropped + unwritten + unknown + queued`.
+
+    `refused`: `send` returned False. `coalesced`: a newer one of the same key came before they were written.
+    `written`: rows. `repeated`: rows that were there already, with their `event_id`. `dead`: dead letters. `dropped`:
+    they could not even be kept as such. `queued`: not written yet; after `shutdown`, these are `unwritten`, and those
+    whose commit had no answer `unknown`.
     """
 
     accepted: int = 0
     refused: int = 0
+    coalesced: int = 0
     written: int = 0
     repeated: int = 0
     dead: int = 0
@@ -83,13 +89,14 @@ class Writer(Generic[R]):
     """
 
     def __init__(
-        self, record: RecordType[R], options: WriterOptions, registry: CollectorRegistry | None = None
+        self, record: RecordType[Any], options: WriterOptions, registry: CollectorRegistry | None = None
     ) -> None:
         clock = SystemClock()
         _budget.limit = options.buffer_bytes
         self._record = record
         self.is_enabled = options.enabled
         self._stamp = record.stamp
+        self._coalesce_by = record.coalesce_by
         self._options = options
         self._clock = clock
         self._registry = registry
@@ -97,17 +104,20 @@ class Writer(Generic[R]):
         self._metrics.add(self)
         self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic, max_topics=100)
         self._encoder = msgspec.json.Encoder().encode
+        kind = Batcher[bytes] if record.coalesce_by is None else CoalescingBatcher[bytes]
+        self._batcher = kind(options.batch_size, options.batch_timeout)
         self._buffer = Buffer(
-            Batcher(options.batch_size, options.batch_timeout),
+            self._batcher,
             batch_size=options.batch_size,
             capacity=options.capacity,
             budget=_budget,
             monotonic=time.monotonic,
             on_due=self._wake,
+            on_coalesced=self._metrics.coalesced,
         )
         self._tally = Tally()
-        self._drains: list[Drain[R]] = []
-        self._source: BufferedSource[R] | None = None
+        self._drains: list[Drain[Any]] = []
+        self._source: BufferedSource[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._database: Database | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -160,7 +170,7 @@ class Writer(Generic[R]):
         document = self._encode(record)
         if document is None:
             return False
-        return self._buffer.add(document) or self.refuse()
+        return self._add(document, record) or self.refuse()
 
     async def put(self, record: R, timeout: float = PUT_TIMEOUT_S) -> bool:
         """As `send`, but wait up to `timeout` seconds for room."""
@@ -171,13 +181,13 @@ class Writer(Generic[R]):
             return False
         try:
             async with asyncio.timeout(timeout):
-                while not self._buffer.add(document):
+                while not self._add(document, record):
                     if self._buffer.is_closed or self._source is None:
                         return self.refuse()
                     await self._source.wait_for_room()
         except TimeoutError:
             # Another Writer of the process may have made room in the bytes that they share.
-            return self._buffer.add(document) or self.refuse()
+            return self._add(document, record) or self.refuse()
         return True
 
     async def flush(self, timeout: float = FLUSH_TIMEOUT_S) -> bool:
@@ -196,11 +206,12 @@ class Writer(Generic[R]):
     def stats(self) -> WriterStats:
         # Read once, and before what is accepted: other threads go on meanwhile.
         tally = replace(self._tally)
-        accepted = self._buffer.accepted
-        left = accepted - tally.total
+        accepted, coalesced = self._buffer.accepted, self._buffer.coalesced
+        left = accepted - coalesced - tally.total
         return WriterStats(
             accepted=accepted,
             refused=self._buffer.refused,
+            coalesced=coalesced,
             written=tally.written,
             repeated=tally.repeated,
             dead=tally.dead,
@@ -219,6 +230,15 @@ class Writer(Generic[R]):
     def is_complete(self) -> bool:
         """Everything that was accepted is written, as far as it is known."""
         return not self._buffer.held and not self.stats.unwritten and not self._tally.unknown
+
+    def find_waiting(self, key: str) -> bytes | None:
+        """The document of a record that waits, by its key."""
+        return self._batcher.find(key) if isinstance(self._batcher, CoalescingBatcher) else None
+
+    @property
+    def in_flight(self) -> Sequence[Batch[Any]]:
+        """The batches that are being written."""
+        return [] if self._source is None else self._source.in_flight
 
     @property
     def held(self) -> int:
@@ -279,6 +299,11 @@ class Writer(Generic[R]):
     ) -> None:
         await self.shutdown()
 
+    def _add(self, document: bytes, record: R) -> bool:
+        if self._coalesce_by is None:
+            return self._buffer.add(document)
+        return self._buffer.add(document, self._coalesce_by(record))
+
     def _encode(self, record: R) -> bytes | None:
         """The record as a document: changes to it later change nothing, and its size is known. None: impossible."""
         try:
@@ -293,14 +318,14 @@ class Writer(Generic[R]):
             if self._throttle.allows("encode"):
                 log.error("record cannot be encoded", pipeline=self._record.name, exc_info=error)
             self._buffer.refuse()
-            self._metrics.refused(full=False)
+            self._metrics.refused()
             return None
 
     def refuse(self, cause: str = "") -> bool:
         """Count and log a record that is not accepted, by default since there is no room. Returns False."""
         self._buffer.refuse()
-        cause = cause or ("shut down" if self._buffer.is_closed else FULL)
-        self._metrics.refused(full=cause == FULL)
+        cause = cause or (CLOSED if self._buffer.is_closed else FULL)
+        self._metrics.refused(full=cause == FULL, closed=cause == CLOSED)
         if self._throttle.allows(cause):
             log.warning("record refused", pipeline=self._record.name, cause=cause, refused=self._buffer.refused)
         return False
@@ -311,7 +336,7 @@ class Writer(Generic[R]):
             with contextlib.suppress(RuntimeError):  # the event loop was closed without a shutdown
                 self._loop.call_soon_threadsafe(self._source.wake)
 
-    def _make_drain(self, source: BufferedSource[R], database: Database) -> Drain[R]:
+    def _make_drain(self, source: BufferedSource[Any], database: Database) -> Drain[Any]:
         delivery = Delivery(
             PostgresSink(database, self._record, RecordTable(self._record)),
             self._metrics.make_write_metrics(),

@@ -152,7 +152,14 @@ class RecordMetrics(_Family):
             "pipeline",
         )
         self.workers_stopped = self._counter(
-            "persistence_worker_stopped_total", "Tasks of an application's Writers that ended by a mistake.", "pipeline"
+            "persistence_worker_stopped_total",
+            "Records of an application refused after a shutdown, and tasks of its Writers that ended by a mistake.",
+            "pipeline",
+        )
+        self.records_coalesced = self._counter(
+            "persistence_coalesced_total",
+            "Records of an application that a newer one of the same key replaced before they were written.",
+            "pipeline",
         )
         self.records_pausing = self._gauge(
             "persistence_retry_queue_depth", "Records of an application that wait for their next try.", "pipeline"
@@ -181,7 +188,9 @@ class RecordMetrics(_Family):
         self.write_seconds = self._histogram(
             "timescale_write_latency_seconds", "Duration of a write at the database.", SECONDS, "pipeline", "operation"
         )
-        self.write_queue_depth = self._gauge("timescale_write_queue_depth", "Records being written.", "pipeline")
+        self.write_queue_depth = self._gauge(
+            "timescale_write_queue_depth", "Records being written; of an application, those that wait, too.", "pipeline"
+        )
         self.write_batches = self._histogram(
             "timescale_write_batch_size", "Records in a write.", RECORDS, "pipeline", "operation"
         )

@@ -40,11 +40,15 @@ class Batcher(Generic[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def add(self, item: T, at: float) -> int:
+    def add(self, item: T, at: float, key: str = "") -> int:
         """Returns how many items wait now."""
         self._times.append(at)
         self._items.append(item)
         return len(self._items)
+
+    def replace(self, key: str, item: T, at: float) -> T | None:
+        """Put the item in the place of the one with this key, and return that; None where none waits."""
+        return None
 
     def clear(self) -> None:
         self._times.clear()
@@ -52,21 +56,71 @@ class Batcher(Generic[T]):
 
     def due(self) -> float:
         """When the next batch closes: `-inf` when it is full, `inf` when there is none."""
-        if not self._items:
+        if not len(self):
             return math.inf
-        return -math.inf if len(self._items) >= self._size else self._times[0] + self._age
+        return -math.inf if len(self) >= self._size else self._since() + self._age
 
     def take(self, now: float, *, flush: bool = False) -> Closed[T] | None:
         """The next batch if it is closed; with `flush`, as it is. None where there is nothing to take."""
-        if not self._items:
+        if not len(self):
             return None
-        if len(self._items) >= self._size:
+        if len(self) >= self._size:
             by = ClosedBy.SIZE
-        elif now >= self._times[0] + self._age:
+        elif now >= self._since() + self._age:
             by = ClosedBy.AGE
         elif flush:
             by = ClosedBy.FLUSH
         else:
             return None
-        count = min(self._size, len(self._items))
-        return Closed([(self._times.popleft(), self._items.popleft()) for _ in range(count)], by)
+        return Closed([self._pop() for _ in range(min(self._size, len(self)))], by)
+
+    def _since(self) -> float:
+        """When the first item was added."""
+        return self._times[0]
+
+    def _pop(self) -> tuple[float, T]:
+        return self._times.popleft(), self._items.popleft()
+
+
+@dataclass(slots=True)
+class _Slot(Generic[T]):
+    since: float
+    at: float
+    item: T
+
+
+class CoalescingBatcher(Batcher[T]):
+    """Keeps the newest item of each key, in the place of the first one that waits. The age is that of the first."""
+
+    def __init__(self, size: int, age: float) -> None:
+        super().__init__(size, age)
+        self._slots: dict[str, _Slot[T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def add(self, item: T, at: float, key: str = "") -> int:
+        self._slots[key] = _Slot(at, at, item)
+        return len(self._slots)
+
+    def replace(self, key: str, item: T, at: float) -> T | None:
+        slot = self._slots.get(key)
+        if slot is None:
+            return None
+        older, slot.item, slot.at = slot.item, item, at
+        return older
+
+    def find(self, key: str) -> T | None:
+        """The item of this key that waits."""
+        slot = self._slots.get(key)
+        return None if slot is None else slot.item
+
+    def clear(self) -> None:
+        self._slots.clear()
+
+    def _since(self) -> float:
+        return next(iter(self._slots.values())).since
+
+    def _pop(self) -> tuple[float, T]:
+        slot = self._slots.pop(next(iter(self._slots)))
+        return slot.at, slot.item

@@ -33,8 +33,8 @@ class ByteBudget:
 class Buffer:
     """Capacity is held until `release`, so it bounds what waits and what is being written together.
 
-    `held` is how many records that is, `accepted`, `taken` and `refused` how many there ever were. `capacity` is in
-    records. `on_due` is called, by the thread that adds, when the reader may have something to do.
+    `held` is how many records that is; `accepted`, `coalesced`, `taken` and `refused` how many there ever were.
+    `capacity` is in records. `on_due` is called, by the thread that adds, when the reader may have something to do.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Buffer:
         budget: ByteBudget,
         monotonic: Callable[[], float],
         on_due: Callable[[], None],
+        on_coalesced: Callable[[], None] = lambda: None,
     ) -> None:
         self._batcher = batcher
         self._batch_size = batch_size
@@ -54,25 +55,39 @@ class Buffer:
         self._lock = budget.lock
         self._monotonic = monotonic
         self._on_due = on_due
+        self._on_coalesced = on_coalesced
         self._bytes = 0
         self.held = 0
         self.accepted = 0
+        self.coalesced = 0
         self.taken = 0
         self.refused = 0
         self.is_closed = False
 
-    def add(self, document: bytes) -> bool:
-        """Never waits. False: full or closed."""
+    @property
+    def added(self) -> int:
+        """How many records there ever were that did not replace one that waited."""
+        return self.accepted - self.coalesced
+
+    def add(self, document: bytes, key: str = "") -> bool:
+        """Never waits. False: full or closed. A full buffer still takes a document whose key waits already."""
         size = len(document) + OVERHEAD_BYTES
         budget = self._budget
         with self._lock:
+            if key and not self.is_closed and (older := self._batcher.replace(key, document, self._monotonic())):
+                self.accepted += 1
+                self.coalesced += 1
+                self._bytes += len(document) - len(older)
+                budget.held += len(document) - len(older)
+                self._on_coalesced()
+                return True
             if self.is_closed or self.held >= self._capacity or budget.held + size > budget.limit:
                 return False
             self.held += 1
             self.accepted += 1
             self._bytes += size
             budget.held += size
-            waiting = self._batcher.add(document, self._monotonic())
+            waiting = self._batcher.add(document, self._monotonic(), key)
         if waiting == 1 or waiting == self._batch_size:
             self._on_due()
         return True
@@ -116,7 +131,7 @@ class Buffer:
         """In the child of a fork, after its budget: empty, as in the beginning. It stays closed if it was."""
         self._lock = self._budget.lock
         self._batcher.clear()
-        self._bytes = self.held = self.accepted = self.taken = self.refused = 0
+        self._bytes = self.held = self.accepted = self.coalesced = self.taken = self.refused = 0
 
     def _release(self, records: int, size: int) -> None:
         self.held -= records

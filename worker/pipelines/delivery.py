@@ -11,6 +11,7 @@ from worker.runtime.backoff import Backoff
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Callable
 
     from worker.pipelines.model import Batch, Sink, WriteOutcome
     from worker.pipelines.observer import WriteObserver
@@ -52,10 +53,12 @@ class Delivery(Generic[R]):
         """Seconds to wait after UnknownFailure."""
         return self._pauses.next()
 
-    async def deliver(self, batch: Batch[R], *, isolate: bool = False) -> WriteOutcome:
+    async def deliver(
+        self, batch: Batch[R], *, isolate: bool = False, before_commit: Callable[[], None] = lambda: None
+    ) -> WriteOutcome:
         """Write the batch once, as `Sink.write` does. Raises what that raises, and RetriesExhausted."""
         try:
-            outcome = await self._write(batch, isolate=isolate)
+            outcome = await self._write(batch, isolate, before_commit)
         except UnknownFailure as error:
             self._unknown_failures += 1
             if self._unknown_failures <= self._max_retries:
@@ -70,11 +73,11 @@ class Delivery(Generic[R]):
         self._unknown_failures = 0
         self._pauses.reset()
 
-    async def _write(self, batch: Batch[R], *, isolate: bool) -> WriteOutcome:
+    async def _write(self, batch: Batch[R], isolate: bool, before_commit: Callable[[], None]) -> WriteOutcome:
         self._observer.writing(len(batch), again=self._failed)
         started = self._clock.monotonic()
         try:
-            outcome = await self._sink.write(batch, isolate=isolate)
+            outcome = await self._sink.write(batch, isolate=isolate, before_commit=before_commit)
         except BaseException as error:
             self._failed = True
             self._observer.failed(len(batch))

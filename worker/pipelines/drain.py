@@ -109,9 +109,8 @@ class Drain(Generic[R]):
     async def _try(self, batch: Batch[R], attempt: _Attempt) -> float:
         """Write the batch once. Returns seconds to wait where nothing came of it."""
         attempt.is_too_slow = False
-        attempt.is_writing = True
         try:
-            outcome = await self._delivery.deliver(batch, isolate=attempt.isolates)
+            outcome = await self._delivery.deliver(batch, isolate=attempt.isolates, before_commit=attempt.begin_commit)
         except CommitUnanswered as error:
             attempt.has_no_answer(error.written)
             pause = self._failed(error, self._waits)
@@ -137,7 +136,7 @@ class Drain(Generic[R]):
             # Not claimed: the attempt whose commit had no answer did write it.
             attempt.outcome = outcome if isinstance(outcome, Written) else attempt.unanswered or Written()
             pause = 0.0
-        attempt.is_writing = False
+        attempt.is_committing = False
         return pause
 
     def _failed(self, error: ViewerWorkerError, pauses: Backoff) -> float:
@@ -167,9 +166,12 @@ class _Attempt:
         self._began: tuple[float, float] | None = None
         self.outcome: Written | None = None
         self.unanswered: Written | None = None
-        self.is_writing = False
+        self.is_committing = False
         self.is_too_slow = False
         self.isolates = False
+
+    def begin_commit(self) -> None:
+        self.is_committing = True
 
     def has_no_answer(self, written: Written) -> None:
         self.unanswered = written
@@ -178,7 +180,7 @@ class _Attempt:
 
     @property
     def may_be_written(self) -> bool:
-        return self.outcome is None and (self.is_writing or self.unanswered is not None)
+        return self.outcome is None and (self.is_committing or self.unanswered is not None)
 
     @property
     def is_too_old(self) -> bool:

@@ -87,7 +87,8 @@ class RecordType(Generic[R]):
 
     `time` is the column that says how old a row is. `parse` takes a document, the id of its entry, and the accepted
     window around it; it raises InvalidRecord. `row` returns the values of the columns, in their order. `stamp` takes a
-    record of an application and a clock, and fills in the time of acceptance where the record needs one.
+    record of an application and a clock, and fills in the time of acceptance where the record needs one. Of an
+    application's records with equal `coalesce_by`, only the newest has to be written.
     """
 
     name: str
@@ -97,7 +98,8 @@ class RecordType(Generic[R]):
     parse: Callable[[bytes, EntryId, Window], R]
     row: Callable[[R], tuple[Any, ...]]
     defaults: Defaults
-    stamp: Callable[[R, Callable[[], datetime]], R] | None = None
+    stamp: Callable[[Any, Callable[[], datetime]], Any] | None = None
+    coalesce_by: Callable[[Any], str] | None = None
 
 
 class Item(NamedTuple, Generic[R]):
@@ -177,12 +179,14 @@ class CommitUnanswered(DatabaseUnavailable):
 class Sink(Protocol[R]):
     """Writes a batch in one transaction: claim, rows, letters."""
 
-    async def write(self, batch: Batch[R], *, isolate: bool = False) -> WriteOutcome:
+    async def write(
+        self, batch: Batch[R], *, isolate: bool = False, before_commit: Callable[[], None] = lambda: None
+    ) -> WriteOutcome:
         """Raises Unavailable (retry later), TableRefused (a hold), UnknownFailure (retry a few times).
 
         After CommitUnanswered it is unknown whether the batch was written: taking its claim again shows it. After other
         errors it was not. With `isolate`, a record that fails for an unknown reason becomes a letter, too, and a letter
-        that fails is dropped.
+        that fails is dropped. `before_commit` is called when the batch may be written from now on, until an answer.
         """
 
 

@@ -37,7 +37,9 @@ class PostgresSink(Generic[R]):
         self._table = table
         self._refused_in_a_row = 0
 
-    async def write(self, batch: Batch[R], *, isolate: bool = False) -> WriteOutcome:
+    async def write(
+        self, batch: Batch[R], *, isolate: bool = False, before_commit: Callable[[], None] = lambda: None
+    ) -> WriteOutcome:
         """As `Sink.write`; Unavailable is DatabaseUnavailable, and WriteTooSlow where a smaller batch may be written.
 
         All records in one statement; if one of them is refused, again, by halves in savepoints.
@@ -45,11 +47,11 @@ class PostgresSink(Generic[R]):
         try:
             try:
                 if not isolate:
-                    return await self._write(batch, self._insert_all)
+                    return await self._write(batch, self._insert_all, before_commit)
             except (DatabaseRefused, DatabaseUnavailable) as error:
                 if isinstance(error, CommitUnanswered) or self._classify(error) is not ErrorClass.ROW:
                     raise
-            return await self._write(batch, self._isolate if isolate else self._insert_by_halves)
+            return await self._write(batch, self._isolate if isolate else self._insert_by_halves, before_commit)
         except CommitUnanswered:
             raise
         except (DatabaseRefused, DatabaseUnavailable) as error:
@@ -65,7 +67,10 @@ class PostgresSink(Generic[R]):
             raise UnknownFailure(str(error)) from error
 
     async def _write(
-        self, batch: Batch[R], insert: Callable[[Transaction, Batch[R]], Awaitable[Written]]
+        self,
+        batch: Batch[R],
+        insert: Callable[[Transaction, Batch[R]], Awaitable[Written]],
+        before_commit: Callable[[], None],
     ) -> WriteOutcome:
         refused_before = self._refused_in_a_row
         written: Written | None = None
@@ -74,6 +79,7 @@ class PostgresSink(Generic[R]):
                 if not await batch.claim.take(tx):
                     return NotClaimed()
                 written = await insert(tx, batch)
+                before_commit()
         except BaseException as error:
             self._refused_in_a_row = refused_before
             if written is not None and isinstance(error, DatabaseUnavailable):

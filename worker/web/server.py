@@ -12,12 +12,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aiohttp.typedefs import Handler
 
     from worker.web.answer import Answer
-    from worker.web.api import Api
     from worker.web.health import Health
 
 MAX_REQUEST_BYTES = 1024
@@ -26,9 +25,11 @@ MAX_CONNECTIONS = 200
 
 
 class WebServer:
-    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics` and `/v1/…` on `host`:`port` (0: a free port)."""
+    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics` and `routes` on `host`:`port` (0: a free port)."""
 
-    def __init__(self, health: Health, api: Api, registry: CollectorRegistry, host: str, port: int) -> None:
+    def __init__(
+        self, health: Health, routes: Iterable[web.RouteDef], registry: CollectorRegistry, host: str, port: int
+    ) -> None:
         self._registry = registry
         self._host = host
         self._port = port
@@ -40,7 +41,7 @@ class WebServer:
                 web.get("/livez", _answers(health.live)),
                 web.get("/readyz", _answers(health.ready)),
                 web.get("/metrics", self._metrics),
-                *api.routes(),
+                *routes,
             ]
         )
         self._runner = web.AppRunner(

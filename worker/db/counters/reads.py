@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, func, select
 
+from worker.db.read_limit import read_settings
 from worker.db.tables import view_count_deltas, view_count_sources, view_counts, view_counts_hourly
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-# Cancel slow reads before they slow down the database.
-_LIMITS = select(func.set_config("statement_timeout", "2s", True), func.set_config("lock_timeout", "1s", True))
+_SETTINGS = read_settings()
 
 _ids = bindparam("ids", type_=ARRAY(Text))
 _total, _delta, _source = view_counts.c, view_count_deltas.c, view_count_sources.c
@@ -108,14 +108,14 @@ async def read_totals(
 
     If `lineage` is not the source's, `unsettled` is zero. Runs in the caller's transaction.
     """
-    await tx.execute(_LIMITS)
+    await tx.execute(_SETTINGS)
     rows = await tx.execute(TOTALS, {"ids": list(ids), "source": source, "lineage": lineage, "settled": settled})
     return {vod_id: Stored(vod_id) for vod_id in ids} | {row.vod_id: Stored(*row) for row in rows}
 
 
 async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, list[Ranked]]:
     """The start of the window and the most-viewed ids since. The history is hourly: the first hour counts in full."""
-    await tx.execute(_LIMITS)
+    await tx.execute(_SETTINGS)
     since = (await tx.execute(select(_since), {"window": window})).scalar_one()
     rows = await tx.execute(TOP, {"window": window, "at_most": limit})
     return since, [Ranked(row.vod_id, int(row.views)) for row in rows]

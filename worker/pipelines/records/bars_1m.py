@@ -71,7 +71,7 @@ def parse(document: bytes, entry_id: EntryId, window: Window) -> Bar:
 
 def _parse_volume(value: float) -> int:
     """A whole number, also written `36494.0`. Raises InvalidRecord."""
-    if not isfinite(value) or value != int(value):
+    if isinstance(value, float) and not value.is_integer():
         raise InvalidRecord("invalid_field", "`volume` is not a whole number")
     if not 0 <= value <= MAX_VOLUME:
         raise InvalidRecord("invalid_field", "`volume` is negative or above 2^63 - 1")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from worker.contract import times
 from worker.pipelines.model import InvalidRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from worker.contract.entry_id import EntryId
     from worker.pipelines.model import Window
@@ -25,9 +26,6 @@ MAX_TEXT_BYTES = 64 * 1024
 MAX_ID_BYTES = 256
 # No address with brackets, zone and port is longer. Addresses are cached, so a long zone would fill the memory.
 MAX_ADDRESS_LENGTH = 128
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# Newer Pythons parse an hour of 24, all of them an offset of +05:99.
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)?", re.ASCII)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]+)\](?::\d{1,5})?|(?P<ipv4>[\d.]+):\d{1,5}", re.ASCII)
 
@@ -49,24 +47,18 @@ def decode(decoder: Callable[[bytes], D], document: bytes) -> D:
 
 
 def parse_time(value: str | int, name: str) -> datetime:
-    """RFC 3339, or epoch in milliseconds. Without an offset it is UTC; nanoseconds are cut. Raises InvalidRecord."""
+    """As `times.parse_time`. Raises InvalidRecord."""
     try:
-        if isinstance(value, int):
-            return EPOCH + timedelta(milliseconds=value)
-        if _RFC3339.fullmatch(value) is None:
-            raise ValueError
-        # fromisoformat takes upper-case letters only, and cuts what follows the sixth digit.
-        time = datetime.fromisoformat(value.upper())
-        return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
+        return times.parse_time(value)
+    except ValueError:
         raise InvalidRecord("invalid_field", f"`{name}` is not a time in RFC 3339 or in milliseconds") from None
 
 
 def time_of(entry_id: EntryId) -> datetime:
     """The time of arrival. Raises InvalidRecord for an id that a producer chose beyond the calendar."""
     try:
-        return EPOCH + timedelta(milliseconds=entry_id.ms)
-    except OverflowError:
+        return times.parse_time(entry_id.ms)
+    except ValueError:
         raise InvalidRecord("time_out_of_range", "the id of the entry is not a time") from None
 
 

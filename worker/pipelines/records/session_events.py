@@ -28,12 +28,14 @@ class SessionEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     recorded_at: datetime
 
 
-class _Document(msgspec.Struct, gc=False):
+class SessionUpdate(msgspec.Struct, frozen=True, gc=False):
+    """What an application sends."""
+
     session_id: str
     event_id: str
 
 
-_decode = msgspec.json.Decoder(_Document).decode
+_decode = msgspec.json.Decoder(SessionUpdate).decode
 
 
 def parse(document: bytes, entry_id: EntryId, window: Window) -> SessionEvent:
@@ -71,4 +73,5 @@ SESSION_EVENTS = RecordType(
         capacity=("SESSION_CHANNEL_CAP", 1000),
         counts_first_try=True,
     ),
+    coalesce_by=lambda update: update.session_id,
 )

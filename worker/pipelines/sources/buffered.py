@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
-from worker.contract.entry_id import EntryId
+from worker.contract.entry_id import BEGINNING, EntryId
 from worker.db.tickets import Ticket
 from worker.pipelines.batcher import ClosedBy
 from worker.pipelines.model import Batch, Idle, InvalidRecord, Item, Letter
@@ -62,10 +62,16 @@ class BufferedSource(Generic[R]):
         self._flush_to = 0
         # Number → the batch, from when it is taken until it is done. None while it is being parsed.
         self._in_flight: dict[int, BufferedBatch[R] | None] = {}
+        self._last_arrival = BEGINNING
         self._again: deque[BufferedBatch[R]] = deque()
         self._due = asyncio.Event()
         self._done = asyncio.Event()
         self._is_abandoned = False
+
+    @property
+    def in_flight(self) -> list[BufferedBatch[R]]:
+        """The batches that are being written."""
+        return [batch for batch in self._in_flight.values() if batch is not None]
 
     def wake(self) -> None:
         """A batch may be due. Call it on the event loop."""
@@ -87,7 +93,7 @@ class BufferedSource(Generic[R]):
         if self._again:
             return self._again.popleft()
         number = self._buffer.taken
-        closed = self._buffer.take(flush_to=self._buffer.accepted if self._buffer.is_closed else self._flush_to)
+        closed = self._buffer.take(flush_to=self._buffer.added if self._buffer.is_closed else self._flush_to)
         if closed is None:
             return Idle()
         self._in_flight[number] = None
@@ -106,7 +112,7 @@ class BufferedSource(Generic[R]):
 
     def reset(self, *, smaller: bool = False) -> None:
         """Every batch that is not done is read again, with its ticket."""
-        self._again = deque(batch for batch in self._in_flight.values() if batch is not None)
+        self._again = deque(self.in_flight)
 
     async def wait(self, seconds: float) -> None:
         timeout = min(seconds, self._buffer.due())
@@ -124,7 +130,7 @@ class BufferedSource(Generic[R]):
 
         Batches that are not full do not wait for more.
         """
-        target = self._flush_to = self._buffer.accepted
+        target = self._flush_to = self._buffer.added
         self._due.set()
         while min(self._in_flight, default=self._buffer.taken) < target:
             if self._is_abandoned:
@@ -159,6 +165,12 @@ class BufferedSource(Generic[R]):
     def _new_ticket(self) -> Ticket:
         return Ticket(self._new_id(), self._record.name)
 
+    def _arrive(self, ms: int) -> EntryId:
+        """A position above all before it, also where the clock was set back."""
+        last = self._last_arrival
+        self._last_arrival = EntryId(ms, 0) if ms > last.ms else EntryId(last.ms, last.seq + 1)
+        return self._last_arrival
+
     async def _make(self, documents: Sequence[tuple[float, bytes]], number: int, *, full: bool) -> BufferedBatch[R]:
         ticket = self._new_ticket()
         items: list[Item[R]] = []
@@ -169,7 +181,7 @@ class BufferedSource(Generic[R]):
             try:
                 if len(document) > MAX_ENTRY_BYTES:
                     raise InvalidRecord(TOO_LARGE, f"the record has {len(document)} bytes; 1 MiB is the limit")
-                arrived = EntryId(int((now + at) * 1000), 0)
+                arrived = self._arrive(int((now + at) * 1000))
                 items.append(Item(index, document, self._record.parse(document, arrived, self._window)))
             except InvalidRecord as error:
                 kept = document if len(document) <= MAX_ENTRY_BYTES else document[:KEPT_BYTES]

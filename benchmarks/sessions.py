@@ -1,0 +1,133 @@
+"""Measures how long a session's event takes from acceptance to commit, while the counters are flushed. Run by `make bench`.
+
+An application sends 1,000 events a second, of 500 sessions, for ten seconds; beside it a worker flushes 5,000 counters
+again and again. Prints the median, the 99th percentile and the maximum: first without that load, then with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio as aioredis
+
+from worker import SessionManager, SessionStore
+from worker.db import schema
+from worker.db.address import parse_database_url
+from worker.db.session import Database
+from worker.dev.servers import PostgresServer, ValkeyServer
+from worker.observability.logs import configure_logs
+from worker.pipelines.model import Batch, Written
+from worker.pipelines.sink import PostgresSink
+from worker.runtime.event_loop import run_async
+
+RATE = 1000
+SECONDS = int(os.environ.get("BENCH_SECONDS", "10"))
+SESSIONS = 500
+KEYS = 5000
+
+
+class Latencies:
+    """Collects, for each event that is written, the milliseconds since it was accepted."""
+
+    def __init__(self) -> None:
+        self.measured: list[float] = []
+        write = PostgresSink.write
+
+        async def measure(sink: PostgresSink[Any], batch: Batch[Any], **options: Any) -> Any:
+            outcome = await write(sink, batch, **options)
+            if isinstance(outcome, Written):
+                now = time.time() * 1000
+                self.measured += [now - item.record.position_ms for item in batch.items]
+            return outcome
+
+        PostgresSink.write = measure  # type: ignore[method-assign, assignment]
+
+    def describe(self) -> str:
+        found, self.measured = sorted(self.measured), []
+        median, p99, most = (found[min(len(found) - 1, int(len(found) * part))] for part in (0.5, 0.99, 1.0))
+        return f"median {median:.0f} ms, p99 {p99:.0f} ms, maximum {most:.0f} ms, of {len(found):,} events written"
+
+
+async def send(database_url: str) -> None:
+    store = SessionStore(database_url)
+    async with SessionManager(store) as manager:
+        trackers = [manager.create_event_tracker(f"session {number}") for number in range(SESSIONS)]
+        began = time.perf_counter()
+        for number in range(RATE * SECONDS):
+            assert trackers[number % SESSIONS](f"event {number}")
+            ahead = number / RATE - (time.perf_counter() - began)
+            if ahead > 0:
+                await asyncio.sleep(ahead)
+    assert store.stats.accepted == RATE * SECONDS == store.stats.written + store.stats.coalesced
+
+
+async def view(redis_url: str, stop: asyncio.Event) -> int:
+    """Increment all counters, again and again. Returns how many views that were."""
+    redis, views = aioredis.from_url(redis_url), 0
+    while not stop.is_set():
+        pipeline = redis.pipeline(transaction=False)
+        for number in range(KEYS):
+            pipeline.incr(f"vod:views:{number}")
+        await pipeline.execute()
+        views += KEYS
+        await asyncio.sleep(0.2)
+    await redis.aclose()
+    return views
+
+
+async def main() -> None:
+    configure_logs("error")
+    folder = Path(tempfile.mkdtemp(prefix="viewer-worker-bench-"))
+    folder.chmod(0o755)
+    valkey, postgres = ValkeyServer(folder / "redis"), PostgresServer(folder / "postgres")
+    valkey.start()
+    postgres.start()
+    worker: subprocess.Popen[bytes] | None = None
+    try:
+        database = Database(parse_database_url(postgres.url))
+        await schema.upgrade(database)
+        latencies = Latencies()
+        await send(postgres.url)
+        print(f"{RATE:,} events/s, {SESSIONS} sessions, alone: {latencies.describe()}")
+        environment = os.environ | {
+            "REDIS_URL": valkey.url,
+            "DATABASE_URL": postgres.url,
+            "BATCH_INTERVAL_MS": "500",
+            "HEALTH_CHECK_PORT": "0",
+            "LOG_LEVEL": "error",
+        }
+        worker = subprocess.Popen([sys.executable, "-m", "worker", "run"], env=environment)
+        stop = asyncio.Event()
+        viewing = asyncio.create_task(view(valkey.url, stop))
+        await send(postgres.url)
+        stop.set()
+        views = await viewing
+        flushed = await count_flushed(database)
+        print(f"while {KEYS:,} counters are flushed ({flushed:,} of {views:,} views): {latencies.describe()}")
+        await database.close()
+    finally:
+        if worker is not None:
+            worker.terminate()
+            worker.wait()
+        valkey.kill()
+        postgres.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def count_flushed(database: Database) -> int:
+    from sqlalchemy import text
+
+    async with database.transaction() as tx:
+        return int((await tx.execute(text("SELECT coalesce(sum(views), 0) FROM view_counts"))).scalar_one())
+
+
+if __name__ == "__main__":
+    run_async(main())

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from worker.inprocess.bar_store import BarStore, SyncBarStore
     from worker.inprocess.session_store import EventTracker, SessionManager, SessionStore
+    from worker.inprocess.stats import WriterStats
     from worker.inprocess.sync_writer import SyncWriter
-    from worker.inprocess.writer import Writer, WriterStats
+    from worker.inprocess.writer import Writer
     from worker.pipelines.records.bars_1m import Bar
     from worker.pipelines.records.chunk_requests import ChunkEvent
     from worker.producer.client import Outcome, SyncViewProducer, ViewProducer
@@ -45,7 +46,7 @@ _MODULES = {
     "SyncWriter": "worker.inprocess.sync_writer",
     "ViewProducer": "worker.producer.client",
     "Writer": "worker.inprocess.writer",
-    "WriterStats": "worker.inprocess.writer",
+    "WriterStats": "worker.inprocess.stats",
 }
 
 

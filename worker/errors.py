@@ -22,6 +22,7 @@ ViewerWorkerError
 ├── ViewIndeterminate        (producer) sent but not confirmed; sending it again may count it twice
 ├── InvalidId                (ids) not a valid id
 ├── BadRequest               (web) the request is invalid
+├── NotFound                 (web) there is nothing to answer
 └── ServerFailed             (dev.servers) an embedded server did not start
 """
 

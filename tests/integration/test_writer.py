@@ -17,8 +17,8 @@ from worker import ChunkEvent, Writer
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tickets import Ticket
-from worker.inprocess import writer as writer_module
-from worker.inprocess.writer import WriterStats
+from worker.inprocess import ticket_pruning
+from worker.inprocess.stats import WriterStats
 
 COUNT = 10_000
 
@@ -348,8 +348,8 @@ async def test_one_ticket_is_taken_once_however_often_its_batch_is_tried(written
 async def test_each_batch_leaves_a_ticket_and_old_ones_are_pruned(
     written: WrittenRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "FIRST_PRUNE_S", 0.01)
-    monkeypatch.setattr(writer_module, "TICKETS_AT_ONCE", 10)
+    monkeypatch.setattr(ticket_pruning, "FIRST_PRUNE_S", 0.01)
+    monkeypatch.setattr(ticket_pruning, "TICKETS_AT_ONCE", 10)
     old = "INSERT INTO ingest_batches SELECT gen_random_uuid(), 'old', now() - $1::interval FROM generate_series(1, 35)"
     await written.sql.execute(old, timedelta(days=1, seconds=5))
     await written.sql.execute(old.replace("'old'", "'kept'"), timedelta(hours=23))
@@ -368,7 +368,7 @@ async def test_each_batch_leaves_a_ticket_and_old_ones_are_pruned(
 async def test_tickets_that_cannot_be_pruned_do_not_disturb_the_writer(
     written: WrittenRecords, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(writer_module, "FIRST_PRUNE_S", 0.001)
+    monkeypatch.setattr(ticket_pruning, "FIRST_PRUNE_S", 0.001)
     await written.sql.execute("ALTER TABLE ingest_batches RENAME at TO made")
 
     async def warned() -> bool:

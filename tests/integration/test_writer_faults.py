@@ -17,7 +17,7 @@ from tests.support.written import WrittenRecords, assert_identity, event, paths_
 from worker.db import tickets
 from worker.db.session import Database
 from worker.db.tickets import Ticket
-from worker.inprocess.writer import WriterStats
+from worker.inprocess.stats import WriterStats
 from worker.pipelines import drain
 from worker.pipelines import sink as sink_module
 from worker.pipelines.sources.buffered import BufferedSource

@@ -245,7 +245,7 @@ def test_package_exports_only_what_applications_use() -> None:
         "SyncWriter": "worker.inprocess.sync_writer",
         "ViewProducer": "worker.producer.client",
         "Writer": "worker.inprocess.writer",
-        "WriterStats": "worker.inprocess.writer",
+        "WriterStats": "worker.inprocess.stats",
     }
     with pytest.raises(AttributeError, match="Producer"):
         _ = worker.Producer

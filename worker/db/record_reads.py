@@ -25,6 +25,7 @@ from worker.db.read_limit import read_settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from worker.db.read_limit import ReadLimit
@@ -63,7 +64,8 @@ BARS_BETWEEN = (
     .limit(_at_most)
 )
 # Without the times of Postgres that are not a datetime.
-_earliest, _latest = (literal_column(f"timestamptz '{time}+00'") for time in (datetime.min, datetime.max))
+_earliest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.min}+00'")
+_latest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.max}+00'")
 LATEST_BARS = (
     select(_bars)
     .where(_key >= tuple_(_symbol, _earliest), _key <= tuple_(_symbol, _latest))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from worker.inprocess.writer import WriterStats
+    from worker.inprocess.stats import WriterStats
 
 MAX_BARS = 100_000
 HEALTH_TIMEOUT_S = 5.0

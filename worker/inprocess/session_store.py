@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from worker.inprocess.writer import WriterStats
+    from worker.inprocess.stats import WriterStats
 
 log = get_logger("worker.sessions")
 

@@ -10,7 +10,7 @@ from worker.inprocess.writer import FLUSH_TIMEOUT_S, PUT_TIMEOUT_S, Writer
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from worker.inprocess.writer import WriterStats
+    from worker.inprocess.stats import WriterStats
     from worker.pipelines.records.chunk_requests import ChunkEvent
 
 R = TypeVar("R")

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import random
 import time
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from weakref import WeakSet
 
 import msgspec
 
-from worker.db.session import Database
-from worker.db.tickets import prune_tickets
-from worker.db.upsert import RecordTable
-from worker.errors import DatabaseRefused, DatabaseUnavailable
 from worker.inprocess.metrics import metrics_in
 from worker.inprocess.options import WriterOptions
+from worker.inprocess.running import Running
+from worker.inprocess.stats import WriterStats
 from worker.observability.logs import get_logger
 from worker.observability.throttle import Throttle
 from worker.pipelines.batcher import Batcher, CoalescingBatcher
 from worker.pipelines.buffer import Buffer, ByteBudget
-from worker.pipelines.delivery import Delivery
-from worker.pipelines.drain import Drain, Tally
+from worker.pipelines.drain import Tally
 from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS, ChunkEvent
 from worker.pipelines.records.fields import replace_surrogates
-from worker.pipelines.sink import PostgresSink
-from worker.pipelines.sources.buffered import BufferedSource
 from worker.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -44,10 +36,6 @@ log = get_logger("worker.writer")
 
 R = TypeVar("R")
 
-PRUNE_PERIOD_S = 3600.0
-FIRST_PRUNE_S = 60.0
-TICKET_AGE = timedelta(days=1)
-TICKETS_AT_ONCE = 10_000
 LOG_PERIOD_S = 60.0
 PUT_TIMEOUT_S = 0.1
 FLUSH_TIMEOUT_S = 5.0
@@ -56,30 +44,6 @@ CLOSED = "shut down"
 
 # Shared by all Writers of the process.
 _budget = ByteBudget(0)
-
-
-@dataclass(frozen=True, slots=True)
-class WriterStats:
-    """Numbers of records.
-
-    Accepted ones are `coalesced + written + repeated + dead + dropped + unwritten + unknown + queued`.
-
-    `refused`: `send` returned False. `coalesced`: a newer one of the same key came before they were written.
-    `written`: rows. `repeated`: rows that were there already, with their `event_id`. `dead`: dead letters. `dropped`:
-    they could not even be kept as such. `queued`: not written yet; after `shutdown`, these are `unwritten`, and those
-    whose commit had no answer `unknown`.
-    """
-
-    accepted: int = 0
-    refused: int = 0
-    coalesced: int = 0
-    written: int = 0
-    repeated: int = 0
-    dead: int = 0
-    dropped: int = 0
-    unwritten: int = 0
-    unknown: int = 0
-    queued: int = 0
 
 
 class Writer(Generic[R]):
@@ -116,13 +80,7 @@ class Writer(Generic[R]):
             on_coalesced=self._metrics.coalesced,
         )
         self._tally = Tally()
-        self._drains: list[Drain[Any]] = []
-        self._source: BufferedSource[Any] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._database: Database | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._pruning: asyncio.Task[None] | None = None
-        self._closing = asyncio.Event()
+        self._running: Running | None = None
         self._ending: asyncio.Task[None] | None = None
         self._has_ended = False
         _writers.add(self)
@@ -182,9 +140,9 @@ class Writer(Generic[R]):
         try:
             async with asyncio.timeout(timeout):
                 while not self._add(document, record):
-                    if self._buffer.is_closed or self._source is None:
+                    if self._buffer.is_closed or self._running is None:
                         return self.refuse()
-                    await self._source.wait_for_room()
+                    await self._running.source.wait_for_room()
         except TimeoutError:
             # Another Writer of the process may have made room in the bytes that they share.
             return self._add(document, record) or self.refuse()
@@ -194,11 +152,11 @@ class Writer(Generic[R]):
         """Wait until everything that is accepted so far is in the database. False after `timeout` seconds, or at the
         end of a shutdown that left records.
         """
-        if self._source is None:
+        if self._running is None:
             return self.is_complete
         try:
             async with asyncio.timeout(timeout):
-                return await self._source.flush()
+                return await self._running.source.flush()
         except TimeoutError:
             return False
 
@@ -238,7 +196,7 @@ class Writer(Generic[R]):
     @property
     def in_flight(self) -> Sequence[Batch[Any]]:
         """The batches that are being written."""
-        return [] if self._source is None else self._source.in_flight
+        return [] if self._running is None else self._running.source.in_flight
 
     @property
     def held(self) -> int:
@@ -248,23 +206,14 @@ class Writer(Generic[R]):
     @property
     def pausing(self) -> int:
         """Those of them that wait for their next try."""
-        return sum(drain.pausing for drain in self._drains)
+        return 0 if self._running is None else self._running.pausing
 
     async def start(self) -> None:
         """Start writing, also what was sent before. The database need not be reachable."""
-        if self._loop is not None or self._closing.is_set() or not self.is_enabled:
-            return
-        options, name = self._options, f"{self._record.name} writer"
-        self._loop = asyncio.get_running_loop()
-        self._database = Database(options.database, options.writers, overflow=1, recycle=options.recycle)
-        self._source = BufferedSource(self._record, options.window, self._buffer, self._clock)
-        self._drains = [self._make_drain(self._source, self._database) for _ in range(options.writers)]
-        self._tasks = [
-            asyncio.create_task(drain.run(), name=f"{name} {number}") for number, drain in enumerate(self._drains)
-        ]
-        for task in self._tasks:
-            task.add_done_callback(self._report_end)
-        self._pruning = asyncio.create_task(self._prune_tickets(self._database), name=f"{name} tickets")
+        if self.is_enabled and self._running is None and self._ending is None and not self._has_ended:
+            self._running = Running(
+                self._record, self._options, self._buffer, self._tally, self._metrics, self._clock, self._throttle
+            )
 
     async def shutdown(self, timeout: float | None = None) -> bool:
         """Accept nothing more, and write what is left for up to `timeout` seconds (default: `SHUTDOWN_TIMEOUT`).
@@ -274,9 +223,6 @@ class Writer(Generic[R]):
         """
         if self._ending is None:
             self.refuse_more()
-            self._closing.set()
-            if self._source is not None:
-                await self._source.close()
             limit = self._options.shutdown_timeout if timeout is None else timeout
             self._ending = asyncio.create_task(self._end(limit), name=f"{self._record.name} writer shutdown")
         await asyncio.shield(self._ending)
@@ -332,75 +278,37 @@ class Writer(Generic[R]):
 
     def _wake(self) -> None:
         """Called by the thread that sends."""
-        if self._loop is not None and self._source is not None and not self._has_ended:
-            with contextlib.suppress(RuntimeError):  # the event loop was closed without a shutdown
-                self._loop.call_soon_threadsafe(self._source.wake)
-
-    def _make_drain(self, source: BufferedSource[Any], database: Database) -> Drain[Any]:
-        delivery = Delivery(
-            PostgresSink(database, self._record, RecordTable(self._record)),
-            self._metrics.make_write_metrics(),
-            self._clock,
-            max_retries=self._options.max_retries,
-            retry_delay=self._options.retry_delay,
-        )
-        return Drain(source, delivery, self._tally, self._clock, self._closing, self._throttle)
-
-    def _report_end(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("writer stopped", pipeline=self._record.name, exc_info=error)
-            self._metrics.stopped()
+        if self._running is not None and not self._has_ended:
+            self._running.wake()
 
     async def _end(self, timeout: float) -> None:
         try:
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=timeout)
+            if self._running is not None:
+                await self._running.finish(timeout)
         finally:
-            tasks = [*self._tasks, *([self._pruning] if self._pruning else [])]
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
             self._has_ended = True
             stats = self.stats
             if stats.unwritten or stats.unknown:
-                log.error("records left at shutdown", pipeline=self._record.name, **_left(stats))
+                log.error(
+                    "records left at shutdown",
+                    pipeline=self._record.name,
+                    unwritten=stats.unwritten,
+                    unknown=stats.unknown,
+                )
             self._metrics.left(stats.unwritten, stats.unknown)
             self._buffer.clear()
-            if self._source is not None:
-                self._source.abandon()
-            if self._database is not None:
-                await self._database.close()
-
-    async def _prune_tickets(self, database: Database) -> None:
-        pause = FIRST_PRUNE_S
-        while True:
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = PRUNE_PERIOD_S
-            try:
-                more = True
-                while more:
-                    async with database.transaction() as tx:
-                        more = await prune_tickets(tx, TICKET_AGE, TICKETS_AT_ONCE) >= TICKETS_AT_ONCE
-            except (DatabaseUnavailable, DatabaseRefused) as error:
-                log.warning("tickets not pruned", cause=str(error))
+            if self._running is not None:
+                await self._running.close()
 
     def _forked(self) -> None:
         """In the child of a fork: what is held belongs to the parent, and a Writer that was started runs there only."""
         self._tally = Tally()
         self._buffer.forked()
-        if self._loop is not None or self._ending is not None:
-            _of_parent.append((self._loop, self._source, self._database, self._tasks, self._pruning, self._ending))
-            self._loop = self._source = self._database = self._pruning = self._ending = None
-            self._drains, self._tasks = [], []
-            self._closing = asyncio.Event()
-            self._closing.set()
+        if self._running is not None or self._ending is not None:
+            _of_parent.append((self._running, self._ending))
+            self._running = self._ending = None
             self._buffer.close()
             self._has_ended = True
-
-
-def _left(stats: WriterStats) -> dict[str, Any]:
-    return {"unwritten": stats.unwritten, "unknown": stats.unknown}
 
 
 _writers: WeakSet[Writer[Any]] = WeakSet()

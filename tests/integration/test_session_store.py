@@ -95,6 +95,19 @@ async def test_the_newest_of_two_processes_is_stored(database_url: str, sql: asy
     assert await stored(sql) == {"a": "third"}
 
 
+async def test_an_id_that_is_not_valid_is_a_letter_and_replaces_no_other(
+    database_url: str, sql: asyncpg.Connection
+) -> None:
+    invalid: list[Any] = ["", None, 7, ["a"], "x" * 257, "a\x00"]
+    async with SessionStore(database_url, **FAST) as store:
+        for session in [*invalid, "None", *invalid]:
+            assert store.offer(session, "e")
+    assert await stored(sql) == {"None": "e"}
+    stats = store.stats
+    assert stats.accepted == stats.coalesced + stats.dead + 1
+    assert stats.dead == await sql.fetchval("SELECT count(*) FROM dead_letters") >= len(invalid)
+
+
 async def test_trackers_never_make_a_task_and_one_task_writes_for_all(
     database_url: str, sql: asyncpg.Connection
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -174,7 +174,7 @@ def test_a_record_may_be_added_while_its_own_thread_is_adding() -> None:
     """As by a signal handler or a finalizer: with a plain lock this thread would wait for itself."""
 
     class Interrupted(Batcher[bytes]):
-        def add(self, item: bytes, at: float, key: str = "") -> int:
+        def add(self, item: bytes, at: float, key: Hashable = None) -> int:
             if item == b"1":
                 assert buffer.add(b"from a signal handler")
             return super().add(item, at, key)

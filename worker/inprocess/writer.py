@@ -191,7 +191,7 @@ class Writer(Generic[R]):
 
     def find_waiting(self, key: str) -> bytes | None:
         """The document of a record that waits, by its key."""
-        return self._batcher.find(key) if isinstance(self._batcher, CoalescingBatcher) else None
+        return self._batcher.find(key)
 
     @property
     def in_flight(self) -> Sequence[Batch[Any]]:
@@ -248,7 +248,9 @@ class Writer(Generic[R]):
     def _add(self, document: bytes, record: R) -> bool:
         if self._coalesce_by is None:
             return self._buffer.add(document)
-        return self._buffer.add(document, self._coalesce_by(record))
+        key = self._coalesce_by(record)
+        # What is not a key becomes a dead letter, and must not replace another record.
+        return self._buffer.add(document, key if isinstance(key, str) else object())
 
     def _encode(self, record: R) -> bytes | None:
         """The record as a document: changes to it later change nothing, and its size is known. None: impossible."""

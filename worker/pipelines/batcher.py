@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
@@ -40,15 +41,19 @@ class Batcher(Generic[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def add(self, item: T, at: float, key: str = "") -> int:
+    def add(self, item: T, at: float, key: Hashable = None) -> int:
         """Returns how many items wait now."""
         self._times.append(at)
         self._items.append(item)
         return len(self._items)
 
-    def replace(self, key: str, item: T, at: float) -> T | None:
-        """Put the item in the place of the one with this key, and return that; None where none waits."""
+    def find(self, key: Hashable) -> T | None:
+        """The item of this key that waits."""
         return None
+
+    def replace(self, key: Hashable, item: T, at: float) -> None:
+        """Put the item in the place of the one with this key, which waits."""
+        raise KeyError(key)
 
     def clear(self) -> None:
         self._times.clear()
@@ -94,24 +99,20 @@ class CoalescingBatcher(Batcher[T]):
 
     def __init__(self, size: int, age: float) -> None:
         super().__init__(size, age)
-        self._slots: dict[str, _Slot[T]] = {}
+        self._slots: dict[Hashable, _Slot[T]] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
 
-    def add(self, item: T, at: float, key: str = "") -> int:
+    def add(self, item: T, at: float, key: Hashable = None) -> int:
         self._slots[key] = _Slot(at, at, item)
         return len(self._slots)
 
-    def replace(self, key: str, item: T, at: float) -> T | None:
-        slot = self._slots.get(key)
-        if slot is None:
-            return None
-        older, slot.item, slot.at = slot.item, item, at
-        return older
+    def replace(self, key: Hashable, item: T, at: float) -> None:
+        slot = self._slots[key]
+        slot.item, slot.at = item, at
 
-    def find(self, key: str) -> T | None:
-        """The item of this key that waits."""
+    def find(self, key: Hashable) -> T | None:
         slot = self._slots.get(key)
         return None if slot is None else slot.item
 

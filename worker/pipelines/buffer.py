@@ -6,12 +6,14 @@ from threading import RLock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from worker.pipelines.batcher import Batcher, Closed
 
 # What a waiting document takes besides its own bytes.
 OVERHEAD_BYTES = 120
+# A document that replaces one may exceed the limit by so much: else a full buffer would keep the older one.
+MAX_GROWTH_BYTES = 1024
 
 
 class ByteBudget:
@@ -69,17 +71,12 @@ class Buffer:
         """How many records there ever were that did not replace one that waited."""
         return self.accepted - self.coalesced
 
-    def add(self, document: bytes, key: str = "") -> bool:
+    def add(self, document: bytes, key: Hashable = None) -> bool:
         """Never waits. False: full or closed. A full buffer still takes a document whose key waits already."""
         size = len(document) + OVERHEAD_BYTES
         budget = self._budget
         with self._lock:
-            if key and not self.is_closed and (older := self._batcher.replace(key, document, self._monotonic())):
-                self.accepted += 1
-                self.coalesced += 1
-                self._bytes += len(document) - len(older)
-                budget.held += len(document) - len(older)
-                self._on_coalesced()
+            if key is not None and self._replace(key, document):
                 return True
             if self.is_closed or self.held >= self._capacity or budget.held + size > budget.limit:
                 return False
@@ -90,6 +87,22 @@ class Buffer:
             waiting = self._batcher.add(document, self._monotonic(), key)
         if waiting == 1 or waiting == self._batch_size:
             self._on_due()
+        return True
+
+    def _replace(self, key: Hashable, document: bytes) -> bool:
+        """Put the document in the place of one that waits. False: none does, or there is no room in bytes."""
+        older = self._batcher.find(key)
+        if older is None or self.is_closed:
+            return False
+        growth = len(document) - len(older)
+        if growth > MAX_GROWTH_BYTES and self._budget.held + growth > self._budget.limit:
+            return False
+        self._batcher.replace(key, document, self._monotonic())
+        self.accepted += 1
+        self.coalesced += 1
+        self._bytes += growth
+        self._budget.held += growth
+        self._on_coalesced()
         return True
 
     @property

@@ -15,7 +15,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import redis.asyncio as aioredis
 
+from tests.support import bars
 from tests.support.guarded import DEPLOY, GuardedServers
 from tests.support.records import Records, make_document
 from tests.support.tls import Certificates, TlsFront
@@ -89,6 +91,24 @@ async def test_role_can_replay_and_purge_dead_letters_and_delete_old_rows(world:
         await records.wait(lambda: has_letters(records, 0))
     assert [row["path"] for row in await world.sql.fetch("SELECT path FROM chunk_requests")] == ["/0"]
     records.close()
+
+
+async def test_role_and_users_can_carry_bars_and_replace_them(
+    guarded: GuardedServers, world: World, start: Start
+) -> None:
+    url = f"{guarded.application_redis_url}?ssl_ca_certs={guarded.authority}"
+    worker = start(world.environment | {"PIPELINES": "bars_1m", "BARS_DB_WRITE_INTERVAL": "10ms"}, "run")
+    async with aioredis.from_url(url) as application:
+        for number in (2, 1):
+            await application.xadd("bars_1m", {"data": json.dumps(bars.make_document("A", number))})
+            async with asyncio.timeout(20):
+                while await bars.stored_bars(world.sql) != [bars.make_bar("A", number)]:
+                    await asyncio.sleep(0.05)
+    worker.terminate()
+    assert await worker.wait() == 0
+    denied = await world.redis.acl_log()  # type: ignore[no-untyped-call]
+    assert [entry for entry in denied if entry["username"] == "viewer-worker"] == []
+    await world.redis.delete("bars_1m")
 
 
 async def has_letters(records: Records, count: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from worker.db.counters.reads import Shown, Top, TopEntry
 
@@ -21,6 +22,34 @@ class FakeNumbers:
 
     async def top(self, window: timedelta, limit: int) -> Top:
         return Top(datetime(2024, 1, 1, tzinfo=UTC) - window, [TopEntry("a", 5, 7)] * limit)
+
+
+class FakeRecords:
+    """Has `stored` bars, one for each minute from the asked time on; raises `error` if it is set."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.stored = 2
+        self.asked: list[Any] = []
+        self.values = {"open": 1.5, "high": 2.0, "low": 1.0, "close": 1.25, "volume": 36494, "vwap": 0.0}
+
+    async def bars(self, symbol: str, first: datetime, last: datetime, at_most: int) -> list[dict[str, Any]]:
+        self._ask(symbol, first, last, at_most)
+        minutes = range(min(self.stored, at_most))
+        return [{"symbol": symbol, "timestamp": first + timedelta(minutes=n), **self.values} for n in minutes]
+
+    async def latest_bars(self, symbol: str, count: int) -> list[dict[str, Any]]:
+        self._ask(symbol, count)
+        return [{"symbol": symbol, "timestamp": datetime(2024, 1, 1, tzinfo=UTC), **self.values}]
+
+    async def last_event(self, session_id: str) -> tuple[str, datetime] | None:
+        self._ask(session_id)
+        return None if session_id == "unknown" else ("e1", datetime(2024, 1, 1, 0, 0, 0, 250_000, tzinfo=UTC))
+
+    def _ask(self, *arguments: Any) -> None:
+        self.asked.append(arguments)
+        if self.error is not None:
+            raise self.error
 
 
 class FakeClock:

@@ -28,6 +28,7 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
     await schema.upgrade(one_connection)
     hypertables = "SELECT hypertable_name FROM timescaledb_information.hypertables ORDER BY 1"
     assert await rows(one_connection, hypertables) == [
+        ("bars_1m",),
         ("chunk_requests",),
         ("view_count_deltas",),
         ("view_counts_hourly",),
@@ -77,10 +78,12 @@ async def test_limited_role_can_create_chunks_and_delete_their_rows(timescale_ur
             INSERT INTO view_counts_hourly VALUES (date_trunc('hour', now(), 'UTC'), 'a', 2)
                 ON CONFLICT (vod_id, bucket) DO UPDATE SET views = view_counts_hourly.views + excluded.views;
             DELETE FROM view_count_deltas WHERE source = 'default' AND flush_id = 1;
+            INSERT INTO bars_1m VALUES ('A', date_trunc('minute', now()), 1, 1, 1, 1, 1, 1)
+                ON CONFLICT (symbol, "timestamp") DO UPDATE SET close = 2;
             """
         )
     await sql.execute("RESET ROLE")
     chunks = "SELECT count(DISTINCT hypertable_name)::int FROM timescaledb_information.chunks"
-    assert await sql.fetchval(chunks) == 2
+    assert await sql.fetchval(chunks) == 3
     assert await sql.fetchval("SELECT views FROM view_counts_hourly") == 4
     await sql.close()

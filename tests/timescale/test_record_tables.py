@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
 
+from tests.support.bars import make_document
 from worker.contract.entry_id import BEGINNING, EntryId
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.positions import Move, StreamPosition
 from worker.db.record_retention import RecordRetention
 from worker.db.session import Database
+from worker.db.tickets import Ticket
 from worker.db.upsert import RecordTable
 from worker.pipelines.model import Batch, Item, NotClaimed, Window, Written
+from worker.pipelines.records.bars_1m import BARS_1M
 from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS, ChunkEvent
 from worker.pipelines.sink import PostgresSink
 from worker.pipelines.sources.stream.source import PositionClaim
@@ -99,5 +102,44 @@ async def test_sink_on_a_hypertable_and_its_compressed_chunks(carried: Carried) 
             while await retention.prune(tx, 100):
                 pass
         assert await value(database, paths) == "/a /c /d /e /f"
+    finally:
+        await database.close()
+
+
+async def test_bars_replace_those_of_a_hypertable_also_in_compressed_chunks(timescale_url: str) -> None:
+    database = Database(parse_database_url(timescale_url), pool_size=1, overflow=0)
+    sink = PostgresSink(database, BARS_1M, RecordTable(BARS_1M))
+
+    async def write(*bars: tuple[str, int, int]) -> None:
+        """Symbol, age in days, and the six values of each bar."""
+        items = []
+        for symbol, days, number in bars:
+            time = (NOW - timedelta(days=days)).isoformat()
+            document = json.dumps(make_document(symbol, number, timestamp=time)).encode()
+            items.append(Item(number, document, BARS_1M.parse(document, EntryId(0, 1), WINDOW)))
+        assert await sink.write(Batch(Ticket(uuid4(), "bars_1m"), "s", items)) == Written(len(items))
+
+    async def stored() -> list[tuple[object, ...]]:
+        """As `write` takes them; the six values must be equal."""
+        async with database.transaction() as tx:
+            rows = list(await tx.execute(text("SELECT * FROM bars_1m ORDER BY symbol, timestamp DESC")))
+        assert all(len(set(row[2:])) == 1 for row in rows)
+        return [(row.symbol, (NOW - row.timestamp).days, row.volume) for row in rows]
+
+    try:
+        await schema.upgrade(database)
+        hypertable = "SELECT num_dimensions FROM timescaledb_information.hypertables WHERE hypertable_name = 'bars_1m'"
+        assert await value(database, hypertable) == 1
+        await write(("A", 0, 1), ("A", 30, 2), ("B", 30, 3), ("A", 0, 4))
+        assert await stored() == [("A", 0, 4), ("A", 30, 2), ("B", 30, 3)]
+        chunks = "SELECT count(*) FROM timescaledb_information.chunks WHERE hypertable_name = 'bars_1m'"
+        assert await value(database, chunks) == 2
+
+        async with database.transaction() as tx:
+            await tx.execute(text("ALTER TABLE bars_1m SET (timescaledb.compress)"))
+            await tx.execute(text("SELECT compress_chunk(c) FROM show_chunks('bars_1m') c"))
+        assert await value(database, f"{chunks} AND is_compressed") == 2
+        await write(("A", 30, 1), ("C", 30, 5), ("A", 0, 6), ("C", 30, 7))
+        assert await stored() == [("A", 0, 6), ("A", 30, 1), ("B", 30, 3), ("C", 30, 7)]
     finally:
         await database.close()

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import aiohttp
 import pytest
 from yarl import URL
 
-from tests.support.fakes import FakeClock, FakeNumbers
+from tests.support.fakes import FakeNumbers
+from tests.support.http import get, serving
 from worker.errors import DatabaseUnavailable
-from worker.observability.metrics import Metrics
-from worker.observability.status import Status
-from worker.web.api import Api
-from worker.web.health import Health
-from worker.web.server import WebServer
+from worker.web.views_api import ViewsApi
 
 
 @pytest.fixture
@@ -26,22 +22,20 @@ def numbers() -> FakeNumbers:
 
 @pytest.fixture
 async def base(numbers: FakeNumbers) -> AsyncIterator[str]:
-    clock = FakeClock()
-    health = Health(Status(clock.monotonic, ()), clock, "0", clock.now() - clock.now())
-    server = WebServer(health, Api(numbers), Metrics().registry, "127.0.0.1", 0)
-    await server.start()
-    yield server.url
-    await server.close()
-
-
-async def get(url: str) -> tuple[int, Any]:
-    async with aiohttp.ClientSession() as session, session.get(URL(url, encoded=True)) as response:
-        return response.status, await response.json()
+    async with serving(ViewsApi(numbers).routes()) as url:
+        yield url
 
 
 @pytest.mark.parametrize(
     ("path", "vod_id"),
-    [("vod_1", "vod_1"), ("a%2Fb", "a/b"), ("/a/b", "/a/b"), ("%C3%BC%3F%25", "ü?%"), ("a,b", "a,b")],
+    [
+        ("vod_1", "vod_1"),
+        ("a%2Fb", "a/b"),
+        ("/a/b", "/a/b"),
+        ("%C3%BC%3F%25", "ü?%"),
+        ("a,b", "a,b"),
+        ("a%0Ab", "a\nb"),
+    ],
 )
 async def test_one_id_is_answered_with_its_views(base: str, path: str, vod_id: str) -> None:
     code, body = await get(f"{base}/v1/views/{path}")

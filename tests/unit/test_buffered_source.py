@@ -229,6 +229,6 @@ async def test_reset_reads_what_is_not_done_again_with_its_ticket() -> None:
 
 
 def test_a_batch_is_given_up_long_before_its_ticket_is_pruned() -> None:
-    from worker.inprocess.writer import TICKET_AGE
+    from worker.inprocess.ticket_pruning import TICKET_AGE
 
     assert TICKET_AGE.total_seconds() / 2 >= drain.GIVE_UP_S

@@ -10,10 +10,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.fakes import FakeClock, FakeNumbers
+from tests.support.fakes import FakeClock
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
-from worker.web.api import Api
 from worker.web.health import Health
 from worker.web.server import WebServer
 
@@ -113,7 +112,7 @@ def test_quarantined_keys_are_listed(status: Status, clock: FakeClock) -> None:
 
 @pytest.fixture
 async def url(status: Status, health: Health) -> AsyncIterator[str]:
-    server = WebServer(health, Api(FakeNumbers()), Metrics().registry, "127.0.0.1", 0)
+    server = WebServer(health, [], Metrics().registry, "127.0.0.1", 0)
     await server.start()
     yield server.url
     await server.close()
@@ -162,7 +161,7 @@ async def test_metrics_are_served_in_both_formats(url: str) -> None:
 
 
 async def test_client_that_never_reads_does_not_delay_the_close(status: Status, health: Health) -> None:
-    server = WebServer(health, Api(FakeNumbers()), Metrics().registry, "127.0.0.1", 0)
+    server = WebServer(health, [], Metrics().registry, "127.0.0.1", 0)
     await server.start()
     port = int(server.url.rpartition(":")[2])
     _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -11,8 +11,9 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from tests.support.written import event
 from worker import SyncWriter, Writer
-from worker.inprocess.metrics import BufferMetrics, metrics_in
+from worker.inprocess.metrics import metrics_in
 from worker.observability.metrics import RecordMetrics
+from worker.pipelines.metrics import WriteMetrics
 from worker.pipelines.model import Written
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/none"
@@ -33,6 +34,7 @@ def test_the_queue_is_what_is_held_by_all_writers_of_a_registry() -> None:
     second.send(event(2))
     second.send(event(3))
     assert read(registry, "persistence_queue_depth") == 3
+    assert read(registry, "timescale_write_queue_depth") == 3
     assert read(registry, "persistence_retry_queue_depth") == 0
     del second
     gc.collect()
@@ -84,8 +86,8 @@ async def test_what_is_tried_again_is_counted_while_it_waits() -> None:
 
 def test_writers_that_write_at_the_same_time_are_counted_apart() -> None:
     registry = CollectorRegistry()
-    metrics = BufferMetrics(RecordMetrics(registry), "chunk_requests")
-    first, second = metrics.make_write_metrics(), metrics.make_write_metrics()
+    records = RecordMetrics(registry)
+    first, second = WriteMetrics(records, "chunk_requests"), WriteMetrics(records, "chunk_requests")
     first.writing(5, again=False)
     second.writing(3, again=False)
     assert read(registry, "timescale_write_queue_depth") == 8

@@ -7,9 +7,9 @@ from datetime import UTC
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from worker.db.record_reads import read_bars, read_latest_bars
-from worker.db.session import Database
 from worker.errors import DatabaseRefused, DatabaseUnavailable
 from worker.inprocess.options import WriterOptions
+from worker.inprocess.reader import Reader
 from worker.inprocess.thread import InThread
 from worker.inprocess.writer import FLUSH_TIMEOUT_S, PUT_TIMEOUT_S, Writer
 from worker.pipelines.records.bars_1m import BARS_1M, Bar
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 MAX_BARS = 100_000
 HEALTH_TIMEOUT_S = 5.0
-# For reading; writing has its own.
-CONNECTIONS = 2
 
 
 class BarStore:
@@ -63,7 +61,7 @@ class BarStore:
     def _open(self, writer: Writer[Bar], options: WriterOptions) -> None:
         self._writer = writer
         self._options = options
-        self._database = Database(options.database, pool_size=1, overflow=CONNECTIONS - 1, recycle=options.recycle)
+        self._reader = Reader(options)
 
     async def write_bars(self, bars: Iterable[Bar], timeout: float = PUT_TIMEOUT_S) -> int:
         """Accept bars, in their order, waiting up to `timeout` seconds in all for room; 0 never waits.
@@ -82,20 +80,20 @@ class BarStore:
 
         Raises DatabaseUnavailable, DatabaseRefused. Times without a zone are UTC.
         """
-        async with self._database.transaction() as tx:
+        async with self._reader.transaction() as tx:
             found = await read_bars(tx, symbol, _utc(start), _utc(end), MAX_BARS)
         return [Bar(**row) for row in found]
 
     async def get_latest_bars(self, symbol: str, limit: int) -> list[Bar]:
         """The newest `limit` bars (at most 100,000), the oldest of them first. Raises as `get_bars`."""
-        async with self._database.transaction() as tx:
+        async with self._reader.transaction() as tx:
             found = await read_latest_bars(tx, symbol, max(0, min(limit, MAX_BARS)))
         return [Bar(**row) for row in found]
 
     async def health(self) -> bool:
         """Whether the database answers within five seconds, and bars are accepted."""
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S), self._database.transaction() as tx:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S), self._reader.transaction() as tx:
                 await read_latest_bars(tx, "", 0)
         except (TimeoutError, DatabaseUnavailable, DatabaseRefused):
             return False
@@ -110,7 +108,7 @@ class BarStore:
         try:
             return await self._writer.shutdown(timeout)
         finally:
-            await self._database.close()
+            await self._reader.close()
 
     @property
     def stats(self) -> WriterStats:

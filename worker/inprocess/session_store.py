@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from worker.db.record_reads import read_last_event
-from worker.db.session import Database
 from worker.inprocess.options import WriterOptions
+from worker.inprocess.reader import Reader
 from worker.inprocess.writer import FLUSH_TIMEOUT_S, PUT_TIMEOUT_S, Writer
 from worker.observability.logs import get_logger
-from worker.pipelines.records.session_events import SESSION_EVENTS, SessionUpdate
+from worker.pipelines.records.session_events import SESSION_EVENTS, SessionUpdate, is_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,8 +27,6 @@ log = get_logger("worker.sessions")
 
 SHUTDOWN_TIMEOUT_S = 5.0
 MAX_PENDING = 1000
-# For reading; writing has its own.
-CONNECTIONS = 2
 
 _decode = msgspec.json.Decoder(SessionUpdate).decode
 
@@ -63,7 +61,7 @@ class SessionStore:
             retry_delay=retry_delay,
         )
         self._writer: Writer[SessionUpdate] = Writer(SESSION_EVENTS, options, registry)
-        self._database = Database(options.database, pool_size=1, overflow=CONNECTIONS - 1, recycle=options.recycle)
+        self._reader = Reader(options)
 
     async def store_last_event_id(self, session_id: str, event_id: str, timeout: float = PUT_TIMEOUT_S) -> bool:
         """Accept an event id, waiting up to `timeout` seconds for room. False: refused, and counted."""
@@ -86,12 +84,16 @@ class SessionStore:
         """
         if (held := self.find_held(session_id)) is not None:
             return held
-        async with self._database.transaction() as tx:
+        if not is_key(session_id):
+            return None
+        async with self._reader.transaction() as tx:
             found = await read_last_event(tx, session_id)
         return None if found is None else found[0]
 
     def find_held(self, session_id: str) -> str | None:
         """The newest event id of the session that is accepted and not written yet."""
+        if not is_key(session_id):
+            return None
         if (document := self._writer.find_waiting(session_id)) is not None:
             return _decode(document).event_id
         for batch in self._writer.in_flight:
@@ -117,7 +119,7 @@ class SessionStore:
         try:
             return await self._writer.shutdown(timeout)
         finally:
-            await self._database.close()
+            await self._reader.close()
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -69,7 +69,8 @@ class Buffer:
     @property
     def added(self) -> int:
         """How many records there ever were that did not replace one that waited."""
-        return self.accepted - self.coalesced
+        with self._lock:
+            return self.accepted - self.coalesced
 
     def add(self, document: bytes, key: Hashable = None) -> bool:
         """Never waits. False: full or closed. A full buffer still takes a document whose key waits already."""

@@ -88,7 +88,7 @@ class RecordType(Generic[R]):
     `time` is the column that says how old a row is. `parse` takes a document, the id of its entry, and the accepted
     window around it; it raises InvalidRecord. `row` returns the values of the columns, in their order. `stamp` takes a
     record of an application and a clock, and fills in the time of acceptance where the record needs one. Of an
-    application's records with equal `coalesce_by`, only the newest has to be written.
+    application's records with equal `coalesce_by`, only the newest has to be written; None: this one must.
     """
 
     name: str
@@ -99,7 +99,7 @@ class RecordType(Generic[R]):
     row: Callable[[R], tuple[Any, ...]]
     defaults: Defaults
     stamp: Callable[[Any, Callable[[], datetime]], Any] | None = None
-    coalesce_by: Callable[[Any], str] | None = None
+    coalesce_by: Callable[[Any], str | None] | None = None
 
 
 class Item(NamedTuple, Generic[R]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from worker.pipelines.model import Column, Defaults, RecordType, Rule
+from worker.pipelines.model import Column, Defaults, InvalidRecord, RecordType, Rule
 from worker.pipelines.records import fields
 
 if TYPE_CHECKING:
@@ -52,6 +52,22 @@ def parse(document: bytes, entry_id: EntryId, window: Window) -> SessionEvent:
     )
 
 
+def is_key(text: object) -> bool:
+    """Whether this may be the id of a session or of an event."""
+    try:
+        if not isinstance(text, str):
+            return False
+        fields.check_key(text, "id")
+    except (InvalidRecord, UnicodeEncodeError):
+        return False
+    return True
+
+
+def coalesce_by(update: SessionUpdate) -> str | None:
+    """The session. None for an update that becomes a dead letter: it does not replace one that becomes a row."""
+    return update.session_id if is_key(update.session_id) and is_key(update.event_id) else None
+
+
 SESSION_EVENTS = RecordType(
     name="session_events",
     columns=(
@@ -73,5 +89,5 @@ SESSION_EVENTS = RecordType(
         capacity=("SESSION_CHANNEL_CAP", 1000),
         counts_first_try=True,
     ),
-    coalesce_by=lambda update: update.session_id,
+    coalesce_by=coalesce_by,
 )

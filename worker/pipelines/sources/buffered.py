@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
-from worker.contract.entry_id import BEGINNING, EntryId
+from worker.contract.entry_id import EntryId
 from worker.db.tickets import Ticket
 from worker.pipelines.batcher import ClosedBy
 from worker.pipelines.model import Batch, Idle, InvalidRecord, Item, Letter
@@ -62,7 +62,8 @@ class BufferedSource(Generic[R]):
         self._flush_to = 0
         # Number → the batch, from when it is taken until it is done. None while it is being parsed.
         self._in_flight: dict[int, BufferedBatch[R] | None] = {}
-        self._last_arrival = BEGINNING
+        # What the wall clock is ahead of the clock that never jumps: it never decreases.
+        self._ahead = -math.inf
         self._again: deque[BufferedBatch[R]] = deque()
         self._due = asyncio.Event()
         self._done = asyncio.Event()
@@ -70,8 +71,8 @@ class BufferedSource(Generic[R]):
 
     @property
     def in_flight(self) -> list[BufferedBatch[R]]:
-        """The batches that are being written."""
-        return [batch for batch in self._in_flight.values() if batch is not None]
+        """The batches that are being written. From any thread."""
+        return [batch for batch in list(self._in_flight.values()) if batch is not None]
 
     def wake(self) -> None:
         """A batch may be due. Call it on the event loop."""
@@ -165,28 +166,28 @@ class BufferedSource(Generic[R]):
     def _new_ticket(self) -> Ticket:
         return Ticket(self._new_id(), self._record.name)
 
-    def _arrive(self, ms: int) -> EntryId:
-        """A position above all before it, also where the clock was set back."""
-        last = self._last_arrival
-        self._last_arrival = EntryId(ms, 0) if ms > last.ms else EntryId(last.ms, last.seq + 1)
-        return self._last_arrival
-
     async def _make(self, documents: Sequence[tuple[float, bytes]], number: int, *, full: bool) -> BufferedBatch[R]:
         ticket = self._new_ticket()
         items: list[Item[R]] = []
         letters: list[Letter] = []
-        # Arrivals were taken from a clock that never jumps.
+        # Arrivals were taken from a clock that never jumps. A position is above those that were accepted before, also
+        # where the wall clock was set back; where records are coalesced, an earlier batch may have later arrivals.
         now = self._clock.now().timestamp() - self._clock.monotonic()
+        self._ahead = max(self._ahead, now)
+        has_position = bool(self._record.rule.position)
         for index, (at, document) in enumerate(documents):
+            arrived = EntryId(int((self._ahead + at) * 1000), number + index)
+            # A replay needs the position of a dead letter where the table does.
+            key: object = arrived if has_position else index
             try:
                 if len(document) > MAX_ENTRY_BYTES:
                     raise InvalidRecord(TOO_LARGE, f"the record has {len(document)} bytes; 1 MiB is the limit")
-                arrived = self._arrive(int((now + at) * 1000))
-                items.append(Item(index, document, self._record.parse(document, arrived, self._window)))
+                items.append(Item(key, document, self._record.parse(document, arrived, self._window)))
             except InvalidRecord as error:
                 kept = document if len(document) <= MAX_ENTRY_BYTES else document[:KEPT_BYTES]
-                letters.append(Letter(f"{ticket.id}/{index}", error.error_class, str(error), kept))
-            if index % SLICE == SLICE - 1:
+                letters.append(Letter(f"{ticket.id}/{key}", error.error_class, str(error), kept))
+            # Coalesced records can be asked for by their key, at any moment.
+            if index % SLICE == SLICE - 1 and self._record.coalesce_by is None:
                 await asyncio.sleep(0)
         return BufferedBatch(
             claim=ticket,
@@ -194,7 +195,7 @@ class BufferedSource(Generic[R]):
             items=items,
             letters=letters,
             full=full,
-            oldest=now + documents[0][0],
+            oldest=now + min(at for at, _ in documents),
             number=number,
             records=len(documents),
             size=sum(len(document) for _, document in documents),

@@ -33,6 +33,7 @@ GRANT SELECT, INSERT, UPDATE ON stream_positions     TO viewer_worker;
 -- Records are written once, and deleted when they are older than their retention.
 GRANT SELECT, INSERT, DELETE ON dead_letters         TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON chunk_requests       TO viewer_worker;
+GRANT SELECT, INSERT, DELETE ON metrics              TO viewer_worker;
 -- These are also replaced by newer ones.
 GRANT SELECT, INSERT, UPDATE, DELETE ON bars_1m        TO viewer_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON session_events TO viewer_worker;

@@ -210,7 +210,7 @@ def test_wheel_contains_the_migrations(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0007"]
+    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0008"]
 
 
 @on_open_and_guarded_servers

@@ -30,6 +30,7 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
     assert await rows(one_connection, hypertables) == [
         ("bars_1m",),
         ("chunk_requests",),
+        ("metrics",),
         ("view_count_deltas",),
         ("view_counts_hourly",),
     ]

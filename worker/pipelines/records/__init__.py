@@ -11,6 +11,9 @@ from typing import Any
 from worker.pipelines.model import RecordType
 from worker.pipelines.records.bars_1m import BARS_1M
 from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS
+from worker.pipelines.records.metrics import METRICS
 from worker.pipelines.records.session_events import SESSION_EVENTS
 
-RECORD_TYPES: dict[str, RecordType[Any]] = {record.name: record for record in (CHUNK_REQUESTS, BARS_1M, SESSION_EVENTS)}
+RECORD_TYPES: dict[str, RecordType[Any]] = {
+    record.name: record for record in (CHUNK_REQUESTS, BARS_1M, METRICS, SESSION_EVENTS)
+}

@@ -61,6 +61,13 @@ WRITER_TESTS = (
 )
 
 
+RECORD_TESTS = (
+    "tests/integration/test_conflict_rules.py",
+    "tests/integration/test_record_table.py",
+    "tests/integration/test_session_store.py",
+)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """Replaces `old`, which occurs in `file` exactly once, by `new`."""
@@ -448,6 +455,42 @@ MUTANTS = (
         "        self._loop = self._thread = None\n",
         "",
         WRITER_TESTS,
+    ),
+    Mutant(
+        "records: the first of two rows with one key wins",
+        "worker/db/upsert.py",
+        "self._position_of(row) >= self._position_of(winners[key])",
+        "self._position_of(row) > self._position_of(winners[key])",
+        RECORD_TESTS,
+    ),
+    Mutant(
+        "records: an older event replaces a newer one",
+        "worker/db/upsert.py",
+        "where=or_(is_newer, stored[rule.position[0]] > latest)",
+        "where=or_(is_newer, stored[rule.position[0]] > 0)",
+        RECORD_TESTS,
+    ),
+    Mutant(
+        "records: a position far ahead is for ever",
+        "worker/db/upsert.py",
+        "where=or_(is_newer, stored[rule.position[0]] > latest)",
+        "where=is_newer",
+        RECORD_TESTS,
+    ),
+    Mutant(
+        "records: a text that contains the separator is split",
+        "worker/db/packed_text.py",
+        "        if all(_fits(*each, separator, null) for each in zip(texts, columns, strict=True)):\n",
+        "        if texts:\n",
+        RECORD_TESTS,
+    ),
+    Mutant(
+        "records: a full buffer refuses a session that it holds",
+        "worker/pipelines/buffer.py",
+        "            if key is not None and self._replace(key, document):\n                return True\n",
+        "            if self.held < self._capacity and key is not None and self._replace(key, document):\n"
+        "                return True\n",
+        RECORD_TESTS,
     ),
 )
 

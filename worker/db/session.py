@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import uuid4
 
 from sqlalchemy import URL, event
@@ -70,7 +70,11 @@ class Database:
                 "server_settings": {"application_name": "viewer-worker"},
             },
         )
+        self._in_use: set[Any] = set()
         event.listen(self.engine.sync_engine, "do_connect", self._before_connect)
+        event.listen(self.engine.sync_engine, "checkout", lambda connection, *_: self._in_use.add(connection))
+        event.listen(self.engine.sync_engine, "checkin", lambda connection, *_: self._in_use.discard(connection))
+        event.listen(self.engine.sync_engine, "invalidate", lambda connection, *_: self._in_use.discard(connection))
 
     def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
         options["prepared_statement_cache_size"] = self._kept_statements
@@ -113,6 +117,11 @@ class Database:
         log.warning("connection pooler detected, prepared statements are not kept from now on")
         self._kept_statements = 0
         await self.engine.dispose()
+
+    def abort(self) -> None:
+        """Cut the connections in use. To close them properly, the driver waits two seconds for the server."""
+        for connection in self._in_use:
+            connection.driver_connection.terminate()
 
     async def close(self) -> None:
         """Close all connections. Limited in time, because the server may be unreachable."""

@@ -28,6 +28,7 @@ class BufferMetrics:
     def __init__(self, records: RecordMetrics, pipeline: str) -> None:
         self._records = records
         self._pipeline = pipeline
+        WriteMetrics(records, pipeline)  # the series exist from the start
         self._holders: WeakSet[Holder] = WeakSet()
         self._queue_full = records.queue_full.labels(pipeline)
         self._dropped = records.records_dropped.labels(pipeline)

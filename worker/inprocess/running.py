@@ -76,6 +76,8 @@ class Running:
         try:
             await asyncio.wait(self._writing, timeout=timeout)
         finally:
+            if not all(task.done() for task in self._writing):
+                self._database.abort()
             tasks = [*self._writing, self._pruning]
             for task in tasks:
                 task.cancel()

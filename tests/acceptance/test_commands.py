@@ -127,7 +127,7 @@ async def test_migrate_creates_the_tables_and_status_reports_it(empty_database_u
     assert "no tables" in status.stdout
     assert "Run: viewer-worker migrate" in status.stderr
     done = await run_cli("migrate", DATABASE_URL=empty_database_url)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0004")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0008")
     again = await run_cli("migrate", DATABASE_URL=empty_database_url)
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "nothing to do")
     assert (await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)).returncode == 0

@@ -529,7 +529,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 # pytest collects the machine through this. The number of examples is limited only to save time.
 ProtocolTest = ProtocolMachine.TestCase
 ProtocolTest.settings = settings(
-    max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "45")),
+    max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "25")),
     stateful_step_count=40,
     deadline=None,
     phases=[Phase.explicit, Phase.generate] + ([] if os.environ.get("PROPERTY_SHRINK") == "no" else [Phase.shrink]),

@@ -97,6 +97,7 @@ class Database:
                     yield connection
             except BaseException as error:
                 if sqlstate(error) == NO_SUCH_STATEMENT and self._kept_statements:
+                    await connection.invalidate()  # the pool that is disposed of would leave it open
                     await self._stop_keeping_statements()
                 if not isinstance(error, Exception) or isinstance(error, TimeoutError):
                     # Cancelled or timed out during a command: the protocol on this connection is in an unknown state.

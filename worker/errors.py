@@ -5,6 +5,7 @@ ViewerWorkerError
 ├── Unavailable              a server cannot be used right now; a retry may succeed (exit code 69)
 │   ├── RedisUnavailable
 │   ├── DatabaseUnavailable
+│   │   ├── NotConnected     no connection could be opened, for whatever reason
 │   │   ├── CommitUnanswered (pipelines.model) a batch may be written or not
 │   │   └── WriteTooSlow     (pipelines) a write takes longer than the statement timeout: a smaller one may not
 │   └── TooManyReaders       too many concurrent reads
@@ -79,6 +80,10 @@ class RedisUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     remedy = "Check that Postgres runs and that DATABASE_URL (or DB_HOST, DB_PORT, …) reaches it."
+
+
+class NotConnected(DatabaseUnavailable):
+    """No connection could be opened. No statement and no data is the cause, so waiting may help."""
 
 
 class WriteTooSlow(DatabaseUnavailable):

@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("pipeline", sa.Text, nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
     )
+    op.create_index("ingest_batches_at_idx", "ingest_batches", ["at"])
 
 
 def downgrade() -> None:

@@ -144,6 +144,18 @@ async def test_records_that_were_there_already_are_counted_apart(records: Record
     assert (carrier.metric("persistence_success_total"), carrier.metric("persistence_repeated_total")) == (1, 1)
 
 
+async def test_a_bad_record_after_a_thousand_does_not_hold_up_good_ones(records: Records) -> None:
+    await records.world.sql.execute("ALTER TABLE chunk_requests ADD CHECK (path <> '/bad')")
+    await records.add(1000, path="/bad")
+    records.paths.clear()
+    async with records.carrier().running():
+        await records.carried(letters=1000, timeout=60)
+        await records.add(1, path="/bad")
+        records.paths.clear()
+        await records.add(3)
+        await records.carried(letters=1001)
+
+
 async def test_a_stream_of_another_type_is_a_hold(records: Records) -> None:
     await records.world.redis.set(records.world.stream, "text")
     carrier = records.carrier()

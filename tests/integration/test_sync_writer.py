@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -361,3 +363,12 @@ if __name__ == "__main__":
 """
     assert await written.run(program, "30") == ("", "")
     assert await written.paths() == ["/child 0", "/child 1", "/parent"]
+
+
+def test_threads_that_gevent_replaces_are_refused_when_a_writer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread was a part of gevent's loop, and blocked it for ever at the first `send`."""
+    monkeypatch.setitem(
+        sys.modules, "gevent.monkey", SimpleNamespace(is_module_patched=lambda name: name == "threading")
+    )
+    with pytest.raises(RuntimeError, match="gevent"):
+        SyncWriter.chunk_requests("postgresql://nobody@127.0.0.1:1/none")

@@ -95,7 +95,7 @@ class Unprintable:
         raise ValueError
 
 
-IMPOSSIBLE = [None, object(), {"path": "/x"}, "text", event(1, sid=Unprintable())]
+IMPOSSIBLE = [None, object(), {"path": "/x"}, "text", event(1, sid=Unprintable()), event(1, user_agent=b"x")]
 
 
 async def test_what_cannot_be_encoded_is_refused_and_counted(written: WrittenRecords) -> None:

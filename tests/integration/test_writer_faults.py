@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
 from sqlalchemy import text
@@ -381,3 +383,24 @@ async def test_a_task_that_ends_by_a_mistake_is_logged_and_the_other_one_goes_on
     assert await written.paths() == paths_of(range(10, 30))
     assert "writer stopped" in caplog.text
     assert [record.levelno for record in caplog.records if "left" in record.getMessage()] == [logging.ERROR]
+
+
+async def test_a_database_that_takes_no_connections_is_waited_for(written: WrittenRecords) -> None:
+    """An error of unknown class while connecting used up the tries, and every record was dropped."""
+    name = str(await written.sql.fetchval("SELECT current_database()"))
+    admin = await asyncpg.connect(re.sub(r"/[^/]+$", "/postgres", written.url))
+    await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    async with written.writer() as writer:
+        assert writer.send(event(1))
+        await asyncio.sleep(1)
+        assert (writer.stats.queued, writer.stats.dropped) == (1, 0)
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    await admin.close()
+    assert writer.stats.written == 1
+
+
+async def test_a_buffer_smaller_than_a_batch_is_written_when_it_is_full(written: WrittenRecords) -> None:
+    async with written.writer(capacity=5, batch_size=100, batch_timeout=3600) as writer:
+        for number in range(23):
+            assert await writer.put(event(number), timeout=10)
+    assert writer.stats.written == 23

@@ -11,7 +11,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.errors import DatabaseRefused, DatabaseUnavailable, ViewerWorkerError
+from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected, ViewerWorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -84,7 +84,7 @@ _CLIENT_SIDE = re.compile(r"invalid input for query argument \$\d+")
 
 def classify(error: BaseException, columns: Container[str]) -> ErrorClass:
     """The class of an error of a statement that fills `columns`. The driver's state decides before the SQLSTATE."""
-    if _is_disconnected(error):
+    if isinstance(error, NotConnected) or _is_disconnected(error):
         return ErrorClass.WAIT
     state = sqlstate(error)
     if state is None:

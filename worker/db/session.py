@@ -12,7 +12,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from worker.db.errors import database_errors, sqlstate
-from worker.errors import DatabaseUnavailable
+from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -110,8 +110,9 @@ class Database:
         try:
             with database_errors():
                 return await self.engine.connect()
-        except DatabaseUnavailable as error:
-            raise DatabaseUnavailable(f"{self._address.place}: {error}", error.remedy) from error
+        except (DatabaseUnavailable, DatabaseRefused) as error:
+            remedy = error.remedy if isinstance(error, DatabaseUnavailable) else DatabaseUnavailable.remedy
+            raise NotConnected(f"{self._address.place}: {error}", remedy) from error
 
     async def _stop_keeping_statements(self) -> None:
         """Stop keeping prepared statements: behind a transaction pooler, the next server connection lacks them."""

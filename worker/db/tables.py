@@ -138,4 +138,5 @@ ingest_batches = Table(
     Column("id", Uuid, primary_key=True),
     Column("pipeline", Text, nullable=False),
     Column("at", _timestamp, nullable=False, server_default=func.now()),
+    Index("ingest_batches_at_idx", "at"),
 )

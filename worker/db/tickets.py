@@ -38,5 +38,5 @@ class Ticket:
 async def prune_tickets(tx: AsyncConnection, age: timedelta, at_most: int) -> int:
     """Delete tickets that are older. Returns how many went."""
     old = _ticket.at < func.now() - bindparam("age", age, Interval)
-    some = select(_ticket.id).where(old).order_by(_ticket.id).limit(at_most)
+    some = select(_ticket.id).where(old).order_by(_ticket.at, _ticket.id).limit(at_most)
     return (await tx.execute(delete(ingest_batches).where(_ticket.id.in_(some)))).rowcount

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_BARS = 100_000
 HEALTH_TIMEOUT_S = 5.0
+# Bars that are accepted at a stretch: less than a millisecond.
+SLICE = 100
 
 
 class BarStore:
@@ -70,7 +72,12 @@ class BarStore:
         """
         now = asyncio.get_running_loop().time
         deadline = now() + timeout
-        return sum([await self._accept(bar, deadline - now()) for bar in bars])
+        accepted = 0
+        for number, bar in enumerate(bars):
+            accepted += await self._accept(bar, deadline - now())
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+        return accepted
 
     async def _accept(self, bar: Bar, timeout: float) -> bool:
         return await self._writer.put(bar, timeout) if timeout > 0 else self._writer.send(bar)
@@ -179,8 +186,9 @@ class SyncBarStore(InThread[BarStore]):
 
     def write_bars(self, bars: Iterable[Bar], timeout: float = PUT_TIMEOUT_S) -> int:
         """As `BarStore.write_bars`."""
+        taken = list(bars)  # by the caller's thread, however long that takes
         self._start()
-        return self._call(self._service.write_bars(bars, timeout), otherwise=lambda: 0)
+        return self._call(self._service.write_bars(taken, timeout), otherwise=lambda: 0)
 
     def get_bars(self, symbol: str, start: datetime, end: datetime) -> list[Bar]:
         """As `BarStore.get_bars`."""

@@ -26,16 +26,16 @@ class Reader:
         self._options = options
         self._database = self._connect()
         self._process = os.getpid()
-        self._is_closed = False
+        self.is_closed = False
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """As `Database.transaction`. Raises DatabaseUnavailable when it is closed."""
-        if self._is_closed:
+        if self.is_closed:
             raise DatabaseUnavailable("the store is closed", "")
         return self._own().transaction()
 
     async def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         await self._own().close()
 
     def _own(self) -> Database:

@@ -27,6 +27,8 @@ log = get_logger("worker.sessions")
 
 SHUTDOWN_TIMEOUT_S = 5.0
 MAX_PENDING = 1000
+# Events that are accepted at a stretch: less than a millisecond.
+SLICE = 100
 
 _decode = msgspec.json.Decoder(SessionUpdate).decode
 
@@ -75,14 +77,19 @@ class SessionStore:
         """Accept pairs of session id and event id, waiting up to `timeout` seconds in all. Returns how many it took."""
         now = asyncio.get_running_loop().time
         deadline = now() + timeout
-        return sum([await self.store_last_event_id(*update, timeout=max(0.0, deadline - now())) for update in updates])
+        accepted = 0
+        for number, update in enumerate(updates):
+            accepted += await self.store_last_event_id(*update, timeout=max(0.0, deadline - now()))
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+        return accepted
 
     async def get_last_event_id(self, session_id: str) -> str | None:
         """The newest event id that was accepted here or written by any process; None for an unknown session.
 
         Raises DatabaseUnavailable, DatabaseRefused.
         """
-        if (held := self.find_held(session_id)) is not None:
+        if (held := self.find_held(session_id)) is not None and not self._reader.is_closed:
             return held
         if not is_key(session_id):
             return None

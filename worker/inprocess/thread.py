@@ -7,6 +7,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 from weakref import WeakSet
@@ -50,6 +51,8 @@ class InThread(Generic[S]):
     """
 
     def __init__(self, service: S) -> None:
+        if _threads_are_replaced():
+            raise RuntimeError("threads are replaced by gevent or eventlet: the event loop would block them")
         self._service = service
         # Its holder may use `_loop`: the event loop does not end meanwhile.
         self._lock = threading.Lock()
@@ -140,6 +143,15 @@ class InThread(Generic[S]):
         self._loop = self._thread = None
         if not self._is_closed:
             self._service = self._service.again()
+
+
+def _threads_are_replaced() -> bool:
+    gevent: Any = sys.modules.get("gevent.monkey")
+    eventlet: Any = sys.modules.get("eventlet.patcher")
+    return bool(
+        (gevent is not None and gevent.is_module_patched("threading"))
+        or (eventlet is not None and eventlet.is_monkey_patched("thread"))
+    )
 
 
 _in_threads: WeakSet[InThread[Any]] = WeakSet()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from dataclasses import replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from uuid import UUID
 from weakref import WeakSet
 
 import msgspec
@@ -39,8 +42,11 @@ R = TypeVar("R")
 LOG_PERIOD_S = 60.0
 PUT_TIMEOUT_S = 0.1
 FLUSH_TIMEOUT_S = 5.0
+LOOK_AGAIN_S = 0.1
 FULL = "buffer full"
 CLOSED = "shut down"
+# They would be encoded as text, and stored as such: bytes in base64.
+_FOREIGN = frozenset({bytes, bytearray, memoryview, UUID, Decimal})
 
 # Shared by all Writers of the process.
 _budget = ByteBudget(0)
@@ -69,10 +75,12 @@ class Writer(Generic[R]):
         self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic, max_topics=100)
         self._encoder = msgspec.json.Encoder().encode
         kind = Batcher[bytes] if record.coalesce_by is None else CoalescingBatcher[bytes]
-        self._batcher = kind(options.batch_size, options.batch_timeout)
+        # A full buffer must not wait for a batch that is not.
+        batch_size = min(options.batch_size, options.capacity)
+        self._batcher = kind(batch_size, options.batch_timeout)
         self._buffer = Buffer(
             self._batcher,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             capacity=options.capacity,
             budget=_budget,
             monotonic=time.monotonic,
@@ -142,7 +150,10 @@ class Writer(Generic[R]):
                 while not self._add(document, record):
                     if self._buffer.is_closed or self._running is None:
                         return self.refuse()
-                    await self._running.source.wait_for_room()
+                    with contextlib.suppress(TimeoutError):
+                        # Another Writer of the process may also make room, in the bytes that they share.
+                        async with asyncio.timeout(LOOK_AGAIN_S):
+                            await self._running.source.wait_for_room()
         except TimeoutError:
             # Another Writer of the process may have made room in the bytes that they share.
             return self._add(document, record) or self.refuse()
@@ -255,6 +266,8 @@ class Writer(Generic[R]):
     def _encode(self, record: R) -> bytes | None:
         """The record as a document: changes to it later change nothing, and its size is known. None: impossible."""
         try:
+            if not _FOREIGN.isdisjoint(map(type, msgspec.structs.astuple(record))):  # type: ignore[arg-type]
+                raise TypeError("a field has bytes or another type that JSON does not have")
             if self._stamp is not None:
                 record = self._stamp(record, self._clock.now)
             try:

@@ -133,13 +133,13 @@ class PostgresSink(Generic[R]):
 
         def reject(item: Item[R], error: Exception) -> None:
             self._refused_in_a_row += 1
-            if self._refused_in_a_row > MAX_REFUSED_IN_A_ROW:
-                raise TableRefused(f"the table refuses every record: {describe(error)}", TABLE_FIX) from error
             origin = f"{batch.origin}/{item.key}"
             letters.append(Letter(origin, "refused", describe(error), item.payload, sqlstate(error)))
 
         inserted = bisect(batch.items, attempt, lambda error: self._classify(error) in concerns, reject)
         rows = sum([rows async for rows in inserted])
+        if self._refused_in_a_row > MAX_REFUSED_IN_A_ROW:
+            raise TableRefused(f"the table refuses every record: {letters[-1].error}", TABLE_FIX)
         refused = len(letters) - len(batch.letters)
         return Written(rows, len(letters), repeated=len(batch.items) - refused - rows), letters
 

@@ -40,7 +40,7 @@ from worker.runtime.backoff import Backoff
 EXAMPLES_PER_SEED = 10
 _given = os.environ.get("PROPERTY_EXAMPLES")
 _first = 0 if _given is None else random.randrange(2**32)
-SEEDS = range(_first, _first + int(_given or 40) // EXAMPLES_PER_SEED)
+SEEDS = range(_first, _first + int(_given or 30) // EXAMPLES_PER_SEED)
 WORKERS = 3
 BACKLOG = 10
 TABLES = ("stream_positions", "chunk_requests", "dead_letters")

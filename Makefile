@@ -71,9 +71,9 @@ audit: $(VENV)/.tools ## Look up known vulnerabilities of the worker's dependenc
 lock: ## Write the lock files again (UPGRADE=1: with the newest versions)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(COMPILE) pyproject.toml --output-file requirements.lock
-	@$(COMPILE) pyproject.toml --extra demo --group editable --constraint requirements.lock --output-file requirements-demo.lock
-	@$(COMPILE) pyproject.toml --extra demo --extra dev --group editable --constraint requirements-demo.lock --output-file requirements-dev.lock
+	@$(COMPILE) pyproject.toml --extra grpc --output-file requirements.lock
+	@$(COMPILE) pyproject.toml --extra grpc --extra demo --group editable --constraint requirements.lock --output-file requirements-demo.lock
+	@$(COMPILE) pyproject.toml --extra grpc --extra demo --extra dev --group editable --constraint requirements-demo.lock --output-file requirements-dev.lock
 	@$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 	@$(COMPILE) --group data --no-deps --output-file requirements-data.lock
 

@@ -4,10 +4,13 @@ ViewerWorkerError
 ├── InvalidSettings          settings have wrong values; the worker does not start (exit code 78)
 ├── Unavailable              a server cannot be used right now; a retry may succeed (exit code 69)
 │   ├── RedisUnavailable
+│   │   ├── NotAppended      (redis.appender) an entry is certainly not in its stream
+│   │   └── AppendUnanswered (redis.appender) an entry may be in its stream or not
 │   ├── DatabaseUnavailable
 │   │   ├── NotConnected     no connection could be opened, for whatever reason
 │   │   ├── CommitUnanswered (pipelines.model) a batch may be written or not
 │   │   └── WriteTooSlow     (pipelines) a write takes longer than the statement timeout: a smaller one may not
+│   ├── StreamFull           (redis.appender) too many entries wait to be carried
 │   └── TooManyReaders       too many concurrent reads
 ├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a missing table
 ├── SchemaNotCurrent         the tables are not those of this version, or the role lacks rights on them
@@ -76,6 +79,21 @@ class Unavailable(ViewerWorkerError):
 
 class RedisUnavailable(Unavailable):
     remedy = "Check that Redis runs and that REDIS_URL reaches it."
+
+
+class NotAppended(RedisUnavailable):
+    """An entry is certainly not in its stream. It can be sent again."""
+
+
+class AppendUnanswered(RedisUnavailable):
+    """An entry was sent, and it is not known whether it is in its stream."""
+
+
+class StreamFull(Unavailable):
+    """So many entries wait to be carried that no more are taken. Nothing was stored."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} entries or more wait to be carried")
 
 
 class DatabaseUnavailable(Unavailable):

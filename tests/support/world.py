@@ -122,6 +122,7 @@ class World:
             "BATCH_INTERVAL_MS": "100",
             "HEALTH_CHECK_HOST": "127.0.0.1",
             "HEALTH_CHECK_PORT": "0",
+            "GRPC_PORT": "0",
             **settings,
         }
         self.truth: Counter[str] = Counter()

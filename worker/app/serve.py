@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from worker import __version__
 from worker.app.connections import open_connections
 from worker.app.counters import ViewCounters, build_counters
+from worker.app.grpc import start_grpc
 from worker.app.pipelines import build_pipelines, name_streams
 from worker.app.probes import PostgresProbe, RedisProbe
 from worker.counters.retention import LOOP as RETENTION
@@ -17,7 +18,7 @@ from worker.db.read_limit import ReadLimit
 from worker.db.record_reads import RecordReader
 from worker.observability.logs import get_logger
 from worker.observability.metrics import Metrics
-from worker.observability.status import MESSAGES, POSTGRES, REDIS, SERVERS, VIEW_COUNTS, Status
+from worker.observability.status import GRPC, MESSAGES, POSTGRES, REDIS, SERVERS, VIEW_COUNTS, Status
 from worker.runtime.clock import SystemClock
 from worker.runtime.monitor import Monitor
 from worker.runtime.supervisor import Loop, Supervisor
@@ -64,6 +65,8 @@ async def run(settings: Settings) -> bool:
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         loops = _make_loops(settings, database, redis, counters, status, metrics)
         loops |= build_pipelines(settings, database, redis, status, metrics).loops()
+        if settings.serves_grpc:
+            loops[GRPC] = await start_grpc(settings, redis, status, metrics)
         clean = await supervisor.run(loops)
     log.info("stopped", clean=clean)
     return clean
@@ -71,7 +74,8 @@ async def run(settings: Settings) -> bool:
 
 def _name_checks(settings: Settings) -> tuple[str, ...]:
     counters = [VIEW_COUNTS, *([MESSAGES] if settings.listens else [])] if settings.counts_views else []
-    return (*SERVERS, *counters, *(name for _, _, name in name_streams(settings)))
+    grpc = [GRPC] if settings.serves_grpc else []
+    return (*SERVERS, *counters, *(name for _, _, name in name_streams(settings)), *grpc)
 
 
 def _make_loops(

@@ -56,6 +56,19 @@ class Metrics(_Family):
         self.redis_up = self._gauge("redis_up", "1 while Redis answers, else 0.")
         self.postgres_up = self._gauge("postgres_up", "1 while Postgres answers, else 0.")
 
+        self._add_grpc()
+
+    def _add_grpc(self) -> None:
+        """By the names that gRPC servers commonly have."""
+        labels = ("grpc_type", "grpc_service", "grpc_method")
+        self.calls_started = self._counter("grpc_server_started_total", "Calls that came in.", *labels)
+        self.calls_handled = self._counter(
+            "grpc_server_handled_total", "Calls that were answered or cancelled, by status.", *labels, "grpc_code"
+        )
+        self.call_seconds = self._histogram(
+            "grpc_server_handling_seconds", "Duration of a call in the server, in seconds.", SECONDS, *labels
+        )
+
     def _add_views(self) -> None:
         self.flushes = self._counter("view_count_flushes_total", "Flushes committed to Postgres.")
         self.flushed_views = self._counter("view_count_flushed_views_total", "Views committed to Postgres.")

@@ -24,6 +24,7 @@ POSTGRES = "postgres"
 SCHEMA = "schema"
 MESSAGES = "messages"
 VIEW_COUNTS = "view_counts"
+GRPC = "grpc"
 # What every loop that moves data needs.
 SERVERS = (REDIS, POSTGRES, SCHEMA)
 

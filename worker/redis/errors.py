@@ -22,10 +22,11 @@ def redis_errors() -> Iterator[None]:
         yield
     except (RedisError, OSError) as error:  # OSError includes TimeoutError
         redact(error)
-        raise RedisUnavailable(describe(error), _remedy(error)) from error
+        raise RedisUnavailable(describe(error), remedy_for(error)) from error
 
 
-def _remedy(error: BaseException) -> str | None:
+def remedy_for(error: BaseException) -> str | None:
+    """How an operator can fix it; None: the usual."""
     if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
         return "Give the user of REDIS_URL the right to run it; deploy/redis/users.acl has all that the worker needs."
     return "Check user and password in REDIS_URL." if isinstance(error, AuthenticationError) else None

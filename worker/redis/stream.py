@@ -29,6 +29,10 @@ class StreamConnection:
         self._connection: Any = None
         self.opened = 0
 
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
     async def send(self, commands: Sequence[Command], timeout: float) -> list[Any]:
         """The replies, in order; a command that Redis refuses has its ResponseError as reply. `timeout` is seconds."""
         done = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlencode
 
@@ -28,6 +29,7 @@ from worker.db.counters.count_source import CountSource
 from worker.db.target.names import TargetNames, parse_target
 from worker.pipelines.model import RecordType
 from worker.pipelines.records import RECORD_TYPES
+from worker.pipelines.records.metrics import METRICS
 from worker.redis.address import RedisAddress, parse_redis_url
 from worker.settings.pipelines import (
     BufferSettings,
@@ -173,6 +175,11 @@ class CoreSettings(DatabaseSettings):
     view_target_column: str | None = Field(None)
     view_ledger_retention: Duration = Field(timedelta(days=30))
 
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    grpc_host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", min_length=1)  # noqa: S104
+    grpc_tls_cert: Path | None = Field(None)
+    grpc_tls_key: Path | None = Field(None)
+
     dead_letter_retention: Duration = Field(timedelta(days=30))
     buffer_max_bytes: Size = Field(DEFAULT_BUFFER_BYTES, ge=2**20)
     shutdown_timeout: Duration = Field(timedelta(seconds=8))
@@ -186,6 +193,9 @@ class CoreSettings(DatabaseSettings):
             raise ConflictingSettings("db_max_idle_conns", "DB_MAX_CONNECTIONS or less")
         if self.view_channel == self.view_totals_channel:
             raise ConflictingSettings("view_totals_channel", "a channel other than VIEW_CHANNEL")
+        if (self.grpc_tls_cert is None) != (self.grpc_tls_key is None):
+            missing_file = "grpc_tls_key" if self.grpc_tls_key is None else "grpc_tls_cert"
+            raise ConflictingSettings(missing_file, "a file: set both GRPC_TLS_CERT and GRPC_TLS_KEY, or neither")
         self._check_streams()
         target = ("view_target_table", "view_target_key", "view_target_column")
         missing = [name for name in target if getattr(self, name) is None]
@@ -232,6 +242,11 @@ class CoreSettings(DatabaseSettings):
     @property
     def counts_views(self) -> bool:
         return VIEW_COUNTS in self.pipelines
+
+    @property
+    def serves_grpc(self) -> bool:
+        """Whether metrics are taken over gRPC."""
+        return METRICS.name in self.pipelines and self.grpc_port != 0
 
     @property
     def redis(self) -> RedisAddress:

@@ -34,9 +34,10 @@ Streams = Annotated[tuple[str, ...], BeforeValidator(_streams)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverySettings:
-    """How the records of one pipeline are written."""
+    """How the records of one pipeline are written. `capacity`: how many may wait to be written."""
 
     window: Window
+    capacity: int
     batch_size: int
     interval: timedelta
     max_retries: int
@@ -56,9 +57,8 @@ class PipelineSettings(DeliverySettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferSettings(DeliverySettings):
-    """The settings of an application's Writer of one pipeline. `capacity` is in records."""
+    """The settings of an application's Writer of one pipeline."""
 
-    capacity: int
     writers: int
     enabled: bool
 
@@ -81,7 +81,6 @@ def read_buffer(settings: BaseModel, record: RecordType[Any]) -> BufferSettings:
     own = record.defaults
     return BufferSettings(
         **_read_delivery(settings, record),
-        capacity=getattr(settings, own.capacity[0].lower()),
         writers=1 if own.writers is None else getattr(settings, own.writers[0].lower()),
         enabled=own.enabled is None or getattr(settings, own.enabled.lower()),
     )
@@ -93,6 +92,7 @@ def _read_delivery(settings: BaseModel, record: RecordType[Any]) -> dict[str, An
     tries = getattr(settings, own.max_retries[0].lower())
     return {
         "window": Window(past.total_seconds(), future.total_seconds()),
+        "capacity": getattr(settings, own.capacity[0].lower()),
         "batch_size": getattr(settings, own.batch_size[0].lower()),
         "interval": getattr(settings, own.interval[0].lower()),
         "max_retries": tries - own.counts_first_try,

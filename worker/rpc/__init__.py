@@ -1,0 +1,1 @@
+"""The gRPC server: an accepted call is an entry of a stream. Needs the extra `grpc`."""

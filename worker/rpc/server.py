@@ -1,0 +1,100 @@
+"""The gRPC server: the service, its health, and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
+
+from worker.rpc.service import SERVICE
+
+if TYPE_CHECKING:
+    from worker.redis.appender import StreamAppender
+    from worker.rpc.service import AnalyticsService
+    from worker.rpc.serving import ServingStatus
+    from worker.rpc.tls import Certificate
+
+LAST_ANSWERS_S = 0.2
+OPTIONS = (
+    # A metric has three texts of at most 256 bytes.
+    ("grpc.max_receive_message_length", 16 * 1024),
+    # Otherwise a second worker could listen on the same port, unnoticed.
+    ("grpc.so_reuseport", 0),
+    # Find clients that are gone, and let clients find out the same more often than the default of five minutes.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+class GrpcServer:
+    """Serves on `host`:`port` (0: a free port), with TLS where there is a certificate.
+
+    `drain_timeout`: seconds that calls have to end after the stop.
+    """
+
+    def __init__(
+        self,
+        service: AnalyticsService,
+        appender: StreamAppender,
+        serving: ServingStatus,
+        *,
+        host: str,
+        port: int,
+        certificate: Certificate | None,
+        drain_timeout: float,
+    ) -> None:
+        self._service = service
+        self._appender = appender
+        self._serving = serving
+        self._host = f"[{host}]" if ":" in host else host
+        self._port = port
+        self._certificate = certificate
+        self._drain_timeout = drain_timeout
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listen. Raises OSError when the address is in use or not an address of this host."""
+        server = grpc.aio.server(options=OPTIONS)
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        self._serving.add_to(server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            if self._certificate is None:
+                self._port = server.add_insecure_port(self.address)
+            else:
+                self._port = server.add_secure_port(self.address, self._certificate.credentials())
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self.address}") from error
+        await server.start()
+        self._server = server
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Take calls until stopped. Then answer those that are here, and end."""
+        appending = asyncio.create_task(self._appender.run(), name="append metrics")
+        stopping = asyncio.create_task(stop.wait(), name="stop grpc")
+        try:
+            await asyncio.wait({appending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._stop()
+        finally:
+            for task in (appending, stopping):
+                task.cancel()
+            await asyncio.wait({appending, stopping})
+        if not appending.cancelled() and (error := appending.exception()) is not None:
+            raise error
+
+    async def _stop(self) -> None:
+        assert self._server is not None  # set by start()  # noqa: S101
+        await self._serving.stop()
+        stopped = asyncio.create_task(self._server.stop(self._drain_timeout), name="grpc calls")
+        await self._service.idle()
+        # Clients that watch the health hold a call open as long as they can.
+        await self._server.stop(LAST_ANSWERS_S)
+        await stopped

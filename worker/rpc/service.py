@@ -1,0 +1,116 @@
+"""The service AnalyticsService."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.code_pb2 import RESOURCE_EXHAUSTED
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status as RpcStatus
+from grpc_status import rpc_status
+
+from worker.errors import AppendUnanswered, NotAppended, StreamFull
+from worker.observability.logs import get_logger
+from worker.pipelines.model import InvalidRecord
+from worker.rpc.analytics.v1 import analytics_pb2
+from worker.rpc.requests import read_metric
+
+if TYPE_CHECKING:
+    from worker.observability.metrics import Metrics
+    from worker.pipelines.model import Window
+    from worker.redis.appender import StreamAppender
+    from worker.runtime.clock import Clock
+
+log = get_logger(__name__)
+
+SERVICE = analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name
+METHOD = "LogMetric"
+ACCEPTED = analytics_pb2.LogMetricsResponse(success=True).SerializeToString()
+LABELS = ("unary", SERVICE, METHOD)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class AnalyticsService:
+    """An accepted metric is an entry of the stream: it will be a row, also if this process is killed.
+
+    `retry_after`: seconds after which a client may try again where too many metrics wait.
+    """
+
+    def __init__(
+        self, appender: StreamAppender, window: Window, metrics: Metrics, clock: Clock, *, retry_after: float
+    ) -> None:
+        self._appender = appender
+        self._window = window
+        self._clock = clock
+        self._retry_after = retry_after
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._started = metrics.calls_started.labels(*LABELS)
+        self._seconds = metrics.call_seconds.labels(*LABELS)
+        self._handled = {code: metrics.calls_handled.labels(*LABELS, code.name) for code in grpc.StatusCode}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        # Messages are parsed here, so that a message that is not valid has the answer INVALID_ARGUMENT.
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(self._log_metric)
+        return grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})
+
+    async def idle(self) -> None:
+        """Until no call waits for its answer."""
+        while self._calls:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _log_metric(self, message: bytes, context: Context) -> bytes:
+        began, code = self._clock.monotonic(), grpc.StatusCode.CANCELLED
+        self._started.inc()
+        self._calls += 1
+        try:
+            answer = await self._log(message)
+            code = answer.code
+        finally:
+            self._handled[code].inc()
+            self._seconds.observe(self._clock.monotonic() - began)
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+        if code is not grpc.StatusCode.OK:
+            await context.abort(code, answer.details, answer.metadata)
+        return ACCEPTED
+
+    async def _log(self, message: bytes) -> _Answer:
+        try:
+            await self._appender.append(read_metric(message, self._clock.now(), self._window))
+        except InvalidRecord as error:
+            return _Answer(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except StreamFull as error:
+            return self._try_again_later(str(error))
+        except NotAppended as error:
+            return _Answer(grpc.StatusCode.UNAVAILABLE, f"not stored: {error}")
+        except AppendUnanswered as error:
+            return _Answer(grpc.StatusCode.UNKNOWN, f"it is not known whether the metric is stored: {error}")
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.error("call failed", method=METHOD, exc_info=error)
+            return _Answer(grpc.StatusCode.UNKNOWN, "it is not known whether the metric is stored")
+        return _Answer(grpc.StatusCode.OK)
+
+    def _try_again_later(self, cause: str) -> _Answer:
+        delay = Duration()
+        delay.FromMilliseconds(round(self._retry_after * 1000))
+        status = RpcStatus(code=RESOURCE_EXHAUSTED, message=cause)
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
+        made = rpc_status.to_status(status)
+        return _Answer(made.code, made.details, made.trailing_metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    code: grpc.StatusCode
+    details: str = ""
+    metadata: Any = ()

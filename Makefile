@@ -9,7 +9,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILD_IMAGE = $(or $(if $(shell command -v docker),docker build),$(if $(shell command -v podman),podman build --format docker),buildah bud --format docker)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test faults mutants bench lint format audit lock build image clean
+.PHONY: help install demo dev test faults mutants bench lint format audit proto lock build image clean
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,10 +26,11 @@ $(VENV)/.installed: requirements-demo.lock pyproject.toml
 	@touch $@
 
 # Tests, lint and build need more.
-$(VENV)/.tools: requirements-dev.lock requirements-data.lock $(VENV)/.installed
-	@echo "Installing into $(VENV) from requirements-dev.lock and requirements-data.lock ..."
+$(VENV)/.tools: requirements-dev.lock requirements-data.lock requirements-client.lock $(VENV)/.installed
+	@echo "Installing into $(VENV) from requirements-dev.lock, requirements-data.lock and requirements-client.lock ..."
 	@$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
 	@$(PIP_INSTALL) --require-hashes --no-deps -r requirements-data.lock
+	@$(PIP_INSTALL) --require-hashes --no-deps --upgrade --target $(VENV)/client -r requirements-client.lock
 	@touch $@
 
 demo: install ## Run the worker on embedded servers: 20 s of traffic, a kill -9, a pass/fail report
@@ -68,6 +69,9 @@ format: $(VENV)/.tools ## Format and fix what can be fixed
 audit: $(VENV)/.tools ## Look up known vulnerabilities of the worker's dependencies in a public database (needs the network)
 	@$(BIN)/pip-audit --strict --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock
 
+proto: $(VENV)/.tools ## Generate the Python code of proto/ again
+	@$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=worker/rpc --pyi_out=worker/rpc analytics/v1/analytics.proto
+
 lock: ## Write the lock files again (UPGRADE=1: with the newest versions)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -76,6 +80,7 @@ lock: ## Write the lock files again (UPGRADE=1: with the newest versions)
 	@$(COMPILE) pyproject.toml --extra grpc --extra demo --extra dev --group editable --constraint requirements-demo.lock --output-file requirements-dev.lock
 	@$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 	@$(COMPILE) --group data --no-deps --output-file requirements-data.lock
+	@$(COMPILE) --group client --no-deps --output-file requirements-client.lock
 
 build: $(VENV)/.tools ## Build the wheel into dist/
 	@$(BIN)/python -m hatchling build -t wheel

@@ -21,6 +21,9 @@ from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, ValkeyServer
 
+# Tests call over gRPC from a process that also starts others.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 
 @pytest.fixture(scope="session")
 def servers_folder() -> Iterator[Path]:

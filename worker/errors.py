@@ -25,6 +25,7 @@ ViewerWorkerError
 │   └── InvalidView          the id or the count is invalid; also a ValueError
 ├── ViewIndeterminate        (producer) sent but not confirmed; sending it again may count it twice
 ├── InvalidId                (ids) not a valid id
+├── CannotListen             (rpc) the address of the gRPC server is in use, or not an address of this host
 ├── BadRequest               (web) the request is invalid
 ├── NotFound                 (web) there is nothing to answer
 └── ServerFailed             (dev.servers) an embedded server did not start
@@ -153,6 +154,12 @@ class InvalidView(ViewNotRecorded, ValueError):
 
 class ViewIndeterminate(ViewerWorkerError):
     """The views were sent, but Redis did not confirm all of them. Sending them again may count them twice."""
+
+
+class CannotListen(ViewerWorkerError):
+    """The gRPC server cannot use its address."""
+
+    remedy = "Set GRPC_HOST to an address of this host, and GRPC_PORT to a free port; 0 turns gRPC off."
 
 
 class TableRefused(ViewerWorkerError):

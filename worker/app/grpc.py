@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from worker.errors import InvalidSettings, SettingProblem
@@ -22,9 +23,10 @@ INSTALL = "0, which turns it off, or the extra grpc: pip install 'viewer-worker[
 async def start_grpc(settings: Settings, redis: RedisClient, status: Status, metrics: Metrics) -> GrpcServer:
     """A server that listens. `status` has the check `grpc`.
 
-    Raises InvalidSettings without the extra `grpc` or for a certificate that cannot be used, and OSError when it cannot
-    listen.
+    Raises InvalidSettings without the extra `grpc` or for a certificate that cannot be used, and CannotListen.
     """
+    # gRPC writes lines of its own to stderr, for each failed handshake, too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from worker.rpc.server import GrpcServer
         from worker.rpc.service import AnalyticsService
@@ -59,7 +61,6 @@ async def start_grpc(settings: Settings, redis: RedisClient, status: Status, met
         host=settings.grpc_host,
         port=settings.grpc_port,
         certificate=certificate,
-        drain_timeout=settings.shutdown_timeout.total_seconds(),
     )
     await server.start()
     return server

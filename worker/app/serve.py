@@ -38,7 +38,8 @@ log = get_logger(__name__)
 async def run(settings: Settings) -> bool:
     """Run until stopped by a signal. True when everything was drained within the deadline.
 
-    Raises OSError when the HTTP server cannot listen on its address. Waits for servers that are missing.
+    Raises OSError when the HTTP server cannot listen on its address, and as `start_grpc`. Waits for servers that are
+    missing.
     """
     clock = SystemClock()
     metrics = Metrics()
@@ -53,10 +54,12 @@ async def run(settings: Settings) -> bool:
         # Closed after all loops have ended: it answers while they drain.
         resources.push_async_callback(web.close)
         await web.start()
+        grpc = await start_grpc(settings, redis, status, metrics) if settings.serves_grpc else None
         log.info(
             "started",
             version=__version__,
             url=web.url,
+            grpc="off" if grpc is None else grpc.address,
             pid=os.getpid(),
             pipelines=list(settings.pipelines),
             redis=settings.redacted()["REDIS_URL"],
@@ -65,8 +68,8 @@ async def run(settings: Settings) -> bool:
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         loops = _make_loops(settings, database, redis, counters, status, metrics)
         loops |= build_pipelines(settings, database, redis, status, metrics).loops()
-        if settings.serves_grpc:
-            loops[GRPC] = await start_grpc(settings, redis, status, metrics)
+        if grpc is not None:
+            loops[GRPC] = grpc
         clean = await supervisor.run(loops)
     log.info("stopped", clean=clean)
     return clean

@@ -116,7 +116,8 @@ class StreamAppender:
 
     async def _append_some(self) -> None:
         """Raises RedisUnavailable when calls are left without an answer: none of them was sent."""
-        if self._clock.monotonic() - self._looked_at > FRESH_S:
+        # First, so that what is sent goes over a connection that works.
+        if not self._connection.is_open or self._clock.monotonic() - self._looked_at > FRESH_S:
             await self._look()
         batch = self._take()
         if not batch:
@@ -139,7 +140,6 @@ class StreamAppender:
         if refused:
             # A server that became a replica keeps its connections. A new one may reach the new master.
             await self._connection.drop()
-            self._looked_at = float("-inf")
             raise _judge(refused[0])
 
     def _take(self) -> list[_Waiting]:

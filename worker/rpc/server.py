@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
+from worker.errors import CannotListen
 from worker.rpc.service import SERVICE
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ OPTIONS = (
 
 
 class GrpcServer:
-    """Serves on `host`:`port` (0: a free port), with TLS where there is a certificate.
-
-    `drain_timeout`: seconds that calls have to end after the stop.
-    """
+    """Serves on `host`:`port` (0: a free port), with TLS where there is a certificate."""
 
     def __init__(
         self,
@@ -45,7 +43,6 @@ class GrpcServer:
         host: str,
         port: int,
         certificate: Certificate | None,
-        drain_timeout: float,
     ) -> None:
         self._service = service
         self._appender = appender
@@ -53,7 +50,6 @@ class GrpcServer:
         self._host = f"[{host}]" if ":" in host else host
         self._port = port
         self._certificate = certificate
-        self._drain_timeout = drain_timeout
         self._server: grpc.aio.Server | None = None
 
     @property
@@ -61,7 +57,7 @@ class GrpcServer:
         return f"{self._host}:{self._port}"
 
     async def start(self) -> None:
-        """Listen. Raises OSError when the address is in use or not an address of this host."""
+        """Listen. Raises CannotListen."""
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((self._service.handler(),))
         self._serving.add_to(server)
@@ -72,7 +68,7 @@ class GrpcServer:
             else:
                 self._port = server.add_secure_port(self.address, self._certificate.credentials())
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {self.address}") from error
+            raise CannotListen(f"cannot listen on {self.address} for gRPC") from error
         await server.start()
         self._server = server
 
@@ -93,8 +89,6 @@ class GrpcServer:
     async def _stop(self) -> None:
         assert self._server is not None  # set by start()  # noqa: S101
         await self._serving.stop()
-        stopped = asyncio.create_task(self._server.stop(self._drain_timeout), name="grpc calls")
-        await self._service.idle()
+        await self._service.drain()
         # Clients that watch the health hold a call open as long as they can.
         await self._server.stop(LAST_ANSWERS_S)
-        await stopped

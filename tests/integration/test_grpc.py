@@ -176,7 +176,7 @@ async def test_redis_away_is_shown_and_ends_by_itself(calls: MetricCalls, valkey
         assert codes[1:] == [grpc.StatusCode.UNAVAILABLE] * 2
         assert await states() == [SERVING, NOT_SERVING]
         _, health_now = await get(f"{url}/health")
-        assert health_now["checks"]["grpc"]["state"] == "failing"
+        assert health_now["checks"]["grpc"]["status"] == "failing"
         valkey.start()
 
         async def works_again() -> bool:

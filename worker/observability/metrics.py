@@ -178,7 +178,7 @@ class RecordMetrics(_Family):
             "persistence_retry_queue_depth", "Records of an application that wait for their next try.", "pipeline"
         )
         self.queue_full = self._counter(
-            "persistence_queue_full_total", "Records of an application that a full buffer refused.", "pipeline"
+            "persistence_queue_full_total", "Records that were refused because too many wait.", "pipeline"
         )
         self.records_dropped = self._counter(
             "persistence_dropped_total",

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from worker.errors import AppendUnanswered, NotAppended, StreamFull
 from worker.observability.logs import get_logger
 from worker.pipelines.model import InvalidRecord
+from worker.pipelines.records.metrics import METRICS
 from worker.rpc.analytics.v1 import analytics_pb2
 from worker.rpc.requests import read_metric
 
@@ -56,6 +57,7 @@ class AnalyticsService:
         self._called_at = 0.0
         self._is_stopping = False
         self._started = metrics.calls_started.labels(*LABELS)
+        self._full = metrics.records.queue_full.labels(METRICS.name)
         self._seconds = metrics.call_seconds.labels(*LABELS)
         self._handled = {code: metrics.calls_handled.labels(*LABELS, code.name) for code in grpc.StatusCode}
 
@@ -99,6 +101,7 @@ class AnalyticsService:
         except InvalidRecord as error:
             return _Answer(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except StreamFull as error:
+            self._full.inc()
             return self._not_stored(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except NotAppended as error:
             return self._not_stored(grpc.StatusCode.UNAVAILABLE, f"not stored: {error}")

@@ -53,6 +53,7 @@ bench: $(VENV)/.tools ## Measure flushing, receiving messages and recording view
 	@$(BIN)/python benchmarks/streams.py
 	@$(BIN)/python benchmarks/writer.py
 	@$(BIN)/python benchmarks/sessions.py
+	@$(BIN)/python benchmarks/metric_calls.py
 	@$(BIN)/python benchmarks/messages.py
 	@$(BIN)/python benchmarks/producer.py
 

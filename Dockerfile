@@ -30,7 +30,7 @@ COPY --from=build /opt/viewer-worker /opt/viewer-worker
 ENV PATH=/opt/viewer-worker/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
-EXPOSE 3003
+EXPOSE 3003 50051
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=15s CMD ["viewer-worker", "healthcheck"]
 ENTRYPOINT ["viewer-worker"]

@@ -1,4 +1,4 @@
-"""Measures LogMetric over gRPC, compared with a server that only answers, and with one XADD a call. Run by `make bench`.
+"""Measures LogMetric over gRPC, compared with a server that only answers and with an XADD a call. Run by `make bench`.
 
 Each server is a process of its own, and the same client calls them in turn, for several rounds: first with 32 calls at
 a time, then with one. Compare the ratios within a round: client, server, Redis and Postgres share the cores. The worker

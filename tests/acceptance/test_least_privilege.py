@@ -18,6 +18,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from tests.support import bars
+from tests.support.grpc_calls import connect, log_metric
 from tests.support.guarded import DEPLOY, GuardedServers
 from tests.support.records import Records, make_document
 from tests.support.tls import Certificates, TlsFront
@@ -27,6 +28,7 @@ from worker.db.counters.ledger import Ledger
 from worker.db.rights import RIGHTS, STREAM_RIGHTS, WRITER_RIGHTS, rights_on_records
 from worker.db.schema import VERSION_TABLE
 from worker.db.tables import metadata
+from worker.dev.servers import free_port
 from worker.errors import DatabaseUnavailable
 from worker.pipelines.records import RECORD_TYPES
 
@@ -93,11 +95,18 @@ async def test_role_can_replay_and_purge_dead_letters_and_delete_old_rows(world:
     records.close()
 
 
-async def test_role_and_users_can_carry_bars_and_replace_them(
+async def test_role_and_users_can_carry_bars_and_replace_them_and_take_metrics(
     guarded: GuardedServers, world: World, start: Start
 ) -> None:
     url = f"{guarded.application_redis_url}?ssl_ca_certs={guarded.authority}"
-    worker = start(world.environment | {"PIPELINES": "bars_1m", "BARS_DB_WRITE_INTERVAL": "10ms"}, "run")
+    port = free_port()
+    settings = {"PIPELINES": "bars_1m,metrics", "BARS_DB_WRITE_INTERVAL": "10ms", "GRPC_PORT": str(port)}
+    worker = start(world.environment | settings, "run")
+    async with connect(port) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 20)
+        await log_metric(channel)
+        while not await world.sql.fetchval("SELECT count(*) FROM metrics"):
+            await asyncio.sleep(0.05)
     async with aioredis.from_url(url) as application:
         for number in (2, 1):
             await application.xadd("bars_1m", {"data": json.dumps(bars.make_document("A", number))})
@@ -108,7 +117,7 @@ async def test_role_and_users_can_carry_bars_and_replace_them(
     assert await worker.wait() == 0
     denied = await world.redis.acl_log()  # type: ignore[no-untyped-call]
     assert [entry for entry in denied if entry["username"] == "viewer-worker"] == []
-    await world.redis.delete("bars_1m")
+    await world.redis.delete("bars_1m", "metrics")
 
 
 async def has_letters(records: Records, count: int) -> bool:
@@ -133,9 +142,12 @@ async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, s
         await world.redis.xgroup_create(world.stream, "another", "$")
         await world.redis.script_flush()
         await world.redis.config_resetstat()
-        settings = {"PIPELINES": "view_counts,chunk_requests", "CHUNK_REQUESTS_STREAM_KEEP": "1s"}
-        worker = start(world.environment | settings, "run")
+        port = free_port()
+        settings = {"PIPELINES": "view_counts,chunk_requests,metrics", "CHUNK_REQUESTS_STREAM_KEEP": "1s"}
+        worker = start(world.environment | settings | {"GRPC_PORT": str(port)}, "run")
         await worker.wait_for_log("batch flushed")
+        async with connect(port) as channel:
+            await log_metric(channel)
         await worker.wait_for_log('"redis ok"')
         while not await world.sql.fetchval("SELECT count(*) FROM dead_letters"):
             await asyncio.sleep(0.05)
@@ -151,6 +163,7 @@ async def test_each_command_of_the_acl_user_is_needed(guarded: GuardedServers, s
         assert await worker.wait() == 0
         used = {name.removeprefix("cmdstat_") for name in await world.redis.info("commandstats")}
         assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
+        await world.redis.delete("metrics")
     assert granted <= used
 
 
@@ -198,6 +211,10 @@ async def test_check_names_the_missing_rights(world: World, start: Start) -> Non
 
 async def test_missing_right_to_wait_for_entries_is_named_and_they_are_carried(world: World, start: Start) -> None:
     await world.redis.execute_command("ACL SETUSER viewer-worker -xread")
+    await world.redis.execute_command("ACL SETUSER viewer-worker clearselectors")
+    findings = await check(world, start, PIPELINES="metrics", GRPC_PORT="50051")
+    denied = "the user may not run XADD, XREAD on the worker's keys and channels"
+    assert findings["redis rights"] == ("failure", denied)
     streams = {"PIPELINES": "chunk_requests"}
     findings = await check(world, start, **streams)
     assert findings["redis rights"] == ("failure", "the user may not run XREAD on the worker's keys and channels")

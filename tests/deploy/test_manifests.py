@@ -20,6 +20,7 @@ from worker.settings.model import Settings
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BIN = Path(sys.executable).parent
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+WORKLOADS = [manifest for manifest in MANIFESTS if manifest.stem != "service"]
 DRAIN = Settings.model_fields["shutdown_timeout"].default
 
 
@@ -87,7 +88,7 @@ def test_compose_services_are_read_only_and_unprivileged(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("manifest", WORKLOADS, ids=lambda path: path.name)
 def test_worker_in_kubernetes_is_read_only_and_unprivileged(manifest: Path) -> None:
     pod = load(manifest)["spec"]["template"]["spec"]
     (worker,) = (found for found in containers(load(manifest)).values() if found["image"].startswith("viewer-worker:"))
@@ -124,8 +125,21 @@ def test_every_platform_waits_longer_than_the_worker_drains() -> None:
 
 def test_every_setting_in_deploy_exists() -> None:
     named = {name for service in ("worker", "migrate") for name in compose()["services"][service]["environment"]}
-    for manifest in MANIFESTS:
+    for manifest in WORKLOADS:
         named |= {entry["name"] for found in containers(load(manifest)).values() for entry in found.get("env", ())}
     unit = (DEPLOY / "systemd" / "viewer-worker.service").read_text()
     named |= set(re.findall(r"^Environment=(\w+)=", unit, re.MULTILINE))
     assert {name.removesuffix("_FILE").lower() for name in named} <= set(Settings.model_fields)
+
+
+def test_metrics_reach_the_worker_over_grpc() -> None:
+    port = Settings.model_fields["grpc_port"].default
+    worker = compose()["services"]["worker"]
+    assert f"127.0.0.1:{port}:{port}" in worker["ports"]
+    assert "metrics" in worker["environment"]["PIPELINES"]
+    deployment, service = (load(DEPLOY / "kubernetes" / f"{name}.yaml") for name in ("deployment", "service"))
+    replica = containers(deployment)["viewer-worker"]
+    assert {"name": "grpc", "containerPort": port} in replica["ports"]
+    assert any(entry["name"] == "PIPELINES" and "metrics" in entry["value"] for entry in replica["env"])
+    assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] == "grpc"

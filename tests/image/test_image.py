@@ -85,7 +85,7 @@ def test_image_config_declares_how_to_run_it(image: Image) -> None:
     config = image.config
     assert (config["Entrypoint"], config["Cmd"], config["StopSignal"]) == (["viewer-worker"], ["run"], "SIGTERM")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", config["User"])
-    assert list(config["ExposedPorts"]) == ["3003/tcp"]
+    assert list(config["ExposedPorts"]) == ["3003/tcp", "50051/tcp"]
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
 

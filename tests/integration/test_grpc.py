@@ -19,10 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
-from tests.support.grpc_calls import METHOD, MetricCalls, code_of, connect, free_port, log_metric
+from tests.support.grpc_calls import METHOD, MetricCalls, code_of, connect, log_metric
 from tests.support.http import get
 from tests.support.records import Records
-from worker.dev.servers import ValkeyServer
+from worker.dev.servers import ValkeyServer, free_port
 
 ROOT = Path(__file__).parents[2]
 SERVICE = "analytics.v1.AnalyticsService"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,15 +11,10 @@ import grpc
 
 from tests.support.records import Records
 from tests.support.world import CliWorker
+from worker.dev.servers import free_port
 from worker.rpc.analytics.v1.analytics_pb2 import LogMetricsRequest, LogMetricsResponse
 
 METHOD = "/analytics.v1.AnalyticsService/LogMetric"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class MetricCalls:

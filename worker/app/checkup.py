@@ -44,6 +44,16 @@ class Finding:
     remedy: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisNames:
+    """What the worker uses in Redis, beside its keys. `message_channel`: empty if it does not listen."""
+
+    totals_channel: str
+    message_channel: str
+    streams: Sequence[str]
+    appended: Sequence[str]
+
+
 async def check_postgres(database: Database, target: TargetTable | None) -> list[Finding]:
     """Check Postgres and `target`, the application's own table (None: not used). Raises DatabaseUnavailable."""
     async with database.transaction() as tx:
@@ -100,10 +110,10 @@ async def check_streams(adjustments: Iterable[Adjustment]) -> list[Finding]:
     return findings
 
 
-async def check_redis(redis: RedisClient, keys: Keys, channels: list[str], streams: list[str]) -> list[Finding]:
-    """Check Redis. `channels` and `streams` are those that the worker uses. Raises RedisUnavailable."""
+async def check_redis(redis: RedisClient, keys: Keys, used: RedisNames) -> list[Finding]:
+    """Check Redis. Raises RedisUnavailable."""
     facts = await redis.info()
-    rights = await _rights(redis, keys, [channel.encode() for channel in channels], streams)
+    rights = await _rights(redis, keys, used)
     return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
 
 
@@ -114,9 +124,10 @@ def shared_channel(channel: str) -> Finding:
     return Finding("view channel", Level.WARNING, found, remedy)
 
 
-async def _rights(redis: RedisClient, keys: Keys, channels: list[bytes], streams: list[str]) -> list[Finding]:
-    asked = (keys.marker, keys.probe, keys.counter("check"), *(stream.encode() for stream in streams))
-    denied: list[bytes] | None = await redis.run(RIGHTS, asked, channels)
+async def _rights(redis: RedisClient, keys: Keys, used: RedisNames) -> list[Finding]:
+    asked = (keys.marker, keys.probe, keys.counter("check"), *(stream.encode() for stream in used.streams))
+    names_only = (used.totals_channel, used.message_channel, *used.appended)
+    denied: list[bytes] | None = await redis.run(RIGHTS, asked, [name.encode() for name in names_only])
     if denied is None:
         return []
     if not denied:

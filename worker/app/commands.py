@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from worker.app.checkup import (
     Finding,
     Level,
+    RedisNames,
     check_agreement,
     check_postgres,
     check_record_tables,
@@ -31,6 +32,7 @@ from worker.errors import Unavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import POSTGRES, REDIS, SCHEMA, VIEW_COUNTS, Status
 from worker.pipelines.records import RECORD_TYPES
+from worker.pipelines.records.metrics import METRICS
 from worker.pipelines.replay import replay
 from worker.pipelines.retention import LETTERS_AT_ONCE
 from worker.runtime.clock import SystemClock
@@ -175,7 +177,7 @@ async def check(settings: Settings) -> list[Finding]:
     """Check everything the worker relies on. A server that cannot be used is a finding; the other checks go on."""
     async with open_connections(settings) as (database, redis):
         findings = await _look(POSTGRES, check_postgres(database, make_target_table(settings)))
-        findings += await _look(REDIS, check_redis(redis, make_keys(settings), settings.channels, settings.streams))
+        findings += await _look(REDIS, check_redis(redis, make_keys(settings), _redis_names(settings)))
         if settings.shares_usual_channel:
             findings.append(shared_channel(settings.view_channel))
         failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
@@ -186,6 +188,15 @@ async def check(settings: Settings) -> list[Finding]:
             findings += await _look(POSTGRES, check_record_tables(database, settings.records))
             findings += await _look("streams", check_streams(adjustments[stream] for stream in settings.streams))
     return findings
+
+
+def _redis_names(settings: Settings) -> RedisNames:
+    return RedisNames(
+        totals_channel=settings.view_totals_channel,
+        message_channel=settings.view_channel if settings.listens else "",
+        streams=settings.streams,
+        appended=settings.pipeline(METRICS).streams if settings.serves_grpc else (),
+    )
 
 
 async def _look(name: str, check: Awaitable[list[Finding]]) -> list[Finding]:

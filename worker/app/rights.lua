@@ -2,7 +2,7 @@
 -- Checks which commands of the worker and its scripts the Redis user may not run, without running them.
 --
 -- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   KEYS[4…] streams, if used
--- ARGV[1] channel of totals   ARGV[2] channel of messages, if used
+-- ARGV[1] channel of totals   ARGV[2] channel of messages, or ''   ARGV[3…] streams to which it appends
 --
 -- Returns the names of the denied commands; false if the server cannot check them (before Redis 7).
 
@@ -14,7 +14,7 @@ local commands = {
   {'SET', KEYS[1], ''}, {'SET', KEYS[2], ''}, {'DEL', KEYS[2]}, {'DECRBY', KEYS[3], '1'}, {'DEL', KEYS[3]},
   {'EVALSHA', '', '1', KEYS[1]}, {'PUBLISH', ARGV[1], ''},
 }
-if ARGV[2] then table.insert(commands, {'SUBSCRIBE', ARGV[2]}) end
+if ARGV[2] ~= '' then table.insert(commands, {'SUBSCRIBE', ARGV[2]}) end
 for i = 4, #KEYS do
   for _, command in ipairs({
     {'XRANGE', KEYS[i], '-', '+'}, {'XREAD', 'STREAMS', KEYS[i], '0'}, {'XTRIM', KEYS[i], 'MINID', '0'},
@@ -23,6 +23,7 @@ for i = 4, #KEYS do
     {'XGROUP', 'SETID', KEYS[i], '', '0'}, {'XGROUP', 'DESTROY', KEYS[i], ''}, {'XPENDING', KEYS[i], ''}, {'TIME'}, {'SCRIPT', 'LOAD', ''},
   }) do table.insert(commands, command) end
 end
+for i = 3, #ARGV do table.insert(commands, {'XADD', ARGV[i], '*', '', ''}) end
 for _, command in ipairs(commands) do
   if not redis.acl_check_cmd(unpack(command)) then table.insert(denied, command[1]) end
 end

@@ -258,11 +258,6 @@ class CoreSettings(DatabaseSettings):
         return self.view_count_source != "counters"
 
     @property
-    def channels(self) -> list[str]:
-        """The channels in use: the one for new totals and, if the worker listens, the one for messages."""
-        return [self.view_totals_channel, *([self.view_channel] if self.listens else [])]
-
-    @property
     def shares_usual_channel(self) -> bool:
         """True if the channel may carry messages about the keys of another database or prefix.
 

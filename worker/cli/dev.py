@@ -30,8 +30,9 @@ def dev(
     """Run a demo: embedded Redis and Postgres, a worker, generated views, a kill -9, and a pass/fail report at the end.
 
     Some ids are INCRed and PUBLISHed, some only INCRed, some only PUBLISHed.
-    The report compares the views sent with the views in Postgres, id by id.
-    Exit code 1 when an INCRed id differs, an id has too many views, views stay pending, or the worker fails.
+    The report compares the views sent with the views in Postgres, id by id, and the records of each pipeline with its
+    rows. Exit code 1 when an INCRed id differs, an id has too many views, views stay pending, a row differs, or the
+    worker fails.
     """
     seconds = duration(for_).total_seconds() if for_ else None
     from worker.dev.demo import Demo
@@ -47,5 +48,5 @@ def dev(
         audience: Audience = Recorded(traffic) if traffic is not None else Popular(random.Random())
         exact = run_async(Demo(folder, audience, rate, seconds).run())
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed", "Run: pip install 'viewer-worker[demo]'", EXIT_FAILURE)
+        fail(f"{error.name} is not installed", "Run: pip install 'viewer-worker[demo,grpc]'", EXIT_FAILURE)
     raise typer.Exit(0 if exact else EXIT_FAILURE)

@@ -27,7 +27,7 @@ from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tables import view_counts
 from worker.dev.process import WorkerProcess
-from worker.dev.requests import Requests, Rows
+from worker.dev.records import Records, make_records
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.servers_only import locked
 from worker.dev.viewers import Audience, Reported, Viewers
@@ -35,7 +35,8 @@ from worker.errors import ViewerWorkerError
 from worker.runtime.waiting import wait_first
 
 ENDLESS_KILL_AFTER_S = 10.0
-REQUESTS_PER_VIEW = 0.25
+# Records a second, for each view a second.
+RECORDS_PER_VIEW = {"chunk_requests": 0.25, "bars_1m": 0.1, "session_events": 0.1, "metrics": 0.05}
 DRAIN_TIMEOUT_S = 20.0
 
 
@@ -91,18 +92,18 @@ class Demo:
             stack.callback(worker.kill)
             worker.start()
             self._print_addresses(valkey, postgres, worker)
-            requests = Requests(client, self._rate * REQUESTS_PER_VIEW)
-            traffic = asyncio.gather(viewers.run(self._stop), requests.run(self._stop))
+            rates = {pipeline: self._rate * share for pipeline, share in RECORDS_PER_VIEW.items()}
+            records = make_records(client, worker.grpc_target, rates)
+            traffic = asyncio.gather(viewers.run(self._stop), *(each.run(self._stop) for each in records))
             stack.callback(traffic.cancel)
             await self._watch(viewers, database, client, worker, before)
             await traffic
             self._print("Traffic stopped. Waiting until the worker has flushed the rest, then stopping it (SIGTERM) …")
-            await self._drained(client, database, requests)
+            await self._drained(client, database, records)
             code = worker.stop()
             pending = await self._pending(client)
-            rows = await requests.read_rows(database)
             views_exact = self._report(viewers, before, await self._totals(database), pending, worker.kills, code)
-            return self._report_requests(requests, rows) and views_exact
+            return await self._report_records(records, database) and views_exact
 
     async def _watch(
         self, viewers: Viewers, database: Database, client: aioredis.Redis, worker: WorkerProcess, before: Counter[str]
@@ -127,22 +128,27 @@ class Demo:
                 raise ViewerWorkerError(f"the worker exited with code {worker.exit_code}; its log: {worker.log}")
         self._stop.set()
 
-    async def _drained(self, client: aioredis.Redis, database: Database, requests: Requests) -> None:
+    async def _drained(self, client: aioredis.Redis, database: Database, records: list[Records]) -> None:
         """Wait until nothing is pending. A restarted worker may have to wait until the killed one's lease expires."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while time.monotonic() < deadline:
-            if not await self._pending(client) and requests.is_exact(await requests.read_rows(database)):
+            found = [await each.find(database) for each in records]
+            if not await self._pending(client) and not any(each.wrong for each in found):
                 return
             await asyncio.sleep(0.1)
 
-    def _report_requests(self, requests: Requests, rows: Rows) -> bool:
-        exact = requests.is_exact(rows)
-        result = "[bold green]EXACT[/]: each entry is one row" if exact else "[bold red]DIFFERENT[/]"
-        self._console.print(
-            f"Chunk requests, from a stream: {requests.acknowledged:,} sent, {rows.stored:,} rows, "
-            f"{rows.different:,} of them different. {result}."
-        )
-        return exact
+    async def _report_records(self, records: list[Records], database: Database) -> bool:
+        self._console.print(f"\n  {'records':<18}{'':>7}{'sent':>12}{'in Postgres':>14}")
+        all_exact = True
+        for each in records:
+            found = await each.find(database)
+            result = f"[bold red]DIFFERENT[/]: {found.wrong:,} rows" if found.wrong else "[bold green]EXACT[/]"
+            kind = each.kind
+            self._console.print(
+                f"  {kind.pipeline:<25}{each.expected.sent:>12,}{found.rows:>14,}   {result}: {kind.promise}"
+            )
+            all_exact = all_exact and not found.wrong
+        return all_exact
 
     def _report(
         self,
@@ -233,6 +239,7 @@ class Demo:
         self._print(f"  Redis     {valkey.url}")
         self._print(f"  Postgres  {postgres.url}")
         self._print(f"  worker    {worker.url}/health   /metrics   log: {_relative(worker.log)}")
+        self._print(f"  gRPC      {worker.grpc_target}")
         self._print(f"  settings  {_relative(worker.env_file)}")
 
     def _start(self, stack: AsyncExitStack, server: Server) -> Server:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from worker.dev.servers import die_with_parent, free_port
 from worker.settings.environment import without_settings
+from worker.settings.model import PIPELINES
 
 INTERVAL_MS = 1000
 
@@ -23,17 +24,22 @@ class WorkerProcess:
         self.log = folder / "worker.log"
         self.env_file = folder / "worker.env"
         self.kills = 0
-        self._port = 3003 if _is_free(3003) else free_port()
+        self._port, self._grpc_port = (port if _is_free(port) else free_port() for port in (3003, 50051))
         self._process: subprocess.Popen[bytes] | None = None
         self.env_file.write_text(
             f"REDIS_URL={redis_url}\nDATABASE_URL={database_url}\nBATCH_INTERVAL_MS={INTERVAL_MS}\n"
-            f"PIPELINES=view_counts,chunk_requests\nHEALTH_CHECK_HOST=127.0.0.1\nHEALTH_CHECK_PORT={self._port}\n"
+            f"PIPELINES={','.join(PIPELINES)}\nHEALTH_CHECK_HOST=127.0.0.1\nHEALTH_CHECK_PORT={self._port}\n"
+            f"GRPC_HOST=127.0.0.1\nGRPC_PORT={self._grpc_port}\n"
         )
         self.log.unlink(missing_ok=True)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def grpc_target(self) -> str:
+        return f"127.0.0.1:{self._grpc_port}"
 
     @property
     def pid(self) -> int:

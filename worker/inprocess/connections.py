@@ -34,8 +34,9 @@ class Connections:
             raise_closed()
         return self._own().transaction()
 
-    def abort(self) -> None:
-        """As `Database.abort`."""
+    def cut(self) -> None:
+        """Cut the connections in use, and open no more transactions."""
+        self.is_closed = True
         self._own().abort()
 
     async def close(self) -> None:

@@ -92,6 +92,8 @@ class MetricStore:
         inserted: int | None = None
         try:
             async with self._connections.transaction() as tx:
+                if self._connections.is_closed:  # while this call waited for a connection
+                    raise_closed()
                 await tx.execute(APPLY_SETTINGS)
                 inserted = await self._table.insert_all(tx, rows, ROWS_AT_ONCE)
         except DatabaseUnavailable as error:
@@ -113,7 +115,7 @@ class MetricStore:
             await self._connections.close()
 
     async def _cut(self) -> bool:
-        self._connections.abort()
+        self._connections.cut()
         await self._wait(CUT_S)
         return False
 

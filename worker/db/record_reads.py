@@ -67,16 +67,21 @@ _metrics = Table(
 _symbol, _at_most = bindparam("of_symbol", type_=Text), bindparam("at_most", type_=Integer)
 _first, _last = (bindparam(name, type_=DateTime(timezone=True)) for name in ("first", "last"))
 _key = tuple_(_bars.c.symbol, _bars.c.timestamp)
+# Postgres has times that are not a datetime. The driver sends the first and the last datetime as infinities.
+_earliest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.min}+00'")
+_latest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.max}+00'")
 # The range of the time is implied by that of the key; it also says which chunks of a hypertable to read.
 BARS_BETWEEN = (
     select(_bars)
-    .where(_key >= tuple_(_symbol, _first), _key <= tuple_(_symbol, _last), _bars.c.timestamp.between(_first, _last))
+    .where(
+        _key >= tuple_(_symbol, _first),
+        _key <= tuple_(_symbol, _last),
+        _bars.c.timestamp.between(_first, _last),
+        _bars.c.timestamp.between(_earliest, _latest),
+    )
     .order_by(_bars.c.symbol, _bars.c.timestamp)
     .limit(_at_most)
 )
-# Without the times of Postgres that are not a datetime.
-_earliest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.min}+00'")
-_latest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.max}+00'")
 LATEST_BARS = (
     select(_bars)
     .where(_key >= tuple_(_symbol, _earliest), _key <= tuple_(_symbol, _latest))
@@ -90,7 +95,6 @@ _of_metric = (
     _metrics.c.service_name == bindparam("of_service", type_=Text),
     _metrics.c.metric_name == bindparam("of_metric", type_=Text),
     _metrics.c.time.between(_first, _last),
-    # The driver sends the ends of the calendar as infinities.
     _metrics.c.time.between(_earliest, _latest),
 )
 METRIC_VALUES = select(_metrics.c.time, _metrics.c.value).where(*_of_metric).order_by(_metrics.c.time).limit(_at_most)

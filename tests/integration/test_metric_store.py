@@ -93,6 +93,7 @@ def bad_metrics() -> Iterator[tuple[object, str]]:
     yield metric(value="1"), "Expected `float`, got `str` - at `$.value`"
     yield metric(value=10**400), "Number out of range - at `$.value`"
     yield metric(time=1), "Expected `datetime | null`, got `int` - at `$.time`"
+    yield metric(time="\ud800"), "`time` is not Unicode"
     yield metric(time=datetime(1900, 1, 1, tzinfo=UTC)), "`time` is too far from the time of arrival"
     yield metric(time=datetime.now(UTC) + timedelta(hours=1)), "`time` is too far from the time of arrival"
     yield metric(time=None, event_id="e"), "`event_id` needs a `time`"

@@ -55,5 +55,5 @@ class Connections:
 
 
 def raise_closed() -> NoReturn:
-    """What a call of a store raises that is closed."""
+    """Raise what the calls of a closed store raise."""
     raise DatabaseUnavailable("the store is closed", "")

@@ -24,6 +24,7 @@ ViewerWorkerError
 ├── ViewNotRecorded          (producer) certainly not in Redis; safe to send again
 │   └── InvalidView          the id or the count is invalid; also a ValueError
 ├── ViewIndeterminate        (producer) sent but not confirmed; sending it again may count it twice
+├── InvalidMetric            (MetricStore) a record of a batch is invalid; also a ValueError
 ├── InvalidId                (ids) not a valid id
 ├── CannotListen             (rpc) the address of the gRPC server is in use, or not an address of this host
 ├── BadRequest               (web) the request is invalid
@@ -160,6 +161,14 @@ class CannotListen(ViewerWorkerError):
     """The gRPC server cannot use its address."""
 
     remedy = "Set GRPC_HOST to an address of this host, and GRPC_PORT to a free port; 0 turns gRPC off."
+
+
+class InvalidMetric(ViewerWorkerError, ValueError):
+    """A record of a batch is invalid, so nothing was written. The text names its index, from 0, and its field."""
+
+    def __init__(self, index: int, cause: str) -> None:
+        super().__init__(f"metric {index} of the batch: {cause}")
+        self.index = index
 
 
 class TableRefused(ViewerWorkerError):

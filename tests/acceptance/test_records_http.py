@@ -1,4 +1,4 @@
-"""`viewer-worker run` answers `/v1/bars` and `/v1/sessions`, whatever PIPELINES says."""
+"""`viewer-worker run` answers `/v1/bars`, `/v1/sessions` and `/v1/metrics`, whatever PIPELINES says."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ async def url_of(worker: CliWorker) -> str:
 
 
 @on_open_and_guarded_servers
-async def test_worker_answers_bars_and_sessions(world: World, start: Start) -> None:
+async def test_worker_answers_bars_sessions_and_metrics(world: World, start: Start) -> None:
     minute = datetime.now(UTC).replace(second=0, microsecond=0)
     insert = "INSERT INTO bars_1m VALUES ('BTC/USD', $1, 1.5, 2, 1, 1.25, 7, 0)"
     for age in (timedelta(minutes=1), timedelta(minutes=2), timedelta(days=2)):
         await world.sql.execute(insert, minute - age)
     await world.sql.execute("INSERT INTO session_events VALUES ('s/1', 'e1', 1, 1, $1)", minute)
+    insert = "INSERT INTO metrics VALUES ($1, 'eu/checkout', 'http/5xx', $2)"
+    await world.sql.executemany(insert, [(minute - timedelta(seconds=n), n) for n in (30, 90, 7200)])
     url = await url_of(start(world.environment, "run"))
 
     code, body = await get(f"{url}/v1/bars/BTC%2FUSD")
@@ -46,6 +48,17 @@ async def test_worker_answers_bars_and_sessions(world: World, start: Start) -> N
     session = {"sessionId": "s/1", "lastEventId": "e1", "recordedAt": text_of(minute)}
     assert await get(f"{url}/v1/sessions/s%2F1") == (200, session)
     assert (await get(f"{url}/v1/sessions/unknown"))[0] == 404
+
+    metric = f"{url}/v1/metrics/eu%2Fcheckout/http/5xx"
+    values = [{"time": text_of(minute - timedelta(seconds=n)), "value": n} for n in (90, 30)]
+    assert await get(metric) == (200, {"service": "eu/checkout", "metric": "http/5xx", "values": values})
+    code, body = await get(f"{metric}?bucket=1m")
+    starts = [text_of(minute - timedelta(minutes=n)) for n in (2, 1)]
+    assert (code, [(bucket["time"], bucket["avg"]) for bucket in body["buckets"]]) == (
+        200,
+        [(starts[0], 90), (starts[1], 30)],
+    )
+    assert (await get(f"{metric}?bucket=1s"))[0] == 400
 
 
 def text_of(time: datetime) -> str:
@@ -67,7 +80,7 @@ async def test_missing_table_and_missing_postgres_are_503_with_a_fix(
             assert await start(world.environment, "migrate").wait() == 0
             assert (await get(f"{url}/v1/sessions/s"))[0] == 404
             postgres.kill()
-            for path in ("bars/GOOG", "bars/GOOG?latest=1", "sessions/s"):
+            for path in ("bars/GOOG?latest=1", "sessions/s", "metrics/a/b", "metrics/a/b?bucket=1m"):
                 async with asyncio.timeout(8):
                     code, body = await get(f"{url}/v1/{path}")
                 assert code == 503

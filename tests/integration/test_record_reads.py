@@ -1,4 +1,4 @@
-"""Bars and sessions as `/v1/bars` and `/v1/sessions` read them: what is found, by which index, within which limits."""
+"""Records as `/v1/bars`, `/v1/sessions` and `/v1/metrics` read them: what is found, by which index, and the limits."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ async def test_latest_bars_are_the_newest_in_ascending_order(world: World, reade
     assert minutes_of(await reader.latest_bars("unknown", 100)) == []
 
 
-async def test_latest_bars_leave_out_times_that_python_does_not_have(world: World, reader: RecordReader) -> None:
+async def test_bars_leave_out_times_that_python_does_not_have(world: World, reader: RecordReader) -> None:
     await store(world, "B", 1)
     for time in ("20000-01-01", "0044-03-15 BC", "infinity", "-infinity"):
         await world.sql.execute(f"INSERT INTO bars_1m VALUES ('B', '{time}', 1, 1, 1, 1, 1, 1)")
     assert minutes_of(await reader.latest_bars("B", 100)) == [1]
-    assert minutes_of(await reader.bars("B", EARLIEST + MINUTE, LATEST - MINUTE, 100)) == [1]
+    assert minutes_of(await reader.bars("B", EARLIEST, LATEST, 100)) == [1]
 
 
 async def test_any_text_is_a_symbol_and_a_session(world: World, database: Database) -> None:
@@ -101,6 +101,79 @@ async def test_any_text_is_a_symbol_and_a_session(world: World, database: Databa
             code, body = await get(f"{url}/v1/sessions/{quoted}")
             assert (code, body["lastEventId"], body["recordedAt"]) == (200, f"of {text}", "2025-11-27T10:00:00Z")
         assert (await get(f"{url}/v1/sessions/unknown"))[0] == 404
+
+
+async def store_values(world: World, *times_and_values: tuple[datetime, float | None], metric: str = "cpu") -> None:
+    await world.sql.executemany(
+        "INSERT INTO metrics VALUES ($1, 'checkout', $2, $3)",
+        [(time, metric, value) for time, value in times_and_values],
+    )
+
+
+async def test_values_of_a_range_are_those_of_the_metric_with_both_ends(world: World, reader: RecordReader) -> None:
+    await store_values(world, *((TEN + n * MINUTE, n) for n in (3, 1, 2, 0, 4)), (TEN + MINUTE, None))
+    await store_values(world, (TEN + MINUTE, 99), metric="CPU")
+    await world.sql.execute("INSERT INTO metrics VALUES ($1, 'cpu', 'checkout', 98)", TEN + MINUTE)
+    found = await reader.metric_values("checkout", "cpu", TEN + MINUTE, TEN + 3 * MINUTE, 100)
+    assert sorted(found, key=str) == sorted(
+        [(TEN + n * MINUTE, n) for n in (1, 2, 3)] + [(TEN + MINUTE, None)], key=str
+    )
+    assert [time for time, _ in found] == sorted(time for time, _ in found)
+    assert await reader.metric_values("checkout", "cpu", EARLIEST, LATEST, 1) == [(TEN, 0)]
+    assert await reader.metric_values("checkout", "cpu", LATEST, EARLIEST, 100) == []
+    assert await reader.metric_values("unknown", "cpu", EARLIEST, LATEST, 100) == []
+
+
+async def test_buckets_begin_at_multiples_of_their_width_and_have_the_values_of_the_range(
+    world: World, reader: RecordReader
+) -> None:
+    second = timedelta(seconds=1)
+    before = datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC)
+    await world.sql.execute("SET TIME ZONE 'Asia/Kathmandu'")
+    await store_values(world, (TEN, 1), (TEN + 59 * second, 4), (TEN + MINUTE, 5), (TEN + 5 * MINUTE, -7), (before, 8))
+    await store_values(world, (TEN + 3 * MINUTE, None), (TEN, None))
+    await store_values(world, (TEN, 99), metric="CPU")
+
+    async def buckets(width: timedelta, first: datetime = EARLIEST, last: datetime = LATEST) -> list[tuple[Any, ...]]:
+        found = await reader.metric_buckets("checkout", "cpu", first, last, width, 1e290)
+        assert [list(row) for row in found] == [["start", "count", "min", "max", "sum"]] * len(found)
+        return [tuple(row.values()) for row in found]
+
+    minutes = [(TEN, 2, 1, 4, 5), (TEN + MINUTE, 1, 5, 5, 5), (TEN + 5 * MINUTE, 1, -7, -7, -7)]
+    assert await buckets(MINUTE) == [(before - 59 * second, 1, 8, 8, 8), *minutes]
+    assert await buckets(MINUTE, TEN + second, TEN + MINUTE) == [(TEN, 1, 4, 4, 4), minutes[1]]
+    assert await buckets(timedelta(days=1), TEN) == [(TEN.replace(hour=0), 4, -7, 5, 3)]
+    week = timedelta(days=7)
+    assert [row[0] for row in await buckets(week)] == [datetime(1969, 12, 25, tzinfo=UTC), TEN.replace(hour=0)]
+    assert await buckets(MINUTE, LATEST, EARLIEST) == []
+
+
+async def test_numbers_of_any_size_have_buckets(world: World, database: Database) -> None:
+    """Postgres raises an error where a sum of finite numbers is infinite."""
+    nan, infinity = float("nan"), float("inf")
+    for minute, values in enumerate(
+        [(1.7e308, 1.7e308), (-1.7e308, 1.0), (nan, 1.0), (infinity, 1.0), (5e-324, 1e200)]
+    ):
+        await store_values(world, *((TEN + minute * MINUTE, value) for value in values))
+    for time in ("20000-01-01", "0044-03-15 BC", "infinity", "-infinity"):
+        await world.sql.execute(f"INSERT INTO metrics VALUES ('{time}', 'checkout', 'cpu', 1)")
+    ends = "from=0001-01-01T00:00:00Z&to=9999-12-31T23:59:59.999999Z"
+    async with serving(RecordsApi(RecordReader(database, ReadLimit()), SystemClock()).routes()) as url:
+        code, body = await get(f"{url}/v1/metrics/checkout/cpu?{ends}")
+        assert (code, len(body["values"])) == (200, 10)
+        code, body = await get(
+            f"{url}/v1/metrics/checkout/cpu?bucket=1m&from=2025-11-27T10:00:00Z&to=2025-11-27T11:00:00Z"
+        )
+        assert code == 200
+        code, century = await get(f"{url}/v1/metrics/checkout/cpu?bucket=100y&{ends.replace('0001', '0100')}")
+        assert (code, [bucket["count"] for bucket in century["buckets"]]) == (200, [10])
+    assert [tuple(bucket.values())[1:] for bucket in body["buckets"]] == [
+        (2, 1.7e308, 1.7e308, None, None),
+        (2, -1.7e308, 1, None, None),
+        (2, 1, None, None, None),
+        (2, 1, None, None, None),
+        (2, 5e-324, 1e200, 5e199, 1e200),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +200,8 @@ async def test_missing_tables_are_reported(redis_url: str, empty_database_url: s
         await reader.latest_bars("A", 1)
     with pytest.raises(DatabaseRefused, match="session_events"):
         await reader.last_event("s")
+    with pytest.raises(DatabaseRefused, match="metrics"):
+        await reader.metric_values("s", "m", TEN, TEN, 1)
     await database.close()
 
 
@@ -136,8 +211,8 @@ async def test_readers_of_records_and_of_views_share_one_limit(world: World) -> 
     counters = build_counters(settings, worker.database, worker.redis, worker.status, worker.metrics, limit)
     reader = RecordReader(worker.database, limit)
     async with world.sql.transaction():
-        await world.sql.execute("LOCK TABLE bars_1m, session_events IN ACCESS EXCLUSIVE MODE")
-        readers = [reader.bars("A", TEN, TEN, 1), reader.last_event("s")]
+        await world.sql.execute("LOCK TABLE bars_1m, metrics IN ACCESS EXCLUSIVE MODE")
+        readers = [reader.bars("A", TEN, TEN, 1), reader.metric_buckets("s", "m", TEN, TEN, MINUTE, 1.0)]
         waiting = [asyncio.create_task(read) for read in readers]  # type: ignore[arg-type]
         await asyncio.sleep(0.2)
         # Both turns are taken for the second that the locks may be waited for.

@@ -25,13 +25,15 @@ class FakeNumbers:
 
 
 class FakeRecords:
-    """Has `stored` bars, one for each minute from the asked time on; raises `error` if it is set."""
+    """Has `stored` bars or values, one for each minute from the asked time on; raises `error` if it is set."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.stored = 2
         self.asked: list[Any] = []
         self.values = {"open": 1.5, "high": 2.0, "low": 1.0, "close": 1.25, "volume": 36494, "vwap": 0.0}
+        self.value: float | None = 0.5
+        self.bucket: dict[str, Any] = {"count": 4, "min": -1.0, "max": 2.5, "sum": 3.0}
 
     async def bars(self, symbol: str, first: datetime, last: datetime, at_most: int) -> list[dict[str, Any]]:
         self._ask(symbol, first, last, at_most)
@@ -45,6 +47,18 @@ class FakeRecords:
     async def last_event(self, session_id: str) -> tuple[str, datetime] | None:
         self._ask(session_id)
         return None if session_id == "unknown" else ("e1", datetime(2024, 1, 1, 0, 0, 0, 250_000, tzinfo=UTC))
+
+    async def metric_values(
+        self, service: str, metric: str, first: datetime, last: datetime, at_most: int
+    ) -> list[tuple[datetime, float | None]]:
+        self._ask(service, metric, first, last, at_most)
+        return [(first + timedelta(minutes=n), self.value) for n in range(min(self.stored, at_most))]
+
+    async def metric_buckets(
+        self, service: str, metric: str, first: datetime, last: datetime, width: timedelta, summable: float
+    ) -> list[dict[str, Any]]:
+        self._ask(service, metric, first, last, width)
+        return [{"start": first + n * width, **self.bucket} for n in range(self.stored)]
 
     def _ask(self, *arguments: Any) -> None:
         self.asked.append(arguments)

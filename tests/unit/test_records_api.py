@@ -1,4 +1,4 @@
-"""`/v1/bars` and `/v1/sessions`: their answers, and the requests they refuse."""
+"""`/v1/bars`, `/v1/sessions` and `/v1/metrics`: their answers, and the requests they refuse."""
 
 from __future__ import annotations
 
@@ -210,7 +210,171 @@ async def test_session_has_no_parameters(base: str) -> None:
     assert (code, body) == (400, {"error": "unknown parameter latest: expected none"})
 
 
-@pytest.mark.parametrize("path", ["bars/GOOG", "bars/GOOG?latest=1", "sessions/s1"])
+async def test_values_of_a_metric_are_answered(base: str) -> None:
+    code, body = await get(f"{base}/v1/metrics/checkout/cpu_usage?from=2025-11-27T10:00:00Z&to=2025-11-27T10:01:00Z")
+    assert code == 200
+    assert body == {
+        "service": "checkout",
+        "metric": "cpu_usage",
+        "values": [{"time": "2025-11-27T10:00:00Z", "value": 0.5}, {"time": "2025-11-27T10:01:00Z", "value": 0.5}],
+    }
+
+
+async def test_buckets_of_a_metric_are_answered(base: str) -> None:
+    code, body = await get(
+        f"{base}/v1/metrics/checkout/cpu_usage?from=2025-11-27T10:00:00Z&bucket=60s&to=1764237700000"
+    )
+    facts = {"count": 4, "min": -1.0, "max": 2.5, "avg": 0.75, "sum": 3.0}
+    assert code == 200
+    assert body == {
+        "service": "checkout",
+        "metric": "cpu_usage",
+        "bucket": "60s",
+        "buckets": [{"time": "2025-11-27T10:00:00Z", **facts}, {"time": "2025-11-27T10:01:00Z", **facts}],
+    }
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("", (NOW - HOUR, NOW, 1501)),
+        ("?to=2025-11-27T10:00:00Z", (TEN - HOUR, TEN, 1501)),
+        ("?to=0001-01-01T00:00:00Z", (EARLIEST, EARLIEST, 1501)),
+        ("?bucket=1m", (NOW - HOUR, NOW, timedelta(minutes=1))),
+        ("?bucket=%202.5s", (NOW - HOUR, NOW, timedelta(seconds=2.5))),
+        ("?bucket=1000ms&from=0&to=1499999", (datetime(1970, 1, 1, tzinfo=UTC), ..., timedelta(seconds=1))),
+        ("?bucket=1d&from=9999-12-31T23:59:59.999999Z", (LATEST, NOW, DAY)),
+        ("?bucket=50y&from=1000-01-01T00:00:00Z&to=9999-12-31T23:59:59.999999Z", (..., LATEST, 50 * 365 * DAY)),
+    ],
+)
+async def test_range_and_bucket_of_a_metric_are_parsed(
+    base: str, records: FakeRecords, query: str, asked: tuple[object, ...]
+) -> None:
+    records.stored = 0
+    code, body = await get(f"{base}/v1/metrics/checkout/cpu_usage{query}")
+    assert (code, body.get("values", body.get("buckets"))) == (200, [])
+    (found,) = records.asked
+    assert found[:2] == ("checkout", "cpu_usage")
+    assert [each for each, expected in zip(found[2:], asked, strict=True) if expected is not ...] == [
+        expected for expected in asked if expected is not ...
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("bucket=999ms", "bucket: expected one second or more"),
+        ("bucket=0s", "bucket: expected a duration"),
+        ("bucket=1", "bucket: expected a duration"),
+        ("bucket", "bucket: expected a duration"),
+        ("bucket=1M", "bucket: expected a duration"),
+        ("bucket=101y", "bucket: expected a duration"),
+        ("bucket=%D9%A3s", "bucket: expected a duration"),
+        ("bucket=" + "9" * 5000 + "s", "bucket: expected a duration"),
+        ("bucket=1s", "bucket: expected at most 1500 buckets"),
+        ("bucket=1s&from=0&to=1500000", "bucket: expected at most 1500 buckets"),
+        ("bucket=50y&from=0001-01-01T00:00:00Z", "bucket: expected a bucket that begins in the year 1"),
+        ("bucket=1m&bucket=1m", "bucket: expected once"),
+        ("from=2&to=1", "from: expected a time that is not after `to`"),
+        ("latest=5", "unknown parameter latest: expected only from, to, bucket"),
+    ],
+    ids=lambda value: value[:30],
+)
+async def test_invalid_parameter_of_a_metric_is_400_by_name(
+    base: str, records: FakeRecords, query: str, expected: str
+) -> None:
+    code, body = await get(f"{base}/v1/metrics/checkout/cpu_usage?{query}")
+    assert (code, records.asked) == (400, [])
+    assert body["error"].startswith(expected)
+
+
+@pytest.mark.parametrize(("stored", "truncated"), [(1500, None), (1501, True), (9999, True)])
+async def test_more_than_1500_values_are_truncated(
+    base: str, records: FakeRecords, stored: int, truncated: bool | None
+) -> None:
+    records.stored = stored
+    _, body = await get(f"{base}/v1/metrics/checkout/cpu_usage?from=0")
+    assert (len(body["values"]), body.get("truncated")) == (1500, truncated)
+    assert body["values"][0]["time"] == "1970-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+async def test_value_that_json_does_not_have_is_null(base: str, records: FakeRecords, value: float | None) -> None:
+    records.value = value
+    async with aiohttp.ClientSession() as session, session.get(f"{base}/v1/metrics/a/b") as response:
+        body = json.loads(await response.text(), parse_constant=pytest.fail)
+    assert body["values"][0]["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "total", "expected"),
+    [
+        (1.0, math.nan, 3.0, (1.0, None, None, None)),
+        (math.nan, math.nan, None, (None, None, None, None)),
+        (-math.inf, 1.0, 3.0, (None, 1.0, None, None)),
+        (1.0, math.inf, 3.0, (1.0, None, None, None)),
+        (1.0, 1e290, 3.0, (1.0, 1e290, None, None)),
+        (-1e290, 1.0, 3.0, (-1e290, 1.0, None, None)),
+        (-1e289, 1e289, 3e289, (-1e289, 1e289, 7.5e288, 3e289)),
+    ],
+)
+async def test_sum_and_average_of_a_bucket_are_null_where_they_are_not_finite(
+    base: str, records: FakeRecords, low: float, high: float, total: float | None, expected: tuple[float | None, ...]
+) -> None:
+    records.bucket |= {"min": low, "max": high, "sum": total}
+    async with aiohttp.ClientSession() as session, session.get(f"{base}/v1/metrics/a/b?bucket=1m") as response:
+        body = json.loads(await response.text(), parse_constant=pytest.fail)
+    assert tuple(body["buckets"][0][name] for name in ("min", "max", "avg", "sum")) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "service", "metric"),
+    [
+        ("checkout/cpu_usage", "checkout", "cpu_usage"),
+        ("checkout/http/5xx", "checkout", "http/5xx"),
+        ("checkout//x/", "checkout", "/x/"),
+        ("eu%2Fcheckout/http%2F5xx", "eu/checkout", "http/5xx"),
+        ("%C3%BC%3F/%25%23%26", "ü?", "%#&"),
+        ("a+b/c%2Bd%20e", "a+b", "c+d e"),
+        ("a%0Ab/%F0%9F%92%B9", "a\nb", "\U0001f4b9"),
+        ("x" * 256 + "/" + "y" * 256, "x" * 256, "y" * 256),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+async def test_first_slash_separates_service_and_metric(
+    base: str, records: FakeRecords, path: str, service: str, metric: str
+) -> None:
+    code, body = await get(f"{base}/v1/metrics/{path}")
+    assert (code, body["service"], body["metric"]) == (200, service, metric)
+    assert records.asked[0][:2] == (service, metric)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", "the service is empty"),
+        ("/", "the service is empty"),
+        ("//cpu", "the service is empty"),
+        ("/checkout", "the metric is empty"),
+        ("/checkout/", "the metric is empty"),
+        ("/checkout%2Fcpu", "the metric is empty"),
+        ("/" + "x" * 257 + "/cpu", "the service has more than 256 bytes"),
+        ("/checkout/a%00b", "the metric has a NUL byte"),
+        ("/%ff/cpu", "the service is not UTF-8"),
+    ],
+)
+async def test_invalid_service_or_metric_is_400(base: str, records: FakeRecords, path: str, expected: str) -> None:
+    assert await get(f"{base}/v1/metrics{path}") == (400, {"error": expected})
+    assert records.asked == []
+
+
+ALL = ["bars/GOOG", "bars/GOOG?latest=1", "sessions/s1", "metrics/a/b", "metrics/a/b?bucket=1m"]
+
+
+@pytest.mark.parametrize("path", ALL)
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
@@ -228,7 +392,7 @@ async def test_unavailable_database_is_503_with_the_cause_and_a_fix(
     assert remedy in body["remedy"]
 
 
-@pytest.mark.parametrize("path", ["bars/GOOG", "sessions/s1"])
+@pytest.mark.parametrize("path", ALL)
 async def test_post_is_not_allowed_and_head_is(base: str, path: str) -> None:
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base}/v1/{path}") as response:

@@ -1,4 +1,4 @@
-"""Reads bars and sessions. Every query is bounded, and uses an index."""
+"""Reads bars, sessions and metrics. Every query is bounded, and uses an index."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from sqlalchemy import (
     DateTime,
     Double,
     Integer,
+    Interval,
     MetaData,
     Table,
     Text,
     bindparam,
+    func,
     literal_column,
     select,
     tuple_,
@@ -24,6 +26,7 @@ from worker.db.read_limit import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import timedelta
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -53,19 +56,32 @@ _sessions = Table(
     Column("last_event_id", Text),
     Column("recorded_at", DateTime(timezone=True)),
 )
+_metrics = Table(
+    "metrics",
+    _metadata,
+    Column("time", DateTime(timezone=True)),
+    Column("service_name", Text),
+    Column("metric_name", Text),
+    Column("value", Double),
+)
 _symbol, _at_most = bindparam("of_symbol", type_=Text), bindparam("at_most", type_=Integer)
 _first, _last = (bindparam(name, type_=DateTime(timezone=True)) for name in ("first", "last"))
 _key = tuple_(_bars.c.symbol, _bars.c.timestamp)
+# Postgres has times that are not a datetime. The driver sends the first and the last datetime as infinities.
+_earliest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.min}+00'")
+_latest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.max}+00'")
 # The range of the time is implied by that of the key; it also says which chunks of a hypertable to read.
 BARS_BETWEEN = (
     select(_bars)
-    .where(_key >= tuple_(_symbol, _first), _key <= tuple_(_symbol, _last), _bars.c.timestamp.between(_first, _last))
+    .where(
+        _key >= tuple_(_symbol, _first),
+        _key <= tuple_(_symbol, _last),
+        _bars.c.timestamp.between(_first, _last),
+        _bars.c.timestamp.between(_earliest, _latest),
+    )
     .order_by(_bars.c.symbol, _bars.c.timestamp)
     .limit(_at_most)
 )
-# Without the times of Postgres that are not a datetime.
-_earliest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.min}+00'")
-_latest: ColumnElement[datetime] = literal_column(f"timestamptz '{datetime.max}+00'")
 LATEST_BARS = (
     select(_bars)
     .where(_key >= tuple_(_symbol, _earliest), _key <= tuple_(_symbol, _latest))
@@ -74,6 +90,29 @@ LATEST_BARS = (
 )
 LAST_EVENT = select(_sessions.c.last_event_id, _sessions.c.recorded_at).where(
     _sessions.c.session_id == bindparam("of_session")
+)
+_of_metric = (
+    _metrics.c.service_name == bindparam("of_service", type_=Text),
+    _metrics.c.metric_name == bindparam("of_metric", type_=Text),
+    _metrics.c.time.between(_first, _last),
+    _metrics.c.time.between(_earliest, _latest),
+)
+METRIC_VALUES = select(_metrics.c.time, _metrics.c.value).where(*_of_metric).order_by(_metrics.c.time).limit(_at_most)
+_value = _metrics.c.value
+_epoch: ColumnElement[datetime] = literal_column("timestamptz '1970-01-01+00'")
+_start: ColumnElement[datetime] = literal_column("start")
+# Postgres raises an error where the sum of finite values is infinite; its avg() does so far earlier.
+METRIC_BUCKETS = (
+    select(
+        func.date_bin(bindparam("width", type_=Interval), _metrics.c.time, _epoch).label("start"),
+        func.count().label("count"),
+        func.min(_value).label("min"),
+        func.max(_value).label("max"),
+        func.sum(_value).filter(func.abs(_value) < bindparam("summable", type_=Double)).label("sum"),
+    )
+    .where(*_of_metric, _value.is_not(None))
+    .group_by(_start)
+    .order_by(_start)
 )
 
 Row = dict[str, Any]
@@ -122,3 +161,25 @@ class RecordReader:
     async def last_event(self, session_id: str) -> tuple[str, datetime] | None:
         async with self._limit.turn(), self._database.transaction() as tx:
             return await read_last_event(tx, session_id)
+
+    async def metric_values(
+        self, service: str, metric: str, first: datetime, last: datetime, at_most: int
+    ) -> Sequence[tuple[datetime, float | None]]:
+        """The values of a metric from `first` to `last`, both included, the oldest first."""
+        asked = {"of_service": service, "of_metric": metric, "first": first, "last": last, "at_most": at_most}
+        async with self._limit.turn(), self._database.transaction() as tx:
+            await tx.execute(_SETTINGS)
+            return [(row.time, row.value) for row in await tx.execute(METRIC_VALUES, asked)]
+
+    async def metric_buckets(
+        self, service: str, metric: str, first: datetime, last: datetime, width: timedelta, summable: float
+    ) -> Sequence[Row]:
+        """The values of a metric from `first` to `last`, both included, in buckets whose beginnings are multiples of
+        `width` since 1970 in UTC, the oldest first: `start`, `count`, `min`, `max`, and `sum` of the values that are
+        less than `summable` in absolute terms. Buckets without values are left out.
+        """
+        asked = {"of_service": service, "of_metric": metric, "first": first, "last": last}
+        asked |= {"width": width, "summable": summable}
+        async with self._limit.turn(), self._database.transaction() as tx:
+            await tx.execute(_SETTINGS)
+            return [dict(row) for row in (await tx.execute(METRIC_BUCKETS, asked)).mappings()]

@@ -100,12 +100,22 @@ class RecordTable:
 
         Returns how many are in the table for the first time, or, where the rule replaces rows, all.
         """
-        if self._optional is not None and all(row[self._optional] is None for row in rows):
+        if self._has_no_key(rows):
             # ON CONFLICT costs something even where no row has a key.
             return await self._execute(tx, self._insert, rows)
         # In the order of the key: two writers that insert the same keys in different orders would deadlock.
         inserted = await self._execute(tx, self._upsert, sorted(self._fold(rows), key=self._sort_key))
         return len(rows) if self._folds else inserted
+
+    async def insert_all(self, tx: AsyncConnection, rows: Rows, at_once: int) -> int:
+        """As `insert`, with at most `at_once` rows in a statement."""
+        if not self._has_no_key(rows):
+            # As in one statement: all of them in the order of the key.
+            rows = sorted(rows, key=self._sort_key)
+        return sum([await self.insert(tx, rows[at : at + at_once]) for at in range(0, len(rows), at_once)])
+
+    def _has_no_key(self, rows: Rows) -> bool:
+        return self._optional is not None and all(row[self._optional] is None for row in rows)
 
     def _fold(self, rows: Rows) -> Rows:
         """The row that wins, for each key: a statement must not have two."""

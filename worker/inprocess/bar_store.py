@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, Self
 
 from worker.db.record_reads import read_bars, read_latest_bars
 from worker.errors import DatabaseRefused, DatabaseUnavailable
+from worker.inprocess.connections import Connections, raise_closed
 from worker.inprocess.options import WriterOptions
-from worker.inprocess.reader import Reader
 from worker.inprocess.thread import InThread
 from worker.inprocess.writer import FLUSH_TIMEOUT_S, PUT_TIMEOUT_S, Writer
 from worker.pipelines.records.bars_1m import BARS_1M, Bar
@@ -63,7 +63,7 @@ class BarStore:
     def _open(self, writer: Writer[Bar], options: WriterOptions) -> None:
         self._writer = writer
         self._options = options
-        self._reader = Reader(options)
+        self._reader = Connections(options)
 
     async def write_bars(self, bars: Iterable[Bar], timeout: float = PUT_TIMEOUT_S) -> int:
         """Accept bars, in their order, waiting up to `timeout` seconds in all for room; 0 never waits.
@@ -193,12 +193,12 @@ class SyncBarStore(InThread[BarStore]):
     def get_bars(self, symbol: str, start: datetime, end: datetime) -> list[Bar]:
         """As `BarStore.get_bars`."""
         self._start()
-        return self._call(self._service.get_bars(symbol, start, end), otherwise=_fail)
+        return self._call(self._service.get_bars(symbol, start, end), otherwise=raise_closed)
 
     def get_latest_bars(self, symbol: str, limit: int) -> list[Bar]:
         """As `BarStore.get_latest_bars`."""
         self._start()
-        return self._call(self._service.get_latest_bars(symbol, limit), otherwise=_fail)
+        return self._call(self._service.get_latest_bars(symbol, limit), otherwise=raise_closed)
 
     def health(self) -> bool:
         """As `BarStore.health`."""
@@ -221,7 +221,3 @@ class SyncBarStore(InThread[BarStore]):
 
 def _utc(time: datetime) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
-
-
-def _fail() -> NoReturn:
-    raise DatabaseUnavailable("the store is closed", "")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from worker.db.record_reads import read_last_event
+from worker.inprocess.connections import Connections
 from worker.inprocess.options import WriterOptions
-from worker.inprocess.reader import Reader
 from worker.inprocess.writer import FLUSH_TIMEOUT_S, PUT_TIMEOUT_S, Writer
 from worker.observability.logs import get_logger
 from worker.pipelines.records.session_events import SESSION_EVENTS, SessionUpdate, is_key
@@ -63,7 +63,7 @@ class SessionStore:
             retry_delay=retry_delay,
         )
         self._writer: Writer[SessionUpdate] = Writer(SESSION_EVENTS, options, registry)
-        self._reader = Reader(options)
+        self._reader = Connections(options)
 
     async def store_last_event_id(self, session_id: str, event_id: str, timeout: float = PUT_TIMEOUT_S) -> bool:
         """Accept an event id, waiting up to `timeout` seconds for room. False: refused, and counted."""

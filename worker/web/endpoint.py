@@ -50,8 +50,22 @@ def answering(answer: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Han
 
 def read_path(request: web.Request) -> bytes:
     """What follows `/v1/<endpoint>/` in the path, with slashes, decoded."""
+    return _decode(_rest_of_path(request))
+
+
+def read_pair(request: web.Request) -> tuple[bytes, bytes]:
+    """What follows `/v1/<endpoint>/` in the path, before and after its first slash, decoded."""
+    first, _, second = _rest_of_path(request).partition("/")
+    return _decode(first), _decode(second)
+
+
+def _rest_of_path(request: web.Request) -> str:
     _, _, _, *quoted = request.rel_url.raw_path.split("/", 3)
-    return unquote_to_bytes(b"".join(text.encode(errors=UNCHANGED) for text in quoted))
+    return "".join(quoted)
+
+
+def _decode(quoted: str) -> bytes:
+    return unquote_to_bytes(quoted.encode(errors=UNCHANGED))
 
 
 def read_query(request: web.Request) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Serves bars and the last events of sessions: `/v1/bars` and `/v1/sessions`. Requests are bounded and read-only."""
+"""Serves records: `/v1/bars`, `/v1/sessions` and `/v1/metrics`. Requests are bounded and read-only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
+from worker.contract.durations import parse_duration
 from worker.contract.ids import decode_id
-from worker.contract.times import format_time, parse_time
-from worker.web.endpoint import BadRequest, NotFound, answering, read_parameters, read_path
+from worker.contract.times import EPOCH, format_time, parse_time
+from worker.web.endpoint import BadRequest, NotFound, answering, read_pair, read_parameters, read_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 # A day of minutes is 1440.
 MAX_BARS = 1500
 MAX_LATEST = 1000
-DEFAULT_RANGE = timedelta(days=1)
+MAX_VALUES = 1500
+MAX_BUCKETS = 1500
+SHORTEST_BUCKET = timedelta(seconds=1)
+BARS_RANGE = timedelta(days=1)
+METRICS_RANGE = timedelta(hours=1)
+# No number of smaller values, in absolute terms, has a sum that a double cannot hold.
+SUMMABLE = 1e290
 _LATEST = re.compile("[0-9]{1,4}")
 _MILLISECONDS = re.compile("-?[0-9]{1,15}")
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
@@ -34,6 +41,12 @@ class Records(Protocol):
     async def bars(self, symbol: str, first: datetime, last: datetime, at_most: int) -> Sequence[Mapping[str, Any]]: ...
     async def latest_bars(self, symbol: str, count: int) -> Sequence[Mapping[str, Any]]: ...
     async def last_event(self, session_id: str) -> tuple[str, datetime] | None: ...
+    async def metric_values(
+        self, service: str, metric: str, first: datetime, last: datetime, at_most: int
+    ) -> Sequence[tuple[datetime, float | None]]: ...
+    async def metric_buckets(
+        self, service: str, metric: str, first: datetime, last: datetime, width: timedelta, summable: float
+    ) -> Sequence[Mapping[str, Any]]: ...
 
 
 class RecordsApi:
@@ -42,12 +55,14 @@ class RecordsApi:
         self._clock = clock
 
     def routes(self) -> list[web.RouteDef]:
-        bars, session = answering(self._bars), answering(self._session)
+        bars, session, metric = answering(self._bars), answering(self._session), answering(self._metric)
         return [
             web.get("/v1/bars", bars),
             web.get("/v1/bars/{symbol:(?s:.*)}", bars),
             web.get("/v1/sessions", session),
             web.get("/v1/sessions/{session_id:(?s:.*)}", session),
+            web.get("/v1/metrics", metric),
+            web.get("/v1/metrics/{service_and_metric:(?s:.*)}", metric),
         ]
 
     async def _bars(self, request: web.Request) -> dict[str, Any]:
@@ -56,13 +71,13 @@ class RecordsApi:
         if "latest" in parameters:
             bars = await self._records.latest_bars(symbol, _parse_latest(parameters))
         else:
-            bars = await self._records.bars(symbol, *self._parse_range(parameters), MAX_BARS + 1)
+            bars = await self._records.bars(symbol, *self._parse_range(parameters, BARS_RANGE), MAX_BARS + 1)
         body = {"symbol": symbol, "bars": [_bar(row) for row in bars[:MAX_BARS]]}
         return body if len(bars) <= MAX_BARS else body | {"truncated": True}
 
-    def _parse_range(self, parameters: Mapping[str, str]) -> tuple[datetime, datetime]:
+    def _parse_range(self, parameters: Mapping[str, str], default: timedelta) -> tuple[datetime, datetime]:
         last = _parse_time(parameters, "to") or self._clock.now()
-        first = _parse_time(parameters, "from") or last - min(DEFAULT_RANGE, last - _EARLIEST)
+        first = _parse_time(parameters, "from") or last - min(default, last - _EARLIEST)
         if "to" in parameters and first > last:
             raise BadRequest("from: expected a time that is not after `to`")
         return first, last
@@ -75,6 +90,35 @@ class RecordsApi:
             raise NotFound("no event of this session is stored")
         last_event_id, recorded_at = found
         return {"sessionId": session_id, "lastEventId": last_event_id, "recordedAt": format_time(recorded_at)}
+
+    async def _metric(self, request: web.Request) -> dict[str, Any]:
+        raw_service, raw_metric = read_pair(request)
+        service, metric = decode_id(raw_service, "service"), decode_id(raw_metric, "metric")
+        parameters = read_parameters(request, ("from", "to", "bucket"))
+        first, last = self._parse_range(parameters, METRICS_RANGE)
+        body: dict[str, Any] = {"service": service, "metric": metric}
+        if "bucket" in parameters:
+            width = _parse_bucket(parameters["bucket"], first, last)
+            found = await self._records.metric_buckets(service, metric, first, last, width, SUMMABLE)
+            return body | {"bucket": parameters["bucket"].strip(), "buckets": [_bucket(row) for row in found]}
+        values = await self._records.metric_values(service, metric, first, last, MAX_VALUES + 1)
+        body["values"] = [{"time": format_time(time), "value": _number(value)} for time, value in values[:MAX_VALUES]]
+        return body if len(values) <= MAX_VALUES else body | {"truncated": True}
+
+
+def _parse_bucket(text: str, first: datetime, last: datetime) -> timedelta:
+    try:
+        width = parse_duration(text)
+    except ValueError as error:
+        raise BadRequest(f"bucket: expected {error}") from None
+    if width < SHORTEST_BUCKET:
+        raise BadRequest("bucket: expected one second or more")
+    start = (first - EPOCH) // width
+    if (last - EPOCH) // width - start >= MAX_BUCKETS:
+        raise BadRequest(f"bucket: expected at most {MAX_BUCKETS} buckets between `from` and `to`")
+    if start * width < _EARLIEST - EPOCH:
+        raise BadRequest("bucket: expected a bucket that begins in the year 1 or later")
+    return width
 
 
 def _parse_latest(parameters: Mapping[str, str]) -> int:
@@ -98,6 +142,23 @@ def _parse_time(parameters: Mapping[str, str], name: str) -> datetime | None:
 
 
 def _bar(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"timestamp": format_time(row["timestamp"]), **{name: _number(row[name]) for name in _VALUES}}
+
+
+def _bucket(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`sum` has only the summable values: it is not known where there are others."""
+    count, low, high = row["count"], row["min"], row["max"]
+    total = row["sum"] if low > -SUMMABLE and high < SUMMABLE else None
+    return {
+        "time": format_time(row["start"]),
+        "count": count,
+        "min": _number(low),
+        "max": _number(high),
+        "avg": None if total is None else total / count,
+        "sum": total,
+    }
+
+
+def _number(value: float | None) -> float | None:
     """Another program may have stored a NaN or an infinity, which JSON does not have: null."""
-    values = {name: row[name] if isfinite(row[name]) else None for name in _VALUES}
-    return {"timestamp": format_time(row["timestamp"]), **values}
+    return value if value is not None and isfinite(value) else None

@@ -11,8 +11,6 @@ from worker.pipelines.model import Column, Defaults, RecordType, append
 from worker.pipelines.records import fields
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from worker.contract.entry_id import EntryId
     from worker.pipelines.model import Window
 
@@ -69,13 +67,6 @@ def parse(document: bytes, entry_id: EntryId, window: Window) -> ChunkEvent:
     )
 
 
-def stamp(event: ChunkEvent, now: Callable[[], datetime]) -> ChunkEvent:
-    """An `event_id` needs a time of the application's own: a repeated event must have the same."""
-    if event.time is not None or event.event_id is not None:
-        return event
-    return msgspec.structs.replace(event, time=now())
-
-
 CHUNK_REQUESTS = RecordType(
     name="chunk_requests",
     columns=(
@@ -101,5 +92,5 @@ CHUNK_REQUESTS = RecordType(
         writers=("CHUNKLOG_WORKERS", 2),
         enabled="CHUNKLOG_ENABLED",
     ),
-    stamp=stamp,
+    stamp=fields.stamp,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 D = TypeVar("D")
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T", bound="Timed")
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_ID_BYTES = 256
@@ -28,6 +29,15 @@ MAX_ID_BYTES = 256
 MAX_ADDRESS_LENGTH = 128
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]+)\](?::\d{1,5})?|(?P<ipv4>[\d.]+):\d{1,5}", re.ASCII)
+
+
+class Timed(Protocol):
+    """A record that needs a time."""
+
+    @property
+    def time(self) -> datetime | None: ...
+    @property
+    def event_id(self) -> str | None: ...
 
 
 def decode(decoder: Callable[[bytes], D], document: bytes) -> D:
@@ -89,6 +99,15 @@ def check_key(text: str, name: str) -> None:
     check_id(text, name)
     if "\x00" in text:
         raise InvalidRecord("invalid_field", f"`{name}` has a NUL")
+
+
+def stamp(record: T, now: Callable[[], datetime]) -> T:
+    """Fill in the time of acceptance. An `event_id` needs a time of the application's own: a repeated record must have
+    the same.
+    """
+    if record.time is not None or record.event_id is not None:
+        return record
+    return msgspec.structs.replace(record, time=now())  # type: ignore[type-var]
 
 
 def replace_surrogates(record: S) -> S:

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 
 class Metric(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One value. The fields are the columns of the table, in their order."""
+    """One value. The fields are the columns of the table, in their order.
 
-    time: datetime
+    `time` None: when a MetricStore takes it; not for a metric with an `event_id`.
+    """
+
+    time: datetime | None = None
     service_name: str
     metric_name: str
     value: float
@@ -78,4 +81,5 @@ METRICS = RecordType(
         retry_delay=("METRICS_RETRY_DELAY", 0.1),
         capacity=("METRICS_CHANNEL_BUFFER", 10_000),
     ),
+    stamp=fields.stamp,
 )

@@ -1,9 +1,9 @@
-"""The connections by which a store reads. Its Writer has its own."""
+"""The connections of a store. A Writer has its own."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from worker.db.session import Database
 from worker.errors import DatabaseUnavailable
@@ -19,8 +19,8 @@ CONNECTIONS = 2
 _of_parent: list[Database] = []
 
 
-class Reader:
-    """Opens connections when they are needed; in the child of a fork, others than the parent's."""
+class Connections:
+    """Opens up to `CONNECTIONS` when they are needed; in the child of a fork, others than the parent's."""
 
     def __init__(self, options: WriterOptions) -> None:
         self._options = options
@@ -31,8 +31,13 @@ class Reader:
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """As `Database.transaction`. Raises DatabaseUnavailable when it is closed."""
         if self.is_closed:
-            raise DatabaseUnavailable("the store is closed", "")
+            raise_closed()
         return self._own().transaction()
+
+    def cut(self) -> None:
+        """Cut the connections in use, and open no more transactions."""
+        self.is_closed = True
+        self._own().abort()
 
     async def close(self) -> None:
         self.is_closed = True
@@ -47,3 +52,8 @@ class Reader:
     def _connect(self) -> Database:
         options = self._options
         return Database(options.database, pool_size=1, overflow=CONNECTIONS - 1, recycle=options.recycle)
+
+
+def raise_closed() -> NoReturn:
+    """Raise what the calls of a closed store raise."""
+    raise DatabaseUnavailable("the store is closed", "")

@@ -30,6 +30,10 @@ async def test_batches_are_written_whole_and_read_in_buckets_across_chunks(times
     await schema.upgrade(database)
     async with database.transaction() as tx:
         await tx.execute(text("ALTER TABLE metrics ADD CHECK (value < 1000)"))
+        index = await tx.execute(text("SELECT indexdef FROM pg_indexes WHERE indexname = 'metrics_time_idx'"))
+        assert '("time" DESC)' in index.scalar_one()
+        chunked = "SELECT count(*) FROM timescaledb_information.hypertables WHERE hypertable_name = 'metrics'"
+        assert (await tx.execute(text(chunked))).scalar_one() == 1
     await database.close()
     batch = [metric(hour, hour) for hour in range(24 * 10)]
     async with MetricStore(timescale_url) as store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,8 @@ def dev(
     rows. Exit code 1 when an INCRed id differs, an id has too many views, views stay pending, a row differs, or the
     worker fails.
     """
+    # The demo calls over gRPC, and starts processes. gRPC need not work in these.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     seconds = duration(for_).total_seconds() if for_ else None
     from worker.dev.demo import Demo
     from worker.dev.servers_only import run_servers

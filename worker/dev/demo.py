@@ -142,11 +142,10 @@ class Demo:
         all_exact = True
         for each in records:
             found = await each.find(database)
-            result = f"[bold red]DIFFERENT[/]: {found.wrong:,} rows" if found.wrong else "[bold green]EXACT[/]"
-            kind = each.kind
-            self._console.print(
-                f"  {kind.pipeline:<25}{each.expected.sent:>12,}{found.rows:>14,}   {result}: {kind.promise}"
-            )
+            result = f"[bold green]EXACT[/]: {each.kind.promise}" if each.expected.sent else "nothing was sent"
+            if found.wrong:
+                result = f"[bold red]DIFFERENT[/]: {found.wrong:,} rows"
+            self._console.print(f"  {each.kind.pipeline:<25}{each.expected.sent:>12,}{found.rows:>14,}   {result}")
             all_exact = all_exact and not found.wrong
         return all_exact
 

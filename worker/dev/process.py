@@ -24,7 +24,8 @@ class WorkerProcess:
         self.log = folder / "worker.log"
         self.env_file = folder / "worker.env"
         self.kills = 0
-        self._port, self._grpc_port = (port if _is_free(port) else free_port() for port in (3003, 50051))
+        self._port = 3003 if _is_free(3003) else free_port()
+        self._grpc_port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.env_file.write_text(
             f"REDIS_URL={redis_url}\nDATABASE_URL={database_url}\nBATCH_INTERVAL_MS={INTERVAL_MS}\n"

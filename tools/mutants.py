@@ -282,9 +282,9 @@ MUTANTS = (
     ),
     Mutant(
         "a reconnect does not count as a gap",
-        "worker/counters/intake/listener.py",
-        "        gap = self._heard_before or epoch > 1\n",
-        "        gap = False\n",
+        "worker/redis/listener.py",
+        "        gap = self._receiver.begin(token) or self._heard_before\n",
+        "        gap = self._receiver.begin(token) and False\n",
     ),
     Mutant(
         "the display adds pending views to announced views",

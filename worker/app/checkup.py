@@ -110,7 +110,7 @@ async def check_redis(redis: RedisClient, keys: Keys, channels: list[str], strea
 def shared_channel(channel: str) -> Finding:
     """Warn that the worker may receive messages about keys of other workers."""
     found = f"{channel} is the default channel, but the key prefix or the Redis database is not the default"
-    remedy = "If producers of other keys also publish there, views count twice. Give each worker its own VIEW_CHANNEL."
+    remedy = "What producers of other keys publish there is counted and stored, too. Give each worker its own VIEW_CHANNEL."
     return Finding("view channel", Level.WARNING, found, remedy)
 
 

@@ -183,7 +183,8 @@ async def check(settings: Settings) -> list[Finding]:
             counters = _build(settings, database, redis)
             findings += await _look("marker", check_agreement(counters.adoption))
             adjustments = make_adjustments(settings, database, redis)
-            findings += await _look(POSTGRES, check_record_tables(database, settings.records))
+            tables = check_record_tables(database, settings.records, takes_tickets=settings.stores_messages)
+            findings += await _look(POSTGRES, tables)
             findings += await _look("streams", check_streams(adjustments[stream] for stream in settings.streams))
     return findings
 

@@ -44,11 +44,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LeaseState(Generic[T]):
-    """`token` is the fencing token of the holder. `is_free`: the worker that asks may take the lease."""
+    """`token` is the fencing token of the holder. `is_free`: the worker that asks may take the lease.
+
+    `is_renewed`: it has just taken or renewed it.
+    """
 
     holder: str | None
     token: T
     is_free: bool
+    is_renewed: bool = False
 
 
 class LeasedRow(Protocol[T]):
@@ -97,6 +101,7 @@ class Lease(Generic[T]):
         # Another worker's lease, and when it was first seen.
         self._other: LeaseState[T] | None = None
         self._other_since = 0.0
+        self._sure_until = float("-inf")
         self._wake = asyncio.Event()
         self.token: T | None = None
         # Why it could not be taken or renewed at the last try.
@@ -172,6 +177,11 @@ class Lease(Generic[T]):
         return self.token is not None and self._status.is_ok(*SERVERS)
 
     @property
+    def is_sure(self) -> bool:
+        """Held, and not renewed so long ago that another worker may have taken it. Only of a StreamPosition."""
+        return self.token is not None and monotonic() < self._sure_until
+
+    @property
     def is_kept_elsewhere(self) -> bool:
         """Another worker has it, and keeps it: it is not on hold."""
         return self._other is not None and monotonic() - self._other_since > KEPT_S
@@ -200,8 +210,12 @@ class Lease(Generic[T]):
         self.failure = error
 
     async def _take(self, dead: str | None) -> LeaseState[T] | None:
+        asked = monotonic()
         async with self._database.transaction() as tx:
-            return await self._row.take_lease(tx, self._worker_id, dead)
+            state = await self._row.take_lease(tx, self._worker_id, dead)
+        if state is not None and state.is_renewed:
+            self._sure_until = asked + LEASE_TTL.total_seconds()
+        return state
 
     def _dead_holder(self, state: LeaseState[T] | None) -> str | None:
         """The holder, if it was a process of this host that has died: its restart need not wait for the expiry.
@@ -231,6 +245,15 @@ class Lease(Generic[T]):
         async with self._database.transaction() as tx:
             await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
+
+    async def release_or_expire(self, *, pause: bool = False) -> None:
+        """As `release`, if it is held. A failure is only logged: the lease expires."""
+        if self.token is None:
+            return
+        try:
+            await self.release(pause=pause)
+        except (Unavailable, DatabaseRefused) as error:
+            log.warning("lease not released, it will expire", loop=self._loop, cause=str(error))
 
     def resume(self) -> None:
         """Take the lease again when it is free."""

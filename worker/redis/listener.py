@@ -47,7 +47,8 @@ class Receiver(Protocol[T_contra]):
     def missed(self) -> None:
         """This worker listens again, or as the next one: nobody heard what was published meanwhile."""
 
-    def receive(self, messages: list[bytes]) -> None: ...
+    def receive(self, messages: list[bytes]) -> None:
+        """In their order. From time to time there are none."""
 
     def end(self) -> None:
         """After the stop: everything that was published before it was received."""
@@ -102,8 +103,7 @@ class Listener(Generic[T]):
                 while not subscription.ended:
                     messages = await subscription.read()
                     self._status.expect_beat(self._name, within=BEAT_S)
-                    if messages:
-                        self._receiver.receive(messages)
+                    self._receiver.receive(messages)
             except RedisUnavailable:
                 # When UNSUBSCRIBE was not answered, `_unsubscribe_when_over` closed the connection.
                 if not self._is_over(token, stop):

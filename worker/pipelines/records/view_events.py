@@ -34,7 +34,7 @@ _decode = msgspec.json.Decoder(_Document).decode
 
 
 def parse(document: bytes, entry_id: EntryId, window: Window) -> ViewEvent:
-    """An event without a time has that of its arrival. Raises InvalidRecord; its class is the kind of InvalidMessage."""
+    """An event without a `ts` has the time of its arrival. Raises InvalidRecord."""
     try:
         vod_id, found = read_message(_decode, document)
     except InvalidMessage as error:

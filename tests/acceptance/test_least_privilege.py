@@ -24,7 +24,7 @@ from tests.support.tls import Certificates, TlsFront
 from tests.support.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
 from worker.db.counters.ledger import Ledger
-from worker.db.rights import RIGHTS, STREAM_RIGHTS, WRITER_RIGHTS, rights_on_records
+from worker.db.rights import RIGHTS, STREAM_RIGHTS, TICKET_RIGHTS, rights_on_records
 from worker.db.schema import VERSION_TABLE
 from worker.db.tables import metadata
 from worker.errors import DatabaseUnavailable
@@ -62,10 +62,9 @@ async def use_every_right(worker: InProcessWorker, world: World) -> None:
 
 async def test_role_has_the_rights_that_the_worker_checks_and_no_others(world: World) -> None:
     granted = {(row["table_name"], row["privilege_type"]) for row in await world.sql.fetch(GRANTS)}
-    needed = RIGHTS | STREAM_RIGHTS | rights_on_records(RECORD_TYPES.values())
+    needed = RIGHTS | STREAM_RIGHTS | TICKET_RIGHTS | rights_on_records(RECORD_TYPES.values())
     assert granted == {(table, right) for table in needed for right in needed[table]} | {(VERSION_TABLE, "SELECT")}
-    # A Writer's tickets are not the worker's.
-    assert {*needed, *WRITER_RIGHTS} == {*metadata.tables, *RECORD_TYPES}
+    assert {*needed} == {*metadata.tables, *RECORD_TYPES}
 
 
 async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World) -> None:

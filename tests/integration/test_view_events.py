@@ -189,7 +189,10 @@ async def test_a_worker_that_lost_the_lease_unawares_stores_nothing_that_its_suc
     assert gaps(other) == 1
 
 
-async def test_what_is_heard_while_the_lease_cannot_be_renewed_is_stored_when_it_was(events: Events) -> None:
+async def test_what_is_heard_while_the_lease_cannot_be_renewed_is_stored_when_it_was(
+    events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redis.subscriber.SILENCE_S", 0.2)
     carrier = events.carrier()
     async with carrier.running():
         await is_listening(carrier)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from tests.support.fakes import FakeClock
-from worker.contract.message import InvalidMessage
+from worker.contract.message_reading import InvalidMessage
 from worker.counters.intake.announced import Announced
 from worker.counters.intake.messages import MessageSummer, parse_message
 from worker.observability.metrics import Metrics

@@ -84,7 +84,7 @@ class Metrics(_Family):
         )
         self.event_gaps = self._counter(
             "view_event_gaps_total",
-            "Gaps in which view_events may have missed messages: reconnects, takeovers, a lease that was not renewed.",
+            "Gaps in which view_events may have missed messages: reconnects, and takeovers of the channel's lease.",
         )
         self.settle_replays = self._counter(
             "view_count_settle_replays_total",
@@ -169,7 +169,7 @@ class RecordMetrics(_Family):
             "persistence_retry_queue_depth", "Records of an application that wait for their next try.", "pipeline"
         )
         self.queue_full = self._counter(
-            "persistence_queue_full_total", "Records of an application that a full buffer refused.", "pipeline"
+            "persistence_queue_full_total", "Records that a full buffer refused: of an application, or heard on the channel.", "pipeline"
         )
         self.records_dropped = self._counter(
             "persistence_dropped_total",

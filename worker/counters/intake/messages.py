@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from worker.contract.message import InvalidMessage, Message, read_message
+from worker.contract.message_reading import InvalidMessage, Message, read_message
 from worker.observability.logs import get_logger
 from worker.observability.printable import excerpt
 from worker.observability.throttle import Throttle

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from worker.contract.message import InvalidMessage, Message, read_message
+from worker.contract.message_reading import InvalidMessage, Message, read_message
 from worker.pipelines.model import Column, Defaults, InvalidRecord, RecordType, append
 from worker.pipelines.records import fields
 

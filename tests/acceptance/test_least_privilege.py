@@ -110,6 +110,29 @@ async def test_role_and_users_can_carry_bars_and_replace_them(
     await world.redis.delete("bars_1m")
 
 
+async def test_role_and_users_can_store_view_events_of_the_channel_and_prune_tickets(
+    guarded: GuardedServers, world: World, start: Start
+) -> None:
+    await world.sql.execute("INSERT INTO ingest_batches VALUES (gen_random_uuid(), 'old', now() - interval '2 days')")
+    url = f"{guarded.application_redis_url}?ssl_ca_certs={guarded.authority}"
+    events = {"PIPELINES": "view_events", "VIEW_EVENTS_FLUSH_INTERVAL": "10ms"}
+    findings = await check(world, start, **events)
+    assert [findings[name][0] for name in ("record tables", "redis rights")] == ["ok", "ok"]
+    worker = start(world.environment | events, "run")
+    await worker.wait_for_log('"listening"')
+    async with aioredis.from_url(url) as application:
+        await application.publish("view_count_updates", '{"vodId":"a","count":2}')
+    async with asyncio.timeout(20):
+        while [row["count"] for row in await world.sql.fetch("SELECT count FROM view_events")] != [2]:
+            await asyncio.sleep(0.05)
+        while await world.sql.fetchval("SELECT count(*) FROM ingest_batches WHERE pipeline = 'old'"):
+            await asyncio.sleep(0.05)
+    worker.terminate()
+    assert await worker.wait() == 0
+    denied = await world.redis.acl_log()  # type: ignore[no-untyped-call]
+    assert [entry for entry in denied if entry["username"] == "viewer-worker"] == []
+
+
 async def has_letters(records: Records, count: int) -> bool:
     return len(await records.letters()) == count
 

@@ -216,6 +216,26 @@ async def test_what_is_heard_while_the_lease_cannot_be_renewed_is_stored_when_it
     assert gaps(carrier) == 0
 
 
+async def test_a_lease_is_sure_only_by_a_renewal(events: Events) -> None:
+    """A renewal skips a row that is locked: perhaps by a worker that takes the lease."""
+    world = events.world
+    carrier = events.carrier()
+    lease = carrier.pipelines.channel.lease  # type: ignore[union-attr]
+    assert await lease.take()
+    assert lease.is_sure
+    lease._sure_until = float("-inf")
+    async with world.sql.transaction():
+        await world.sql.execute("SELECT FROM stream_positions FOR UPDATE")
+        assert await lease.take()
+        assert not lease.is_sure
+    assert await lease.take()
+    assert lease.is_sure
+    await lease.release()
+    assert not lease.is_sure
+    await carrier.database.close()
+    await carrier.redis.close()
+
+
 async def test_a_full_buffer_drops_and_counts_while_views_are_counted_exactly(events: Events) -> None:
     world = events.world
     await world.sql.execute("ALTER TABLE view_events RENAME TO gone")

@@ -36,6 +36,8 @@ LISTENER = VIEW_EVENTS.name
 WRITER = f"{VIEW_EVENTS.name} writer"
 LEASE = f"{VIEW_EVENTS.name} lease"
 CHECKS = (LISTENER, WRITER)
+# Longer than monitors take to see that a server is back: the holder of the lease has messages that nobody else heard.
+PATIENCE_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def build_channel(
     own = settings.buffer(VIEW_EVENTS)
     row = ChannelLease(settings.view_source_name, settings.view_channel, VIEW_EVENTS.name)
     # Not shared out as the streams' leases are: a gap would be longer.
-    lease = Lease(database, row, new_worker_id(), status, loop=LEASE)
+    lease = Lease(database, row, new_worker_id(), status, loop=LEASE, patience=PATIENCE_S)
     metrics.lease_held.labels(VIEW_EVENTS.name).set_function(lambda: lease.is_usable)
     buffered = BufferMetrics(metrics.records, VIEW_EVENTS.name)
     budget = ByteBudget(settings.buffer_max_bytes)

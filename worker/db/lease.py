@@ -77,6 +77,9 @@ class Lease(Generic[T]):
 
     `held`: the leases that a process holds of those that replicas share out. They have one set, and the more are in it,
     the longer they leave another free lease to other workers.
+
+    `patience`: seconds for which a worker leaves the lease to its holder after a server was away, during which no lease
+    can be renewed.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Lease(Generic[T]):
         status: Status,
         loop: str = LOOP,
         held: set[Lease[T]] | None = None,
+        patience: float = 0.0,
     ) -> None:
         self._database = database
         self._row = row
@@ -94,6 +98,8 @@ class Lease(Generic[T]):
         self._status = status
         self._loop = loop
         self._held: set[Lease[T]] = set() if held is None else held
+        self._patience = patience
+        self._away_at = float("-inf")
         self._looked = False
         self._is_paused = False
         self._is_yielding = False
@@ -111,7 +117,10 @@ class Lease(Generic[T]):
     async def run(self, stop: asyncio.Event) -> None:
         """Take the lease when it is free, and keep it, until `stop`. The loop that ends last releases it."""
         while not stop.is_set():
-            if self._status.is_ok(*SERVERS) and not self._is_paused:
+            if not self._status.is_ok(*SERVERS):
+                if self._looked:
+                    self._away_at = monotonic()
+            elif not self._is_paused and not self._leaves_it_to_its_holder():
                 try:
                     await self._look()
                 except (Unavailable, DatabaseRefused) as error:
@@ -121,6 +130,9 @@ class Lease(Generic[T]):
             self._status.expect_beat(self._loop, within=delay + BEAT_S)
             await wait_first(delay, stop, self._status.changed, self._wake)
             self._wake.clear()
+
+    def _leaves_it_to_its_holder(self) -> bool:
+        return self.token is None and monotonic() - self._away_at < self._patience
 
     async def _look(self) -> None:
         """Renew the lease, or take it if it is free and this worker's turn. Raises as `take`."""

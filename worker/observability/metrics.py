@@ -169,7 +169,9 @@ class RecordMetrics(_Family):
             "persistence_retry_queue_depth", "Records of an application that wait for their next try.", "pipeline"
         )
         self.queue_full = self._counter(
-            "persistence_queue_full_total", "Records that a full buffer refused: of an application, or heard on the channel.", "pipeline"
+            "persistence_queue_full_total",
+            "Records that a full buffer refused: of an application, or heard on the channel.",
+            "pipeline",
         )
         self.records_dropped = self._counter(
             "persistence_dropped_total",

@@ -85,7 +85,8 @@ class Drain(Generic[R]):
 
     async def run(self) -> None:
         while (batch := await self._source.next()) is not None:
-            parts: list[Batch[R]] = [batch]
+            # A batch is empty where everything in it was dropped.
+            parts: list[Batch[R]] = [batch] if len(batch) else []
             while parts:
                 parts += await self._write(parts.pop())
             self._source.done(batch, NotClaimed())

@@ -157,6 +157,7 @@ def test_the_end_closes_the_buffer_with_what_is_certain(is_sure: bool) -> None:
     case.receiver.end()
     assert case.buffer.is_closed
     assert len(case.taken()) == is_sure
+    assert case.metric("persistence_dropped_total") == (not is_sure)
 
 
 def test_a_worker_that_never_listened_ends() -> None:

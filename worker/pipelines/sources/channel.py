@@ -93,7 +93,8 @@ class ChannelReceiver:
     def end(self) -> None:
         if self._lease.token == self._token and self._lease.is_sure:
             self._take_aside()
-        self._forget_aside()
+        # Nobody is there to hear of a renewal.
+        self._metrics.left(self._forget_aside(), unknown=0)
         self._buffer.close()
 
     def _set_aside(self, messages: list[bytes]) -> None:
@@ -114,9 +115,11 @@ class ChannelReceiver:
         refused = sum(not self._buffer.add(message, at=at) for at, message in aside)
         self._drop(refused)
 
-    def _forget_aside(self) -> None:
+    def _forget_aside(self) -> int:
+        """Returns how many messages that were."""
         if aside := self._clear_aside():
             log.warning("messages forgotten: the lease was not renewed", pipeline=self._pipeline, messages=len(aside))
+        return len(aside)
 
     def _clear_aside(self) -> list[tuple[float, bytes]]:
         aside, self._aside, self._aside_bytes = self._aside, [], 0

@@ -20,7 +20,16 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["worker.cli", "worker.app.serve", "worker.app.commands", "alembic.command"])
+_FORKS.set_forkserver_preload(
+    [
+        "worker.cli",
+        "worker.settings.environment",
+        "worker.app.serve",
+        "worker.app.commands",
+        "alembic.command",
+        "uvloop",
+    ]
+)
 # `start` also looks for other processes that ended, and only one thread may read an exit code.
 _lock = threading.Lock()
 

@@ -35,6 +35,8 @@ from worker.settings.environment import load_settings, without_settings
 from worker.settings.model import Settings
 
 DEFAULT_PREFIX = "vod:views:"
+# Valkey's options. By default a primary waits five seconds for more replicas before it synchronises the first.
+SYNCHRONISE_AT_ONCE = ("--repl-diskless-sync-delay", "0")
 
 
 def database_url_for(postgres_url: str, name: str) -> str:

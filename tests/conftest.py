@@ -14,11 +14,12 @@ import asyncpg
 import pytest
 
 from tests.support.records import Records
-from tests.support.world import World, database_url_for
+from tests.support.world import SYNCHRONISE_AT_ONCE, World, database_url_for
 from tests.support.written import WrittenRecords
 from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
+from worker.db.transaction_settings import LOCAL_SETTINGS, SETTINGS
 from worker.dev.servers import PostgresServer, ValkeyServer
 
 # Tests call over gRPC from a process that also starts others.
@@ -39,7 +40,7 @@ def redis_url(servers_folder: Path) -> Iterator[str]:
     if url := os.environ.get("TEST_REDIS_URL"):
         yield url
         return
-    server = ValkeyServer(servers_folder / "redis")
+    server = ValkeyServer(servers_folder / "redis", options=SYNCHRONISE_AT_ONCE)
     server.start()
     yield server.url
     server.kill()
@@ -124,6 +125,14 @@ async def written(database_url: str) -> AsyncIterator[WrittenRecords]:
 
 
 @pytest.fixture
+def brief_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transactions of this process wait half a second for a lock, not five."""
+    lock_timeout = SETTINGS[[*LOCAL_SETTINGS].index("lock_timeout")]
+    _, value, _ = lock_timeout.clauses
+    monkeypatch.setattr(value, "value", "500ms")
+
+
+@pytest.fixture
 def records(world: World) -> Iterator[Records]:
     """Chunk requests in the world."""
     made = Records(world)
@@ -134,7 +143,7 @@ def records(world: World) -> Iterator[Records]:
 @pytest.fixture
 def valkey(request: pytest.FixtureRequest, servers_folder: Path) -> Iterator[ValkeyServer]:
     """A Redis for one test, which may kill, empty and restore it. An indirect parameter adds server options."""
-    options = ("--appendfsync", "always", *getattr(request, "param", ()))
+    options = ("--appendfsync", "always", *SYNCHRONISE_AT_ONCE, *getattr(request, "param", ()))
     server = ValkeyServer(servers_folder / f"redis-{uuid4().hex[:8]}", options=options)
     server.start()
     yield server

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from tests.support.world import CliWorker, World
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., CliWorker]]:
-    """Starts `viewer-worker …` as a subprocess, and kills it if the test left it running."""
+    """Starts `viewer-worker …`, and kills it if the test left it running. Takes the arguments of CliWorker."""
     started: list[CliWorker] = []
 
-    def start(environment: dict[str, str], *arguments: str, program: list[str] | None = None) -> CliWorker:
-        worker = CliWorker(environment, *arguments, program=program)
+    def start(*arguments: Any, **keywords: Any) -> CliWorker:
+        worker = CliWorker(*arguments, **keywords)
         started.append(worker)
         return worker
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,6 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from tests.support.forked import run_forked
 from tests.support.guarded import GuardedServers
 from tests.support.world import CliWorker, World, clean_environment
 from worker.dev.servers import free_port
@@ -50,16 +49,8 @@ REFUSED = [
 
 async def run_command(*arguments: str, **environment: str) -> tuple[int, str]:
     """The exit code, and everything that the command printed."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "worker", *arguments),
-        env=clean_environment() | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    printed, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, printed.decode()
+    done = await asyncio.to_thread(run_forked, *arguments, environment=clean_environment() | environment)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("settings", ACCEPTED)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import run_forked
 from tests.support.guarded import on_guarded_servers, on_open_and_guarded_servers
 from tests.support.world import CliWorker, World, clean_environment
 from worker.dev.servers import ValkeyServer, free_port
@@ -25,14 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "worker", *arguments],
-        env=clean_environment() | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return run_forked(*arguments, environment=clean_environment() | environment)
 
 
 async def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

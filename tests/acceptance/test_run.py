@@ -24,7 +24,7 @@ from tests.support.world import CliWorker, World
 from worker.dev.servers import PostgresServer, ValkeyServer, free_port
 
 Start = Callable[..., CliWorker]
-CRASH = [sys.executable, str(Path(__file__).with_name("crash.py"))]
+CRASH = Path(__file__).with_name("crash.py")
 
 
 async def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
@@ -72,7 +72,7 @@ async def test_incr_is_in_postgres_within_one_interval(world: World, start: Star
 async def test_worker_killed_during_a_flush_counts_each_view_once(world: World, start: Start, point: str) -> None:
     await world.view_many([f"vod_{number % 30}" for number in range(300)])
     for _ in range(3):
-        crashed = start(world.environment | {"BATCH_SIZE": "7"}, point, "run", program=CRASH)
+        crashed = start(world.environment | {"BATCH_SIZE": "7"}, point, "run", script=CRASH)
         assert await crashed.wait() == -signal.SIGKILL, crashed.log
         await world.expire_lease()
         await world.view_many(["vod_1", "vod_2", "vod_99"])
@@ -310,7 +310,7 @@ async def test_standby_takes_over_after_a_crash_and_at_once_after_a_clean_stop(w
 
 
 async def test_sigterm_during_the_start_ends_cleanly(world: World, start: Start) -> None:
-    worker = start(world.environment, "run")
+    worker = start(world.environment, "run", program=[sys.executable, "-m", "worker"])
     while not _catches(worker.process.pid, signal.SIGTERM):  # it has not loaded much more by then
         await asyncio.sleep(0.005)
     worker.terminate()

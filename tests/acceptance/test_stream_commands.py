@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.support.tools import missing
 from worker.pipelines.records import RECORD_TYPES
 from worker.producer.access_log import MalformedLine, Request, read_access_log
 
-CRASH = [sys.executable, str(Path(__file__).with_name("crash.py"))]
+CRASH = Path(__file__).with_name("crash.py")
 ROOT = Path(__file__).parents[2]
 POINTS = [
     "before the claim",
@@ -36,7 +35,7 @@ async def test_worker_killed_while_it_carries_writes_each_entry_once(records: Re
     for _ in range(3):
         await records.add(20)
         await records.add_bad("{")
-        crashed = records.start(point, "run", program=CRASH, CHUNKLOG_BATCH_SIZE="7", PIPELINES="chunk_requests")
+        crashed = records.start(point, "run", script=CRASH, CHUNKLOG_BATCH_SIZE="7", PIPELINES="chunk_requests")
         assert await crashed.wait() == -signal.SIGKILL, crashed.log
         await records.world.sql.execute("UPDATE stream_positions SET lease_until = now()")
     records.start()

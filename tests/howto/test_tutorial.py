@@ -19,6 +19,7 @@ from worker.dev.servers import free_port
 PAGE = snippets("../tutorial")
 # Signals of the test must reach the worker, not the shell that started it.
 START = replace(PAGE["start.sh"], code=PAGE["start.sh"].code.replace("viewer-worker run", "exec viewer-worker run"))
+START_AGAIN = replace(START, title="start-again.sh", code=START.code.splitlines()[-1])
 
 
 def here(snippet: Snippet, port: int) -> Snippet:
@@ -47,14 +48,15 @@ async def test_tutorial_prints_what_it_shows(world: World, programs: Programs, r
         await until(world.pending, {})
         assert await shows("stored.sh") == PAGE["stored.txt"].code.strip()
         await shows("announce.sh")
-        await until(lambda: top(shows), {("2", "2", "vod_456"), ("5", "5", "vod_7")})
+        await until(world.totals, {"vod_456": 2, "vod_7": 5})
+        assert await top(shows) == {("2", "2", "vod_456"), ("5", "5", "vod_7")}
         await killed(worker, PAGE["kill.sh"], shows)
-    with programs.started(START, environment) as worker:
+    with programs.started(START_AGAIN, environment) as worker:
         await until(world.pending, {})
         assert await shows("after.sh") == PAGE["after.txt"].code.strip()
         await stopped(worker)
     await shows("table.sql")
-    target = joined(PAGE["target.sh"], START)
+    target = joined(PAGE["target.sh"], START_AGAIN)
     with programs.started(target, environment) as worker:
         await until(lambda: subscribers(world), 1)
         await shows("view.sh")

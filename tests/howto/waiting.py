@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-async def until(ask: Callable[[], Awaitable[object]], expected: object, timeout: float = 20.0) -> None:
+async def until(ask: Callable[[], Awaitable[object]], expected: object, timeout: float = 60.0) -> None:
     """Wait until the answer is as expected. Raises TimeoutError after `timeout` seconds."""
     async with asyncio.timeout(timeout):
         while await ask() != expected:

@@ -13,6 +13,7 @@ from sqlalchemy.dialects import postgresql
 from tests.support.proxy import Mode, Proxy
 from tests.support.world import World
 from worker.db.counters.reads import TOP, TOTALS, Shown, TopEntry
+from worker.db.read_limit import ANSWER_S
 from worker.db.session import COMMAND_TIMEOUT_S
 from worker.errors import DatabaseRefused, DatabaseUnavailable, TooManyReaders
 
@@ -150,7 +151,11 @@ async def test_readers_do_not_use_up_the_connections_of_the_worker(world: World)
     assert sum(isinstance(outcome, TooManyReaders) for outcome in outcomes) >= 10
 
 
-async def test_reader_gives_up_on_a_silent_database_long_before_a_flush_would(world: World) -> None:
+async def test_reader_gives_up_on_a_silent_database_long_before_a_flush_would(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ANSWER_S < COMMAND_TIMEOUT_S / 4
+    monkeypatch.setattr("worker.db.read_limit.ANSWER_S", 0.2)
     async with Proxy(world.database_url) as proxy:
         worker = world.worker(DATABASE_URL=proxy.url)
         await worker.counters.display.views(["a"])

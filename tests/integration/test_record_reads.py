@@ -226,7 +226,8 @@ async def test_readers_of_records_and_of_views_share_one_limit(world: World) -> 
         assert [shown.views for shown in await one] == [0]
 
 
-async def test_reader_gives_up_on_a_silent_database(world: World) -> None:
+async def test_reader_gives_up_on_a_silent_database(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.db.read_limit.ANSWER_S", 0.2)
     async with Proxy(world.database_url) as proxy:
         database = Database(parse_database_url(proxy.url))
         reader = RecordReader(database, ReadLimit())

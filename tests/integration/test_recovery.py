@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_flush import committed_but_not_settled
-from tests.support.world import World
+from tests.support.world import SYNCHRONISE_AT_ONCE, World
 from worker.counters.flush.outcome import Flushed
 from worker.counters.flush.recovery import CREATE_MARKER, Recovery
 from worker.counters.flush.verdict import Hold
@@ -321,6 +321,7 @@ async def test_id_that_postgres_refuses_does_not_block_others(world: World, cons
     await world.assert_consistent()
 
 
+@pytest.mark.usefixtures("brief_locks")
 async def test_locked_row_stays_pending_and_does_not_block_others(world: World) -> None:
     worker = world.worker()
     await world.view_many(["a", "b"])
@@ -334,8 +335,9 @@ async def test_locked_row_stays_pending_and_does_not_block_others(world: World) 
     await world.assert_exact()
 
 
+@pytest.mark.usefixtures("brief_locks")
 async def test_locked_table_is_not_waited_for_once_per_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.counters.flush.flusher.LOCKS_LIMIT_S", 1.0)
+    monkeypatch.setattr("worker.counters.flush.flusher.LOCKS_LIMIT_S", 0.2)
     worker = world.worker()
     await worker.cycle()
     await world.view_many(["a", "b", "c", "d"])
@@ -379,7 +381,7 @@ async def test_server_that_was_demoted_synchronised_and_promoted_is_another_data
     valkey: ValkeyServer, servers_folder: Path, database_url: str
 ) -> None:
     """It keeps its run_id but has the other server's data; only its `master_replid` shows that."""
-    other = ValkeyServer(servers_folder / "other-redis")
+    other = ValkeyServer(servers_folder / "other-redis", options=SYNCHRONISE_AT_ONCE)
     other.start()
     try:
         async with (

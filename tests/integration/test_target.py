@@ -272,6 +272,7 @@ async def test_deadlock_with_the_application_is_retried(world: World, monkeypatc
     await world.assert_exact()
 
 
+@pytest.mark.usefixtures("brief_locks")
 async def test_locked_table_is_waited_for_once(world: World) -> None:
     await vod_table.create(world)
     worker = world.worker(**vod_table.SETTINGS)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from tests.support.world import CliWorker, World
@@ -88,8 +89,8 @@ class Records:
     def carrier(self, **settings: str) -> InProcessCarrier:
         return InProcessCarrier(self.world.environment | SETTINGS | settings)
 
-    def start(self, *arguments: str, program: list[str] | None = None, **settings: str) -> CliWorker:
-        worker = CliWorker(self.world.environment | SETTINGS | settings, *(arguments or ("run",)), program=program)
+    def start(self, *arguments: str, script: Path | None = None, **settings: str) -> CliWorker:
+        worker = CliWorker(self.world.environment | SETTINGS | settings, *(arguments or ("run",)), script=script)
         self.workers.append(worker)
         return worker
 

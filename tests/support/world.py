@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from sqlalchemy import text
 
+from tests.support.forked import ForkedProcess
 from worker.app.counters import ViewCounters, build_counters
 from worker.contract.keys import Keys
 from worker.counters.flush.marker import Marker
@@ -35,6 +35,8 @@ from worker.settings.environment import load_settings, without_settings
 from worker.settings.model import Settings
 
 DEFAULT_PREFIX = "vod:views:"
+# Valkey's options. By default a primary waits five seconds for more replicas before it synchronises the first.
+SYNCHRONISE_AT_ONCE = ("--repl-diskless-sync-delay", "0")
 
 
 def database_url_for(postgres_url: str, name: str) -> str:
@@ -237,19 +239,33 @@ class World:
 
 
 class CliWorker:
-    """`viewer-worker …` as a subprocess. Its log is kept for assertion messages."""
+    """`viewer-worker …` as a process. Its log is kept for assertion messages.
 
-    def __init__(self, environment: dict[str, str], *arguments: str, program: list[str] | None = None) -> None:
+    `script` is a Python file that runs instead of it; `program` is the beginning of a command line that starts it.
+    """
+
+    def __init__(
+        self,
+        environment: dict[str, str],
+        *arguments: str,
+        script: Path | None = None,
+        program: list[str] | None = None,
+    ) -> None:
         self._log_path = Path(os.environ.get("TMPDIR", "/tmp")) / f"viewer-worker-{uuid4().hex}.log"
+        environment = clean_environment() | environment
+        self.process: subprocess.Popen[bytes] | ForkedProcess
         with self._log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*(program or [sys.executable, "-m", "worker"]), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=clean_environment() | environment,
-                start_new_session=True,
-            )
+            if program is None:
+                self.process = ForkedProcess(arguments, environment, log, script)
+            else:
+                self.process = subprocess.Popen(
+                    [*program, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
 
     @property
     def log(self) -> str:

@@ -25,6 +25,8 @@ from tests.support.records import Records
 from worker.dev.servers import ValkeyServer, free_port
 
 ROOT = Path(__file__).parents[2]
+# A process that starts from nothing, so that PYTHONPATH counts.
+FRESH = [sys.executable, "-m", "worker"]
 SERVICE = "analytics.v1.AnalyticsService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -246,7 +248,7 @@ async def test_a_certificate_and_the_one_that_replaces_it(calls: MetricCalls, tm
 async def test_what_cannot_be_served_stops_the_start(calls: MetricCalls, tmp_path: Path) -> None:
     missing = calls.start(GRPC_TLS_CERT=str(tmp_path / "no.crt"), GRPC_TLS_KEY=str(tmp_path / "no.key"))
     half = calls.start(GRPC_TLS_KEY=str(tmp_path / "no.key"))
-    without_extra = calls.start(PYTHONPATH=str(_block("grpc", tmp_path)))
+    without_extra = calls.start(program=FRESH, PYTHONPATH=str(_block("grpc", tmp_path)))
     assert [await worker.wait() for worker in (missing, half, without_extra)] == [78, 78, 78]
     assert "GRPC_TLS_CERT" in missing.log
     assert "GRPC_TLS_CERT" in half.log
@@ -256,7 +258,7 @@ async def test_what_cannot_be_served_stops_the_start(calls: MetricCalls, tmp_pat
         second = calls.start()
         assert await second.wait() == 1
         assert "GRPC_PORT" in second.log
-    off = calls.start(GRPC_PORT="0", PYTHONPATH=str(_block("grpc", tmp_path)))
+    off = calls.start(program=FRESH, GRPC_PORT="0", PYTHONPATH=str(_block("grpc", tmp_path)))
     await off.wait_for_log('"started"')
 
 

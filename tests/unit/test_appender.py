@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, ReadOnlyError, ResponseError
 
 from tests.support.fakes import FakeClock
 from worker.errors import AppendUnanswered, NotAppended, RedisUnavailable, StreamFull
-from worker.redis.appender import FRESH_S, MAX_ENTRIES, StreamAppender, count_uncarried
+from worker.redis import appender
+from worker.redis.appender import FRESH_S, MAX_ENTRIES, TIMEOUT_S, StreamAppender, count_uncarried
 
 LIMIT = 5
 LOST = RedisUnavailable("the connection was closed")
@@ -49,6 +50,8 @@ class FakeConnection:
                 return [{b"name": b"viewer-worker", b"entries-read": self.read}]
         if (refusal := self.refuse(command[4])) is not None:
             return refusal
+        if command[2] == "0-0":
+            return ResponseError("The ID specified in XADD must be greater than 0-0")
         self.added += 1
         self.streams.append(command[1])
         return b"1-0"
@@ -232,6 +235,44 @@ async def test_a_right_that_is_missing_is_reported() -> None:
         assert "no permissions" in it.report.states[-1]
 
 
+async def test_a_server_that_can_be_read_but_not_written_is_not_shown_as_working() -> None:
+    it = Appending()
+    refusal = ReadOnlyError("You can't write against a read only replica.")
+    it.connection.refuse = lambda _: refusal
+    async with it.running():
+        assert await it.outcomes(1) == [NotAppended]
+        assert set(it.report.states) == {str(refusal)}
+        it.connection.refuse = lambda _: None
+        assert await it.outcomes(1) == [None]
+        assert it.report.states[-1] == "works"
+    assert it.connection.added == 1
+
+
+async def test_a_redis_that_goes_away_while_nobody_calls_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appender, "LOOK_AGAIN_S", 0.001)
+    async with Appending().running() as it:
+        assert it.report.states[-1] == "works"
+        it.connection.fail = lambda _: LOST
+        it.clock.advance(2 * FRESH_S)
+        async with asyncio.timeout(10):
+            while it.report.states[-1] != str(LOST):
+                await asyncio.sleep(0.001)
+
+
+async def test_a_redis_that_hangs_is_waited_for_once() -> None:
+    async with Appending().running() as it:
+
+        def hang(_: object) -> Exception:
+            it.clock.advance(TIMEOUT_S)
+            return LOST
+
+        it.connection.fail = hang
+        it.clock.advance(2 * FRESH_S)
+        trips = len(it.connection.trips)
+        assert await it.outcomes(1) == [NotAppended]
+        assert len(it.connection.trips) == trips + 1
+
+
 GROUP = [b"name", b"viewer-worker", b"entries-read", 3]
 
 
@@ -243,6 +284,8 @@ GROUP = [b"name", b"viewer-worker", b"entries-read", 3]
         ({b"length": 4, b"entries-added": 10}, [{b"name": b"viewer-worker", b"entries-read": 3}], 7),
         ([b"length", 4, b"entries-added", 10], [[b"name", b"another", b"entries-read", 3]], 4),
         ([b"length", 4, b"entries-added", 10], [[b"name", b"viewer-worker", b"entries-read", None]], 4),
+        # After `streams --set`. Calls that are refused would leave it so.
+        ([b"length", 4, b"entries-added", 10], [[b"name", b"viewer-worker", b"entries-read", None, b"lag", 0]], 0),
         # The group is ahead: Redis went back to an earlier snapshot.
         ([b"length", 4, b"entries-added", 2], [GROUP], 0),
     ],

@@ -17,7 +17,7 @@ from worker.redis.errors import describe, remedy_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.redis.stream import StreamConnection
+    from worker.redis.stream import Command, StreamConnection
     from worker.runtime.clock import Clock
 
 # Entries of one round trip: their replies come within milliseconds.
@@ -25,9 +25,12 @@ MAX_ENTRIES = 1000
 TIMEOUT_S = 4.0
 # How old the number of waiting entries may be.
 FRESH_S = 0.1
-# How often to look while appending fails and nobody calls.
+# How often to look while nobody calls.
 LOOK_AGAIN_S = 5.0
 _NO_KEY = "no such key"
+# Redis refuses this id after all else that it checks (rights, memory, its role), so nothing is appended.
+_NO_ID = "0-0"
+_WRONG_ID = "The ID specified in XADD"
 # Redis begins its errors with a code. A proxy may send an error of its own after Redis has appended the entry.
 _CODE = re.compile("[A-Z]{3,} ")
 
@@ -36,7 +39,7 @@ class AppendReport(Protocol):
     """Where the state of an appender is shown."""
 
     async def works(self) -> None:
-        """The streams can be read, or entries were appended."""
+        """Entries can be appended."""
 
     async def fails(self, error: RedisUnavailable) -> None:
         """Redis cannot be reached, or refuses."""
@@ -76,7 +79,7 @@ class StreamAppender:
         self._called = asyncio.Event()
         self._uncarried = 0
         self._looked_at = float("-inf")
-        self._fails = False
+        self._works = False
 
     async def append(self, document: bytes) -> None:
         """Returns when Redis has stored the entry.
@@ -100,7 +103,7 @@ class StreamAppender:
                 except RedisUnavailable as error:
                     await self._failed(error)
                 else:
-                    self._fails = False
+                    self._works = True
                     await self._report.works()
                 await self._wait_for_calls()
         finally:
@@ -111,7 +114,7 @@ class StreamAppender:
             return
         self._called.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_AGAIN_S if self._fails else None):
+            async with asyncio.timeout(LOOK_AGAIN_S):
                 await self._called.wait()
 
     async def _append_some(self) -> None:
@@ -157,30 +160,37 @@ class StreamAppender:
         return batch
 
     async def _look(self) -> None:
-        """Count the entries that are not carried. It also shows that the connection works. Raises RedisUnavailable."""
-        commands = [("XINFO", what, stream) for stream in self._streams for what in ("STREAM", "GROUPS")]
+        """Count the entries that are not carried. It also shows that the connection works.
+
+        After a failure it also shows that entries can be appended: a replica, or a server without memory, can be read.
+        Raises RedisUnavailable.
+        """
+        commands: list[Command] = [("XINFO", what, stream) for stream in self._streams for what in ("STREAM", "GROUPS")]
+        if not self._works:
+            commands += [("XADD", stream, _NO_ID, self._field, b"") for stream in self._streams]
         at = self._clock.monotonic()
         was_open = self._connection.is_open
         try:
             replies = await self._connection.send(commands, TIMEOUT_S)
         except RedisUnavailable:
-            if not was_open:
-                raise
             # Redis, or something in between, closes connections on which nothing is sent for a while.
-            replies = await self._connection.send(commands, TIMEOUT_S)
+            left = TIMEOUT_S - (self._clock.monotonic() - at)
+            if not was_open or left <= 0:
+                raise
+            replies = await self._connection.send(commands, left)
         for reply in replies:
-            if isinstance(reply, ResponseError) and _NO_KEY not in str(reply):
+            if isinstance(reply, ResponseError) and not str(reply).startswith((_NO_KEY, _WRONG_ID)):
                 await self._connection.drop()
                 raise _judge(reply)
+        found = replies[: 2 * len(self._streams)]
         self._uncarried = sum(
-            count_uncarried(stream, groups, self._group)
-            for stream, groups in zip(replies[::2], replies[1::2], strict=True)
+            count_uncarried(stream, groups, self._group) for stream, groups in zip(found[::2], found[1::2], strict=True)
         )
         self._looked_at = at
 
     async def _failed(self, error: RedisUnavailable) -> None:
         """Refuse the calls that wait: they were not sent."""
-        self._fails = True
+        self._works = False
         await self._report.fails(error)
         waiting, self._waiting = self._waiting, deque()
         for call in waiting:
@@ -190,7 +200,8 @@ class StreamAppender:
 def count_uncarried(stream: object, groups: object, group: str) -> int:
     """From the replies to XINFO STREAM and XINFO GROUPS: entries added minus those that the group has read.
 
-    All that are present where that is not known; 0 where there is no stream.
+    Where it is not known how many it has read (after `streams --set`): its lag, or else all that are present. 0 where
+    there is no stream.
     """
     if isinstance(stream, ResponseError) or isinstance(groups, ResponseError):
         return 0
@@ -199,8 +210,10 @@ def count_uncarried(stream: object, groups: object, group: str) -> int:
     assert isinstance(groups, list)  # noqa: S101
     for described in map(_by_name, groups):
         if described[b"name"] == group.encode():
-            read = described.get(b"entries-read")
-            return length if read is None or added is None else max(0, int(added) - int(read))
+            read, lag = described.get(b"entries-read"), described.get(b"lag")
+            if read is not None and added is not None:
+                return max(0, int(added) - int(read))
+            return length if lag is None else int(lag)
     return length
 
 

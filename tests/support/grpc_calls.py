@@ -26,7 +26,7 @@ class MetricCalls:
         self.stream = f"{self.world.prefix}metrics"
         self.port = free_port()
 
-    def start(self, **settings: str) -> CliWorker:
+    def start(self, *, program: list[str] | None = None, **settings: str) -> CliWorker:
         own = {
             "PIPELINES": "metrics",
             "METRICS_STREAM": f"metrics {self.world.prefix}",
@@ -34,7 +34,7 @@ class MetricCalls:
             "GRPC_HOST": "127.0.0.1",
             "GRPC_PORT": str(self.port),
         }
-        return self.records.start(**own | settings)
+        return self.records.start(program=program, **own | settings)
 
     async def rows(self) -> list[Any]:
         return list(await self.world.sql.fetch("SELECT * FROM metrics ORDER BY value"))

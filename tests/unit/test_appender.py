@@ -29,7 +29,7 @@ class FakeConnection:
         self.streams: list[str] = []
         self.drops = 0
         self.fail: Callable[[Sequence[Any]], Exception | None] = lambda _: None
-        self.refuse: Callable[[bytes], ResponseError | None] = lambda _: None
+        self.refuse: Callable[[bytes], object] = lambda _: None
         self.ready = asyncio.Event()
         self.ready.set()
 
@@ -213,9 +213,12 @@ async def test_a_connection_that_was_closed_while_nobody_called_costs_nothing() 
         (ResponseError("MISCONF Redis is configured to save RDB snapshots"), NotAppended),
         # A proxy answers so, also when it had passed the command on.
         (ResponseError("upstream failure"), AppendUnanswered),
+        (ResponseError("TIMEOUT of the upstream"), AppendUnanswered),
+        (b"OK", AppendUnanswered),
+        (0, AppendUnanswered),
     ],
 )
-async def test_what_redis_refuses_is_not_stored_and_its_neighbour_is(reply: ResponseError, expected: type) -> None:
+async def test_what_redis_refuses_is_not_stored_and_its_neighbour_is(reply: object, expected: type) -> None:
     async with Appending().running() as it:
         it.connection.refuse = lambda document: reply if document == b"1" else None
         assert await it.outcomes(3) == [None, expected, None]
@@ -225,14 +228,24 @@ async def test_what_redis_refuses_is_not_stored_and_its_neighbour_is(reply: Resp
         assert await it.outcomes(1) == [None]
 
 
-async def test_a_right_that_is_missing_is_reported() -> None:
+@pytest.mark.parametrize(
+    ("reply", "cause"),
+    [
+        (NoPermissionError("this user has no permissions to run the 'xinfo|groups' command"), "no permissions"),
+        (b"OK", "XINFO"),
+        ([b"length", b"?"], "XINFO"),
+        (1, "XINFO"),
+        (None, "XINFO"),
+    ],
+)
+async def test_a_look_that_fails_is_reported_and_the_next_one_works(reply: object, cause: str) -> None:
     it = Appending()
-    it.connection.fail = lambda _: None
-    refusal = NoPermissionError("this user has no permissions to run the 'xinfo|groups' command")
-    it.connection._reply = lambda command: refusal  # type: ignore[method-assign]
+    it.connection._reply = lambda command: reply  # type: ignore[method-assign]
     async with it.running():
         assert await it.outcomes(1) == [NotAppended]
-        assert "no permissions" in it.report.states[-1]
+        assert cause in it.report.states[-1]
+        del it.connection._reply
+        assert await it.outcomes(1) == [None]
 
 
 async def test_a_server_that_can_be_read_but_not_written_is_not_shown_as_working() -> None:

@@ -31,8 +31,9 @@ _NO_KEY = "no such key"
 # Redis refuses this id after all else that it checks (rights, memory, its role), so nothing is appended.
 _NO_ID = "0-0"
 _WRONG_ID = "The ID specified in XADD"
-# Redis begins its errors with a code. A proxy may send an error of its own after Redis has appended the entry.
-_CODE = re.compile("[A-Z]{3,} ")
+# Errors of Redis that have no class of their own. A proxy may send others after Redis has appended the entry.
+_REFUSALS = ("WRONGTYPE ", "MISCONF ", "NOREPLICAS ", "BUSY ")
+_ID = re.compile(rb"\d+-\d+")
 
 
 class AppendReport(Protocol):
@@ -133,17 +134,17 @@ class StreamAppender:
             for waiting in batch:
                 _refuse(waiting, AppendUnanswered(str(error), error.remedy))
             raise
-        refused = [reply for reply in replies if isinstance(reply, ResponseError)]
-        self._uncarried += len(replies) - len(refused)
-        for waiting, reply in zip(batch, replies, strict=True):
-            if isinstance(reply, ResponseError):
-                _refuse(waiting, _judge(reply))
+        judged = [_judge(reply) for reply in replies]
+        self._uncarried += judged.count(None)
+        for waiting, failure in zip(batch, judged, strict=True):
+            if failure is not None:
+                _refuse(waiting, failure)
             elif not waiting.appended.done():
                 waiting.appended.set_result(None)
-        if refused:
+        if failures := [failure for failure in judged if failure is not None]:
             # A server that became a replica keeps its connections. A new one may reach the new master.
             await self._connection.drop()
-            raise _judge(refused[0])
+            raise failures[0]
 
     def _take(self) -> list[_Waiting]:
         """The next calls, as many as there is room for. Those for which there is none are refused."""
@@ -181,11 +182,14 @@ class StreamAppender:
         for reply in replies:
             if isinstance(reply, ResponseError) and not str(reply).startswith((_NO_KEY, _WRONG_ID)):
                 await self._connection.drop()
-                raise _judge(reply)
+                raise NotAppended(describe(reply), remedy_for(reply))
         found = replies[: 2 * len(self._streams)]
-        self._uncarried = sum(
-            count_uncarried(stream, groups, self._group) for stream, groups in zip(found[::2], found[1::2], strict=True)
-        )
+        pairs = zip(found[::2], found[1::2], strict=True)
+        try:
+            self._uncarried = sum(count_uncarried(stream, groups, self._group) for stream, groups in pairs)
+        except (TypeError, ValueError, LookupError) as error:
+            await self._connection.drop()
+            raise NotAppended("the reply to XINFO is not one of Redis") from error
         self._looked_at = at
 
     async def _failed(self, error: RedisUnavailable) -> None:
@@ -197,7 +201,7 @@ class StreamAppender:
             _refuse(call, NotAppended(str(error), error.remedy))
 
 
-def count_uncarried(stream: object, groups: object, group: str) -> int:
+def count_uncarried(stream: Any, groups: Any, group: str) -> int:
     """From the replies to XINFO STREAM and XINFO GROUPS: entries added minus those that the group has read.
 
     Where it is not known how many it has read (after `streams --set`): its lag, or else all that are present. 0 where
@@ -207,7 +211,6 @@ def count_uncarried(stream: object, groups: object, group: str) -> int:
         return 0
     found = _by_name(stream)
     length, added = int(found[b"length"]), found.get(b"entries-added")
-    assert isinstance(groups, list)  # noqa: S101
     for described in map(_by_name, groups):
         if described[b"name"] == group.encode():
             read, lag = described.get(b"entries-read"), described.get(b"lag")
@@ -222,9 +225,14 @@ def _by_name(reply: Any) -> dict[bytes, Any]:
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
 
 
-def _judge(reply: ResponseError) -> RedisUnavailable:
-    is_of_redis = type(reply) is not ResponseError or _CODE.match(str(reply)) is not None
-    return (NotAppended if is_of_redis else AppendUnanswered)(describe(reply), remedy_for(reply))
+def _judge(reply: object) -> RedisUnavailable | None:
+    """What a reply to XADD means; None: the entry is appended."""
+    if isinstance(reply, ResponseError):
+        refuses = type(reply) is not ResponseError or str(reply).startswith(_REFUSALS)
+        return (NotAppended if refuses else AppendUnanswered)(describe(reply), remedy_for(reply))
+    if isinstance(reply, bytes) and _ID.fullmatch(reply):
+        return None
+    return AppendUnanswered("the reply to XADD is not an id")
 
 
 def _refuse(waiting: _Waiting, error: Exception) -> None:

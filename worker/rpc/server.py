@@ -28,7 +28,7 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Calls and watches that a connection may have open; the next ones wait at the client. Without the limit, gRPC would
     # cancel calls of a client that makes thousands at once; with this protection, it would refuse them.
-    ("grpc.max_concurrent_streams", 1000),
+    ("grpc.max_concurrent_streams", 100),
     ("grpc.http.overload_protection", 0),
     # Close connections on which no client speaks gRPC; the default is two minutes.
     ("grpc.server_handshake_timeout_ms", 10_000),

@@ -12,6 +12,12 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.error_details_pb2 import RetryInfo
@@ -232,26 +238,36 @@ async def test_a_certificate_and_the_one_that_replaces_it(calls: MetricCalls, tm
         await log_metric(channel)
         # Half of the new one: the old one stays in use.
         key.write_bytes(authorities[1].issue_cert("localhost").private_key_pem.bytes())
-        async with calls.channel(credentials=trusting(authorities[0])) as another:
-            await log_metric(another)
+        for _ in range(2):
+            async with calls.channel(credentials=trusting(authorities[0])) as another:
+                await log_metric(another)
         install(authorities[1])
         async with calls.channel(credentials=trusting(authorities[1])) as renewed:
             await log_metric(renewed)
         await log_metric(channel)
-    assert "certificate cannot be used" in worker.log
+    assert worker.log.count("certificate cannot be used") == 1
     assert "certificate renewed" in worker.log
     async with connect(calls.port) as plain:
         assert await code_of(plain, timeout=1) is not grpc.StatusCode.OK
-    await calls.has_rows(4)
+    await calls.has_rows(5)
 
 
 async def test_what_cannot_be_served_stops_the_start(calls: MetricCalls, tmp_path: Path) -> None:
     missing = calls.start(GRPC_TLS_CERT=str(tmp_path / "no.crt"), GRPC_TLS_KEY=str(tmp_path / "no.key"))
+    issued = trustme.CA().issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    plain_key = load_pem_private_key(issued.private_key_pem.bytes(), None)
+    locked_key = plain_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (tmp_path / "locked.key").write_bytes(locked_key)
+    (tmp_path / "empty").touch()
+    locked = calls.start(GRPC_TLS_CERT=str(tmp_path / "tls.crt"), GRPC_TLS_KEY=str(tmp_path / "locked.key"))
+    empty = calls.start(GRPC_TLS_CERT=str(tmp_path / "empty"), GRPC_TLS_KEY=str(tmp_path / "empty"))
     half = calls.start(GRPC_TLS_KEY=str(tmp_path / "no.key"))
     without_extra = calls.start(program=FRESH, PYTHONPATH=str(_block("grpc", tmp_path)))
-    assert [await worker.wait() for worker in (missing, half, without_extra)] == [78, 78, 78]
-    assert "GRPC_TLS_CERT" in missing.log
-    assert "GRPC_TLS_CERT" in half.log
+    wrong_files = (missing, locked, empty, half)
+    assert [await worker.wait() for worker in (*wrong_files, without_extra)] == [78] * 5
+    assert all("GRPC_TLS_CERT" in worker.log for worker in wrong_files)
+    assert "pass phrase" not in locked.log
     assert "viewer-worker[grpc]" in without_extra.log
     calls.start()
     async with calls.channel():
@@ -260,6 +276,22 @@ async def test_what_cannot_be_served_stops_the_start(calls: MetricCalls, tmp_pat
         assert "GRPC_PORT" in second.log
     off = calls.start(program=FRESH, GRPC_PORT="0", PYTHONPATH=str(_block("grpc", tmp_path)))
     await off.wait_for_log('"started"')
+
+
+async def test_a_client_with_many_connections_and_calls_hurts_nobody(calls: MetricCalls) -> None:
+    few_files = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+    run = "os.execv(sys.executable, [sys.executable, '-m', 'worker', *sys.argv[1:]])"
+    worker = calls.start(program=[sys.executable, "-c", few_files + run])
+    url = json.loads(await worker.wait_for_log('"started"'))["url"]
+    async with calls.channel() as channel:
+        silent = [await asyncio.open_connection("127.0.0.1", calls.port) for _ in range(300)]
+        assert set(await asyncio.gather(*(code_of(channel, 30) for _ in range(5000)))) == {grpc.StatusCode.OK}
+        status, _ = await get(f"{url}/health")
+        assert status == 200
+    for _, writer in silent:
+        writer.close()
+    await calls.has_rows(5000)
+    assert "Too many open files" not in worker.log
 
 
 def _block(package: str, folder: Path) -> Path:

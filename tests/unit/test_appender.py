@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, ReadOnlyError, ResponseError
 
 from tests.support.fakes import FakeClock
 from worker.errors import AppendUnanswered, NotAppended, RedisUnavailable, StreamFull
-from worker.redis.appender import FRESH_S, MAX_ENTRIES, StreamAppender, count_uncarried
+from worker.redis import appender
+from worker.redis.appender import FRESH_S, MAX_ENTRIES, TIMEOUT_S, StreamAppender, count_uncarried
 
 LIMIT = 5
 LOST = RedisUnavailable("the connection was closed")
@@ -28,7 +29,7 @@ class FakeConnection:
         self.streams: list[str] = []
         self.drops = 0
         self.fail: Callable[[Sequence[Any]], Exception | None] = lambda _: None
-        self.refuse: Callable[[bytes], ResponseError | None] = lambda _: None
+        self.refuse: Callable[[bytes], object] = lambda _: None
         self.ready = asyncio.Event()
         self.ready.set()
 
@@ -49,6 +50,8 @@ class FakeConnection:
                 return [{b"name": b"viewer-worker", b"entries-read": self.read}]
         if (refusal := self.refuse(command[4])) is not None:
             return refusal
+        if command[2] == "0-0":
+            return ResponseError("The ID specified in XADD must be greater than 0-0")
         self.added += 1
         self.streams.append(command[1])
         return b"1-0"
@@ -210,9 +213,12 @@ async def test_a_connection_that_was_closed_while_nobody_called_costs_nothing() 
         (ResponseError("MISCONF Redis is configured to save RDB snapshots"), NotAppended),
         # A proxy answers so, also when it had passed the command on.
         (ResponseError("upstream failure"), AppendUnanswered),
+        (ResponseError("TIMEOUT of the upstream"), AppendUnanswered),
+        (b"OK", AppendUnanswered),
+        (0, AppendUnanswered),
     ],
 )
-async def test_what_redis_refuses_is_not_stored_and_its_neighbour_is(reply: ResponseError, expected: type) -> None:
+async def test_what_redis_refuses_is_not_stored_and_its_neighbour_is(reply: object, expected: type) -> None:
     async with Appending().running() as it:
         it.connection.refuse = lambda document: reply if document == b"1" else None
         assert await it.outcomes(3) == [None, expected, None]
@@ -222,14 +228,62 @@ async def test_what_redis_refuses_is_not_stored_and_its_neighbour_is(reply: Resp
         assert await it.outcomes(1) == [None]
 
 
-async def test_a_right_that_is_missing_is_reported() -> None:
+@pytest.mark.parametrize(
+    ("reply", "cause"),
+    [
+        (NoPermissionError("this user has no permissions to run the 'xinfo|groups' command"), "no permissions"),
+        (b"OK", "XINFO"),
+        ([b"length", b"?"], "XINFO"),
+        (1, "XINFO"),
+        (None, "XINFO"),
+    ],
+)
+async def test_a_look_that_fails_is_reported_and_the_next_one_works(reply: object, cause: str) -> None:
     it = Appending()
-    it.connection.fail = lambda _: None
-    refusal = NoPermissionError("this user has no permissions to run the 'xinfo|groups' command")
-    it.connection._reply = lambda command: refusal  # type: ignore[method-assign]
+    it.connection._reply = lambda command: reply  # type: ignore[method-assign]
     async with it.running():
         assert await it.outcomes(1) == [NotAppended]
-        assert "no permissions" in it.report.states[-1]
+        assert cause in it.report.states[-1]
+        del it.connection._reply
+        assert await it.outcomes(1) == [None]
+
+
+async def test_a_server_that_can_be_read_but_not_written_is_not_shown_as_working() -> None:
+    it = Appending()
+    refusal = ReadOnlyError("You can't write against a read only replica.")
+    it.connection.refuse = lambda _: refusal
+    async with it.running():
+        assert await it.outcomes(1) == [NotAppended]
+        assert set(it.report.states) == {str(refusal)}
+        it.connection.refuse = lambda _: None
+        assert await it.outcomes(1) == [None]
+        assert it.report.states[-1] == "works"
+    assert it.connection.added == 1
+
+
+async def test_a_redis_that_goes_away_while_nobody_calls_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appender, "LOOK_AGAIN_S", 0.001)
+    async with Appending().running() as it:
+        assert it.report.states[-1] == "works"
+        it.connection.fail = lambda _: LOST
+        it.clock.advance(2 * FRESH_S)
+        async with asyncio.timeout(10):
+            while it.report.states[-1] != str(LOST):
+                await asyncio.sleep(0.001)
+
+
+async def test_a_redis_that_hangs_is_waited_for_once() -> None:
+    async with Appending().running() as it:
+
+        def hang(_: object) -> Exception:
+            it.clock.advance(TIMEOUT_S)
+            return LOST
+
+        it.connection.fail = hang
+        it.clock.advance(2 * FRESH_S)
+        trips = len(it.connection.trips)
+        assert await it.outcomes(1) == [NotAppended]
+        assert len(it.connection.trips) == trips + 1
 
 
 GROUP = [b"name", b"viewer-worker", b"entries-read", 3]
@@ -243,6 +297,8 @@ GROUP = [b"name", b"viewer-worker", b"entries-read", 3]
         ({b"length": 4, b"entries-added": 10}, [{b"name": b"viewer-worker", b"entries-read": 3}], 7),
         ([b"length", 4, b"entries-added", 10], [[b"name", b"another", b"entries-read", 3]], 4),
         ([b"length", 4, b"entries-added", 10], [[b"name", b"viewer-worker", b"entries-read", None]], 4),
+        # After `streams --set`. Calls that are refused would leave it so.
+        ([b"length", 4, b"entries-added", 10], [[b"name", b"viewer-worker", b"entries-read", None, b"lag", 0]], 0),
         # The group is ahead: Redis went back to an earlier snapshot.
         ([b"length", 4, b"entries-added", 2], [GROUP], 0),
     ],

@@ -17,7 +17,7 @@ from worker.redis.errors import describe, remedy_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.redis.stream import StreamConnection
+    from worker.redis.stream import Command, StreamConnection
     from worker.runtime.clock import Clock
 
 # Entries of one round trip: their replies come within milliseconds.
@@ -25,18 +25,22 @@ MAX_ENTRIES = 1000
 TIMEOUT_S = 4.0
 # How old the number of waiting entries may be.
 FRESH_S = 0.1
-# How often to look while appending fails and nobody calls.
+# How often to look while nobody calls.
 LOOK_AGAIN_S = 5.0
 _NO_KEY = "no such key"
-# Redis begins its errors with a code. A proxy may send an error of its own after Redis has appended the entry.
-_CODE = re.compile("[A-Z]{3,} ")
+# Redis refuses this id after all else that it checks (rights, memory, its role), so nothing is appended.
+_NO_ID = "0-0"
+_WRONG_ID = "The ID specified in XADD"
+# Errors of Redis that have no class of their own. A proxy may send others after Redis has appended the entry.
+_REFUSALS = ("WRONGTYPE ", "MISCONF ", "NOREPLICAS ", "BUSY ")
+_ID = re.compile(rb"\d+-\d+")
 
 
 class AppendReport(Protocol):
     """Where the state of an appender is shown."""
 
     async def works(self) -> None:
-        """The streams can be read, or entries were appended."""
+        """Entries can be appended."""
 
     async def fails(self, error: RedisUnavailable) -> None:
         """Redis cannot be reached, or refuses."""
@@ -76,7 +80,7 @@ class StreamAppender:
         self._called = asyncio.Event()
         self._uncarried = 0
         self._looked_at = float("-inf")
-        self._fails = False
+        self._works = False
 
     async def append(self, document: bytes) -> None:
         """Returns when Redis has stored the entry.
@@ -100,7 +104,7 @@ class StreamAppender:
                 except RedisUnavailable as error:
                     await self._failed(error)
                 else:
-                    self._fails = False
+                    self._works = True
                     await self._report.works()
                 await self._wait_for_calls()
         finally:
@@ -111,7 +115,7 @@ class StreamAppender:
             return
         self._called.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_AGAIN_S if self._fails else None):
+            async with asyncio.timeout(LOOK_AGAIN_S):
                 await self._called.wait()
 
     async def _append_some(self) -> None:
@@ -130,17 +134,17 @@ class StreamAppender:
             for waiting in batch:
                 _refuse(waiting, AppendUnanswered(str(error), error.remedy))
             raise
-        refused = [reply for reply in replies if isinstance(reply, ResponseError)]
-        self._uncarried += len(replies) - len(refused)
-        for waiting, reply in zip(batch, replies, strict=True):
-            if isinstance(reply, ResponseError):
-                _refuse(waiting, _judge(reply))
+        judged = [_judge(reply) for reply in replies]
+        self._uncarried += judged.count(None)
+        for waiting, failure in zip(batch, judged, strict=True):
+            if failure is not None:
+                _refuse(waiting, failure)
             elif not waiting.appended.done():
                 waiting.appended.set_result(None)
-        if refused:
+        if failures := [failure for failure in judged if failure is not None]:
             # A server that became a replica keeps its connections. A new one may reach the new master.
             await self._connection.drop()
-            raise _judge(refused[0])
+            raise failures[0]
 
     def _take(self) -> list[_Waiting]:
         """The next calls, as many as there is room for. Those for which there is none are refused."""
@@ -157,50 +161,62 @@ class StreamAppender:
         return batch
 
     async def _look(self) -> None:
-        """Count the entries that are not carried. It also shows that the connection works. Raises RedisUnavailable."""
-        commands = [("XINFO", what, stream) for stream in self._streams for what in ("STREAM", "GROUPS")]
+        """Count the entries that are not carried. It also shows that the connection works.
+
+        After a failure it also shows that entries can be appended: a replica, or a server without memory, can be read.
+        Raises RedisUnavailable.
+        """
+        commands: list[Command] = [("XINFO", what, stream) for stream in self._streams for what in ("STREAM", "GROUPS")]
+        if not self._works:
+            commands += [("XADD", stream, _NO_ID, self._field, b"") for stream in self._streams]
         at = self._clock.monotonic()
         was_open = self._connection.is_open
         try:
             replies = await self._connection.send(commands, TIMEOUT_S)
         except RedisUnavailable:
-            if not was_open:
-                raise
             # Redis, or something in between, closes connections on which nothing is sent for a while.
-            replies = await self._connection.send(commands, TIMEOUT_S)
+            left = TIMEOUT_S - (self._clock.monotonic() - at)
+            if not was_open or left <= 0:
+                raise
+            replies = await self._connection.send(commands, left)
         for reply in replies:
-            if isinstance(reply, ResponseError) and _NO_KEY not in str(reply):
+            if isinstance(reply, ResponseError) and not str(reply).startswith((_NO_KEY, _WRONG_ID)):
                 await self._connection.drop()
-                raise _judge(reply)
-        self._uncarried = sum(
-            count_uncarried(stream, groups, self._group)
-            for stream, groups in zip(replies[::2], replies[1::2], strict=True)
-        )
+                raise NotAppended(describe(reply), remedy_for(reply))
+        found = replies[: 2 * len(self._streams)]
+        pairs = zip(found[::2], found[1::2], strict=True)
+        try:
+            self._uncarried = sum(count_uncarried(stream, groups, self._group) for stream, groups in pairs)
+        except (TypeError, ValueError, LookupError) as error:
+            await self._connection.drop()
+            raise NotAppended("the reply to XINFO is not one of Redis") from error
         self._looked_at = at
 
     async def _failed(self, error: RedisUnavailable) -> None:
         """Refuse the calls that wait: they were not sent."""
-        self._fails = True
+        self._works = False
         await self._report.fails(error)
         waiting, self._waiting = self._waiting, deque()
         for call in waiting:
             _refuse(call, NotAppended(str(error), error.remedy))
 
 
-def count_uncarried(stream: object, groups: object, group: str) -> int:
+def count_uncarried(stream: Any, groups: Any, group: str) -> int:
     """From the replies to XINFO STREAM and XINFO GROUPS: entries added minus those that the group has read.
 
-    All that are present where that is not known; 0 where there is no stream.
+    Where it is not known how many it has read (after `streams --set`): its lag, or else all that are present. 0 where
+    there is no stream.
     """
     if isinstance(stream, ResponseError) or isinstance(groups, ResponseError):
         return 0
     found = _by_name(stream)
     length, added = int(found[b"length"]), found.get(b"entries-added")
-    assert isinstance(groups, list)  # noqa: S101
     for described in map(_by_name, groups):
         if described[b"name"] == group.encode():
-            read = described.get(b"entries-read")
-            return length if read is None or added is None else max(0, int(added) - int(read))
+            read, lag = described.get(b"entries-read"), described.get(b"lag")
+            if read is not None and added is not None:
+                return max(0, int(added) - int(read))
+            return length if lag is None else int(lag)
     return length
 
 
@@ -209,9 +225,14 @@ def _by_name(reply: Any) -> dict[bytes, Any]:
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
 
 
-def _judge(reply: ResponseError) -> RedisUnavailable:
-    is_of_redis = type(reply) is not ResponseError or _CODE.match(str(reply)) is not None
-    return (NotAppended if is_of_redis else AppendUnanswered)(describe(reply), remedy_for(reply))
+def _judge(reply: object) -> RedisUnavailable | None:
+    """What a reply to XADD means; None: the entry is appended."""
+    if isinstance(reply, ResponseError):
+        refuses = type(reply) is not ResponseError or str(reply).startswith(_REFUSALS)
+        return (NotAppended if refuses else AppendUnanswered)(describe(reply), remedy_for(reply))
+    if isinstance(reply, bytes) and _ID.fullmatch(reply):
+        return None
+    return AppendUnanswered("the reply to XADD is not an id")
 
 
 def _refuse(waiting: _Waiting, error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import TYPE_CHECKING
 
 import grpc
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
     from worker.rpc.tls import Certificate
 
 LAST_ANSWERS_S = 0.2
+MAX_CONNECTIONS = 2000
 OPTIONS = (
     # A metric has three texts of at most 256 bytes.
     ("grpc.max_receive_message_length", 16 * 1024),
     # Otherwise a second worker could listen on the same port, unnoticed.
     ("grpc.so_reuseport", 0),
+    # Calls and watches that a connection may have open; the next ones wait at the client. Without the limit, gRPC would
+    # cancel calls of a client that makes thousands at once; with this protection, it would refuse them.
+    ("grpc.max_concurrent_streams", 100),
+    ("grpc.http.overload_protection", 0),
+    # Close connections on which no client speaks gRPC; the default is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Find clients that are gone, and let clients find out the same more often than the default of five minutes.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -58,7 +66,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listen. Raises CannotListen."""
-        server = grpc.aio.server(options=OPTIONS)
+        server = grpc.aio.server(options=(*OPTIONS, ("grpc.max_allowed_incoming_connections", _max_connections())))
         server.add_generic_rpc_handlers((self._service.handler(),))
         self._serving.add_to(server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -68,7 +76,8 @@ class GrpcServer:
             else:
                 self._port = server.add_secure_port(self.address, self._certificate.credentials())
         except RuntimeError as error:
-            raise CannotListen(f"cannot listen on {self.address} for gRPC") from error
+            certificate = "" if self._certificate is None else " with the certificate of GRPC_TLS_CERT"
+            raise CannotListen(f"cannot listen on {self.address} for gRPC{certificate}") from error
         await server.start()
         self._server = server
 
@@ -92,3 +101,9 @@ class GrpcServer:
         await self._service.drain()
         # Clients that watch the health hold a call open as long as they can.
         await self._server.stop(LAST_ANSWERS_S)
+
+
+def _max_connections() -> int:
+    """Half of the files that this process may open: the others are for Redis, Postgres and HTTP."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)

@@ -27,7 +27,8 @@ class Certificate:
 
     chain: Path
     key: Path
-    _used: Files = field(default=(b"", b""), init=False, repr=False)
+    _used: Files = field(init=False, repr=False)
+    _cause: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._used = self._read()
@@ -40,8 +41,11 @@ class Certificate:
         try:
             found = self._read()
         except OSError as error:
-            log.warning("certificate cannot be used, the last one stays in use", cause=str(error))
+            if str(error) != self._cause:  # not for each connection
+                self._cause = str(error)
+                log.warning("certificate cannot be used, the last one stays in use", cause=self._cause)
             return None
+        self._cause = ""
         if found == self._used:
             return None
         self._used = found
@@ -50,9 +54,8 @@ class Certificate:
 
     def _read(self) -> Files:
         files = self.key.read_bytes(), self.chain.read_bytes()
-        if files != self._used:
-            # gRPC would only fail each connection.
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.chain, self.key)
+        # gRPC would only fail each connection. Without a password, OpenSSL would ask the terminal for one.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.chain, self.key, password="")
         return files
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from worker.db.errors import database_errors, sqlstate
+from worker.db.errors import READ_ONLY, database_errors, sqlstate
 from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
 from worker.observability.logs import get_logger
 
@@ -32,8 +32,6 @@ COMMAND_TIMEOUT_S = 35.0
 CLOSE_TIMEOUT_S = 1.0
 KEPT_STATEMENTS = 100
 NO_SUCH_STATEMENT = "26000"
-# The server is a standby, or the database was read-only when the connection was opened: it stays so for the connection.
-READ_ONLY = "25006"
 GENERATION = "generation"
 
 log = get_logger(__name__)
@@ -121,6 +119,7 @@ class Database:
                     await connection.invalidate()  # the pool that is disposed of would leave it open
                     await self._stop_keeping_statements()
                 if sqlstate(error) == READ_ONLY:
+                    # A standby; or the database was read-only when the connection was opened, and that stays so for it.
                     self._generation = max(self._generation, generation + 1)
                 if not isinstance(error, Exception) or isinstance(error, TimeoutError):
                     # Cancelled or timed out during a command: the protocol on this connection is in an unknown state.

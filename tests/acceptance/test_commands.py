@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -219,6 +220,7 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
         "postgres version",
         "timescaledb",
         "schema",
+        "postgres writing",
         "redis version",
         "redis role",
         "redis rights",
@@ -226,6 +228,25 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
         "redis persistence",
         "marker",
     ]
+
+
+async def test_check_fails_where_a_write_fails(world: World) -> None:
+    """Rights and rows do not show it: the database is read-only, or another session has locked a table."""
+    name = urlsplit(world.database_url).path[1:]
+    await world.sql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    done = await run_cli("check", **world.environment)
+    assert done.returncode == 1, done.stdout
+    assert "cannot execute INSERT in a read-only transaction" in done.stdout
+    assert "lead to the primary" in done.stdout
+    await world.sql.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    async with world.sql.transaction():
+        await world.sql.execute("LOCK TABLE view_count_sources")
+        done = await run_cli("check", PIPELINES="view_counts,chunk_requests", **world.environment)
+    assert done.returncode == 1, done.stdout
+    assert "lock timeout" in done.stdout
+    assert "pg_locks" in done.stdout
+    assert (await run_cli("check", **world.environment)).returncode == 0
+    assert await world.sql.fetchval("SELECT count(*) FROM view_count_sources") == 0
 
 
 async def test_check_warns_of_a_channel_that_another_source_may_use(world: World) -> None:

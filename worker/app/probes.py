@@ -30,7 +30,7 @@ class RedisProbe:
     redis: RedisClient
 
     async def __call__(self) -> None:
-        await self.redis.ping(PROBE_TIMEOUT_S)
+        await self.redis.check(PROBE_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,9 +181,9 @@ class FlushLoop:
         self._backlog.restart()
         return held
 
-    def _standing_by(self) -> None:
+    def _standing_by(self, holder: str) -> None:
         self._metrics.holds.set(0)
-        self._status.ok(VIEW_COUNTS, role="standing by")
+        self._status.ok(VIEW_COUNTS, role="standing by", holder=holder)
 
     async def _release_lease(self) -> None:
         try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TRANSIENT_PREFIXES = ("08", "53", "57P0")
 TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04", "26000", "40001", "40P01", "55P03", "57014"})
 LOCK_NOT_AVAILABLE = "55P03"
+READ_ONLY = "25006"
 QUERY_CANCELED = "57014"
 # Data that a table does not accept: out of range, not in the database's encoding, refused by a constraint or a trigger.
 REFUSED_DATA_PREFIXES = ("22", "23", "P0")
@@ -37,6 +38,13 @@ RIGHTS_REMEDY = (
     "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant that right. "
     "Run viewer-worker check to see which other rights the worker's role lacks."
 )
+
+
+# How an operator can fix what keeps failing; the usual hint is that the server may be away.
+_REMEDIES = {
+    READ_ONLY: "Let DATABASE_URL lead to the primary, and reset default_transaction_read_only if it is on.",
+    LOCK_NOT_AVAILABLE: "Another session holds the lock: find it in pg_locks and pg_stat_activity, and end it.",
+}
 
 
 class ErrorClass(Enum):
@@ -173,7 +181,7 @@ def database_errors() -> Iterator[None]:
         if sqlstate(error) == INSUFFICIENT_PRIVILEGE:
             raise DatabaseUnavailable(describe(error), RIGHTS_REMEDY) from error
         if is_transient(error):
-            raise DatabaseUnavailable(describe(error)) from error
+            raise DatabaseUnavailable(describe(error), _REMEDIES.get(sqlstate(error) or "")) from error
         if isinstance(error, DBAPIError | asyncpg.PostgresError):
             raise DatabaseRefused(describe(error)) from error
         raise

@@ -13,7 +13,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from worker.errors import DatabaseRefused, Unavailable, ViewerWorkerError
+from worker.errors import DatabaseRefused, DatabaseUnavailable, Unavailable, ViewerWorkerError
 from worker.observability.logs import get_logger
 from worker.observability.status import SERVERS
 from worker.runtime.waiting import wait_first
@@ -36,6 +36,10 @@ SHARE_S = 0.5
 MAX_SHARE_S = 2.0
 # Longer than the TTL, so the holder is alive. One that is on hold releases the lease after its look.
 KEPT_S = 10.0
+# A free lease that cannot be taken for longer than this is a failure. A flush may keep the row locked for as long.
+LOCKED_S = 30.0
+LOCKED = "nobody holds the lease, but another session keeps its row locked"
+LOCKED_REMEDY = "Find the session in pg_locks and pg_stat_activity, and end it."
 LOOP = "lease"
 BEAT_S = 60.0
 
@@ -107,10 +111,13 @@ class Lease(Generic[T]):
         # Another worker's lease, and when it was first seen.
         self._other: LeaseState[T] | None = None
         self._other_since = 0.0
+        self._locked_since: float | None = None
         self._sure_until = float("-inf")
         self._wake = asyncio.Event()
+        # Set, and replaced, when `failure` or the other holder changes.
+        self._news = asyncio.Event()
         self.token: T | None = None
-        # Why it could not be taken or renewed at the last try.
+        # Why it could not be asked for, taken or renewed at the last try.
         self.failure: ViewerWorkerError | None = None
         self.changed = asyncio.Event()
 
@@ -153,7 +160,6 @@ class Lease(Generic[T]):
         if state is not None and state.holder == self._worker_id:
             return True
         if state is not None and not state.is_free:
-            self.failure = None
             self._free_since = None
             self._seen(state)
             # Its holder may have died on this host: `take` finds out.
@@ -169,18 +175,19 @@ class Lease(Generic[T]):
         # Workers that wait for their turn look in a random order, so that none of them gets all.
         return (STANDBY_S if self._free_since is None else SHARE_S / 2) * random.uniform(0.5, 1.0)
 
-    async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[], None]) -> bool:
+    async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[str], None]) -> bool:
         """Wait until the lease is held and both servers can be used; False when stopped before that.
 
-        `loop` is the name of the waiting loop. `standing_by` is called while only the lease is missing.
+        `loop` is the name of the waiting loop and of its check, which fails while the lease cannot be asked for.
+        `standing_by` is called with the id of the worker that holds the lease.
         """
         while not self.is_usable and not stop.is_set():
             if self.failure is not None:
                 self._status.failing(loop, str(self.failure), self.failure.remedy)
-            elif self._status.is_ok(*SERVERS):
-                standing_by()
+            elif self._other is not None and self._other.holder is not None and self._status.is_ok(*SERVERS):
+                standing_by(self._other.holder)
             self._status.expect_beat(loop, within=BEAT_S)
-            await wait_first(5.0, stop, self._status.changed, self.changed)
+            await wait_first(5.0, stop, self._status.changed, self.changed, self._news)
         return not stop.is_set()
 
     @property
@@ -204,22 +211,38 @@ class Lease(Generic[T]):
             async with self._database.transaction() as tx:
                 await self._row.ensure(tx)
         state = await self._take(dead=None)
-        self.failure = None
         if (dead := self._dead_holder(state)) is not None:
             state = await self._take(dead)
         self._seen(state)
         return self.token is not None
 
     def _seen(self, state: LeaseState[T] | None) -> None:
+        is_mine = state is not None and state.holder == self._worker_id
         other = None if state is None or state.is_free else state
+        now = monotonic()
         if other != self._other:
-            self._other, self._other_since = other, monotonic()
-        self._become(state.token if state is not None and state.holder == self._worker_id else None)
+            self._other, self._other_since = other, now
+            self._spread_news()
+        if is_mine or other is not None:
+            self._locked_since = None
+        elif self._locked_since is None:
+            self._locked_since = now
+        if self._locked_since is None or now - self._locked_since <= LOCKED_S:
+            self.failure = None
+        else:
+            self._failed(DatabaseUnavailable(LOCKED, LOCKED_REMEDY))
+        self._become(state.token if state is not None and is_mine else None)
 
     def _failed(self, error: ViewerWorkerError) -> None:
-        if self.failure is None or str(self.failure) != str(error):
-            log.warning("lease not renewed", loop=self._loop, cause=str(error))
+        is_news = self.failure is None or str(self.failure) != str(error)
         self.failure = error
+        if is_news:
+            log.warning("lease not renewed", loop=self._loop, cause=str(error))
+            self._spread_news()
+
+    def _spread_news(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     async def _take(self, dead: str | None) -> LeaseState[T] | None:
         asked = monotonic()

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import uuid4
 
 from sqlalchemy import URL, event
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from worker.db.errors import database_errors, sqlstate
+from worker.db.errors import READ_ONLY, database_errors, sqlstate
 from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from sqlalchemy.pool import ConnectionPoolEntry
 
     from worker.db.address import DatabaseAddress
 
@@ -29,6 +32,7 @@ COMMAND_TIMEOUT_S = 35.0
 CLOSE_TIMEOUT_S = 1.0
 KEPT_STATEMENTS = 100
 NO_SUCH_STATEMENT = "26000"
+GENERATION = "generation"
 
 log = get_logger(__name__)
 
@@ -71,13 +75,24 @@ class Database:
             },
         )
         self._in_use: set[Any] = set()
+        self._generation = 0
         event.listen(self.engine.sync_engine, "do_connect", self._before_connect)
+        event.listen(self.engine.sync_engine, "connect", self._after_connect)
+        event.listen(self.engine.sync_engine, "checkout", self._refuse_given_up)
         event.listen(self.engine.sync_engine, "checkout", lambda connection, *_: self._in_use.add(connection))
         event.listen(self.engine.sync_engine, "checkin", lambda connection, *_: self._in_use.discard(connection))
         event.listen(self.engine.sync_engine, "invalidate", lambda connection, *_: self._in_use.discard(connection))
 
     def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
         options["prepared_statement_cache_size"] = self._kept_statements
+
+    def _after_connect(self, _connection: object, entry: ConnectionPoolEntry) -> None:
+        entry.info[GENERATION] = self._generation
+
+    def _refuse_given_up(self, _connection: object, entry: ConnectionPoolEntry, _: object) -> None:
+        """Make the pool connect again."""
+        if entry.info[GENERATION] != self._generation:
+            raise DisconnectionError
 
     def without_time_limit(self) -> Database:
         """A pool for the same database without a time limit for statements, for migrations. Close it after use."""
@@ -89,9 +104,13 @@ class Database:
 
         Raises DatabaseUnavailable where a retry may succeed, DatabaseRefused where it would not. If the commit raises
         DatabaseUnavailable, it may or may not have happened; the caller has to ask the database.
+
+        After an error that means a read-only session, no open connection is used again: the name may lead to another
+        server by now, or the database accept writes in a new session.
         """
         with database_errors():
             connection = await self._connection()
+            generation = self._generation
             try:
                 async with connection.begin():
                     yield connection
@@ -99,6 +118,9 @@ class Database:
                 if sqlstate(error) == NO_SUCH_STATEMENT and self._kept_statements:
                     await connection.invalidate()  # the pool that is disposed of would leave it open
                     await self._stop_keeping_statements()
+                if sqlstate(error) == READ_ONLY:
+                    # A standby; or the database was read-only when the connection was opened, and that stays so for it.
+                    self._generation = max(self._generation, generation + 1)
                 if not isinstance(error, Exception) or isinstance(error, TimeoutError):
                     # Cancelled or timed out during a command: the protocol on this connection is in an unknown state.
                     await connection.invalidate()

@@ -82,7 +82,7 @@ class Pipeline(Generic[R]):
             elif isinstance(read, Idle) and not read.keep_lease:
                 await self._wait_without_lease(stop, read)
             elif isinstance(read, Idle):
-                self._report_ok("idle")
+                self._report_idle()
                 await self._wait_for_more(IDLE_S, stop)
             elif not read.full and (pause := self._committed_at + self.interval - self.clock.monotonic()) > 0:
                 # No partial batch is kept: the next look reads its entries again, and more; it may be full then.
@@ -109,6 +109,13 @@ class Pipeline(Generic[R]):
         self._report_ok("carrying")
         log.debug("batch written", pipeline=self.name, rows=outcome.rows, letters=outcome.letters)
         return ahead
+
+    def _report_idle(self) -> None:
+        """Nothing is written meanwhile, so only the lease shows that nothing could be."""
+        if (failure := self.lease.failure) is not None:
+            self.status.failing(self.name, str(failure), failure.remedy)
+        else:
+            self._report_ok("idle")
 
     def _report_ok(self, role: str) -> None:
         self._look_again.reset()
@@ -147,11 +154,11 @@ class Pipeline(Generic[R]):
                 task.cancel()
             await asyncio.wait({waiting, stopping})
 
-    def _standing_by(self) -> None:
+    def _standing_by(self, holder: str) -> None:
         # The lease is released on hold, so another replica may have it: for one look only, or because it carries.
         on_hold = self.status.checks[self.name].state is State.HOLD
         if not on_hold or self.lease.is_kept_elsewhere:
-            self.status.ok(self.name, role="standing by")
+            self.status.ok(self.name, role="standing by", holder=holder)
 
 
 async def _nothing() -> None:

@@ -20,6 +20,7 @@ from redis.exceptions import ExecAbortError, ReadOnlyError, RedisError, Response
 
 from worker.errors import ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
 from worker.redis.errors import describe, redact
+from worker.redis.pool import is_of_wrong_server, renew, renew_blocking
 
 Command = tuple[str | bytes | int, ...]
 
@@ -61,6 +62,8 @@ class Transactions:
                     await self._pool.release(connection)
         except ERRORS as error:
             raise _failure(error, sent) from error
+        if any(map(is_of_wrong_server, replies)):
+            await renew(self._pool)
         raise_unless_applied(replies, len(commands))
 
 
@@ -107,6 +110,8 @@ class BlockingTransactions:
             raise _failure(error, sent) from error
         finally:
             permit.give_back()
+        if any(map(is_of_wrong_server, replies)):
+            renew_blocking(self._pool)
         raise_unless_applied(replies, len(commands))
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
+from worker.errors import RedisUnavailable
 from worker.redis.connection import connect
-from worker.redis.errors import redis_errors
+from worker.redis.pool import Pool
 from worker.redis.stream import StreamConnection
 from worker.redis.subscriber import subscription
 
@@ -51,10 +52,12 @@ class RedisClient:
     def __init__(self, address: RedisAddress) -> None:
         self._knows_flags = True
         self._redis, self._sentinels = connect(address, COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S)
+        self._pool = Pool(self._redis.connection_pool)
+        self._run_id: str | None = None
 
     async def probe(self) -> str | None:
         """Check that Redis answers. Returns `master_replid`, the id of the data set's history; None if it is hidden."""
-        with redis_errors():
+        async with self._pool.errors():
             try:
                 replication: dict[str, Any] = await self._redis.info("replication")
             except NoPermissionError:
@@ -64,7 +67,7 @@ class RedisClient:
 
     async def history(self) -> History | None:
         """Where the data set comes from, as far as Redis reports it; None if INFO is forbidden."""
-        with redis_errors():
+        async with self._pool.errors():
             try:
                 facts: dict[str, Any] = await self._redis.info("replication")
                 facts |= await self._redis.info("persistence")
@@ -84,7 +87,7 @@ class RedisClient:
 
     async def writes_a_base(self) -> bool:
         """Whether its AOF begins with a snapshot, which is the default. False if Redis does not report it."""
-        with redis_errors():
+        async with self._pool.errors():
             try:
                 found: dict[Any, Any] = await self._redis.config_get("aof-use-rdb-preamble")
             except ResponseError:
@@ -93,34 +96,52 @@ class RedisClient:
 
     async def info(self) -> dict[str, Any]:
         """All of INFO, parsed."""
-        with redis_errors():
+        async with self._pool.errors():
             facts: dict[str, Any] = await self._redis.info()
         return facts
 
-    async def ping(self, timeout: float) -> None:
-        """Raises RedisUnavailable unless Redis answers within `timeout` seconds."""
-        with redis_errors():
+    async def check(self, timeout: float) -> None:
+        """Raises RedisUnavailable unless Redis answers within `timeout` seconds, and is a master as far as it reports.
+
+        If the name has led to another server since the last check, open connections to the former one are given up.
+        """
+        async with self._pool.errors():
             async with asyncio.timeout(timeout):
-                await self._redis.ping()
+                pipeline = self._redis.pipeline(transaction=False)
+                pipeline.ping()
+                pipeline.info("server")
+                pipeline.info("replication")
+                pong, *replies = await pipeline.execute(raise_on_error=False)
+            if isinstance(pong, Exception):
+                raise pong
+            facts: dict[str, Any] = {}
+            for reply in replies:
+                facts |= reply if isinstance(reply, dict) else {}  # INFO may be forbidden
+        role, run_id = facts.get("role", "master"), _text(facts, "run_id")
+        if role != "master" or self._run_id not in (None, run_id):
+            await self._pool.give_up(self._pool.generation)
+        if role != "master":
+            raise RedisUnavailable(f"its role is {role}", "Point REDIS_URL to the master, or use redis+sentinel://.")
+        self._run_id = run_id
 
     async def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of all keys at one instant; None for a key that is missing or not a string.
 
         MGET is a single read-only command: atomic like a script, and allowed when Redis is at maxmemory.
         """
-        with redis_errors():
+        async with self._pool.errors():
             values = await self._redis.mget(keys)
         return cast("list[bytes | None]", values)
 
     async def type_of(self, key: bytes) -> str:
         """`string`, `hash`, …; `none` for a key that does not exist."""
-        with redis_errors():
+        async with self._pool.errors():
             kind = await self._redis.type(key)
         return cast("bytes", kind).decode()
 
     async def types_of(self, keys: Sequence[bytes]) -> list[str]:
         """`type_of` for many keys in one round trip."""
-        with redis_errors():
+        async with self._pool.errors():
             pipeline = self._redis.pipeline(transaction=False)
             for key in keys:
                 pipeline.type(key)
@@ -131,7 +152,7 @@ class RedisClient:
         """Yield the keys that match, page by page. A page may be empty; a key may occur twice."""
         cursor = 0
         while True:
-            with redis_errors():
+            async with self._pool.errors():
                 cursor, page = await self._redis.scan(cursor, match=pattern, count=SCAN_COUNT)
             yield cast("list[bytes]", page)
             if cursor == 0:
@@ -139,7 +160,7 @@ class RedisClient:
 
     async def overwrite(self, key: bytes, value: bytes) -> None:
         """Set a key. A value of any other type is replaced."""
-        with redis_errors():
+        async with self._pool.errors():
             await self._redis.set(key, value)
 
     async def run(self, script: LuaScript, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
@@ -147,7 +168,7 @@ class RedisClient:
 
         Before Redis 7 a script may not begin with `#!lua flags=…`; such a server gets it without that line.
         """
-        with redis_errors():
+        async with self._pool.errors():
             if self._knows_flags:
                 try:
                     return await self._evaluate(script.flagged.digest, script.flagged.source, keys, args)
@@ -165,11 +186,11 @@ class RedisClient:
 
     def subscription(self, channel: str) -> AbstractAsyncContextManager[Subscription]:
         """Subscribe on a separate connection, which is closed when the block ends."""
-        return subscription(self._redis.connection_pool, channel)
+        return subscription(self._pool, channel)
 
     def stream_connection(self) -> StreamConnection:
         """A connection of its own, for the reader of a stream. Drop it at the end."""
-        return StreamConnection(self._redis.connection_pool)
+        return StreamConnection(self._pool)
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -34,8 +34,11 @@ class HeldLease(Protocol[T]):
     token: T | None
     changed: asyncio.Event
 
-    async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[], None]) -> bool:
-        """Wait until it is held and can be used; False when stopped before that."""
+    async def wait(self, stop: asyncio.Event, loop: str, standing_by: Callable[[str], None]) -> bool:
+        """Wait until it is held and can be used; False when stopped before that.
+
+        `standing_by` is called with the holder.
+        """
 
 
 class Receiver(Protocol[T_contra]):
@@ -89,8 +92,8 @@ class Listener(Generic[T]):
         finally:
             self._receiver.end()
 
-    def _standing_by(self) -> None:
-        self._status.ok(self._name, role="standing by")
+    def _standing_by(self, holder: str) -> None:
+        self._status.ok(self._name, role="standing by", holder=holder)
 
     async def _listen(self, token: T, stop: asyncio.Event) -> None:
         """Subscribe, and pass on what comes, until stopped or until another worker has the lease."""

@@ -14,8 +14,9 @@ from worker.redis.errors import redis_errors
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from redis.asyncio import ConnectionPool
     from redis.asyncio.connection import AbstractConnection
+
+    from worker.redis.pool import Pool
 
 READ_BYTES = 64 * 1024
 # After this long without data, PING is sent. After as long again without an answer, the connection counts as lost.
@@ -127,14 +128,22 @@ _NOTHING = object()
 
 
 @asynccontextmanager
-async def subscription(pool: ConnectionPool, channel: str) -> AsyncIterator[Subscription]:
-    """Subscribe on a separate connection, and close it when the block ends. Raises RedisUnavailable."""
-    with redis_errors():
-        connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+async def subscription(pool: Pool, channel: str) -> AsyncIterator[Subscription]:
+    """Subscribe on a separate connection, and close it when the block ends. Raises RedisUnavailable.
+
+    It is lost, too, when another command finds out that this is the wrong server: a replica also lets one subscribe.
+    """
+    generation = pool.generation
+    async with pool.errors():
+        connection = await pool.take()
     subscribed = Subscription(connection, channel.encode())
+    pool.on_give_up.add(subscribed.close)
     try:
+        if generation != pool.generation:
+            await subscribed.close()
         await subscribed._subscribe()
         yield subscribed
     finally:
+        pool.on_give_up.discard(subscribed.close)
         await subscribed.close()
-        await pool.release(connection)
+        await pool.give_back(connection)

@@ -23,8 +23,8 @@ TRANSIENT_PREFIXES = ("08", "53", "57P0")
 TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04", "26000", "40001", "40P01", "55P03", "57014"})
 LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"
-# Data that a table does not accept: out of range, not in the database's encoding, refused by a constraint or a trigger.
-REFUSED_DATA_PREFIXES = ("22", "23", "P0")
+# Deadlock, serialization failure: Postgres chose this transaction as the victim; it may be tried again at once.
+COLLISIONS = ("40P01", "40001")
 # Errors of the transaction, the connection or the server. They may occur at any row, but are not caused by it.
 TRANSACTION_PREFIXES = ("08", "25", "40", "53", "57")
 TRANSACTION_STATES = frozenset({"0A000", "26000", LOCK_NOT_AVAILABLE})
@@ -146,11 +146,6 @@ def is_transient_cause(error: BaseException | None) -> bool:
 
 def is_login_refused(error: BaseException) -> bool:
     return (sqlstate(error) or "").startswith(REFUSED_PREFIXES)
-
-
-def is_refused_data(error: BaseException) -> bool:
-    """True when the table does not accept a row of this statement. It may accept other rows."""
-    return (sqlstate(error) or "").startswith(REFUSED_DATA_PREFIXES)
 
 
 def is_refused_by_row(error: BaseException) -> bool:

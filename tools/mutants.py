@@ -235,14 +235,14 @@ MUTANTS = (
     Mutant(
         "a row that refuses fails the flush",
         "worker/db/target/table.py",
-        "bisect(batch, adding.add, is_refused_by_row, adding.refuse)",
-        "bisect(batch, adding.add, lambda error: False, adding.refuse)",
+        "bisect(batch, attempt, _is_refused, adding.refuse)",
+        "bisect(batch, attempt, lambda error: False, adding.refuse)",
     ),
     Mutant(
         "an unusual trigger error fails the flush",
         "worker/db/errors.py",
-        "not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES\n",
-        "state.startswith(REFUSED_DATA_PREFIXES)\n",
+        "    return not concerns_all or _is_raised_in_a_function(error)\n",
+        "    return not concerns_all\n",
     ),
     Mutant(
         "an import locks only existing source rows",

@@ -123,6 +123,7 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Back
         announced=Announced(metrics),
         quarantine=Quarantine(clock),
         keys=stores.keys,
+        database=stores.database,
     )
     if not settings.listens:
         backlog.announced.ended.set()

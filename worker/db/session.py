@@ -11,6 +11,7 @@ from uuid import uuid4
 from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from worker.db.encoding import can_encode
 from worker.db.errors import database_errors, sqlstate
 from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
 from worker.observability.logs import get_logger
@@ -50,6 +51,8 @@ class Database:
     ) -> None:
         self._address = address
         self._kept_statements = KEPT_STATEMENTS
+        # Of the newest connection, which reports it when it is opened; None: none was opened yet.
+        self.encoding: str | None = None
         self.engine: AsyncEngine = create_async_engine(
             URL.create("postgresql+asyncpg", address.user, address.password, address.host, address.port, address.name),
             pool_size=pool_size,
@@ -72,12 +75,20 @@ class Database:
         )
         self._in_use: set[Any] = set()
         event.listen(self.engine.sync_engine, "do_connect", self._before_connect)
+        event.listen(self.engine.sync_engine, "connect", self._on_connect)
         event.listen(self.engine.sync_engine, "checkout", lambda connection, *_: self._in_use.add(connection))
         event.listen(self.engine.sync_engine, "checkin", lambda connection, *_: self._in_use.discard(connection))
         event.listen(self.engine.sync_engine, "invalidate", lambda connection, *_: self._in_use.discard(connection))
 
     def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
         options["prepared_statement_cache_size"] = self._kept_statements
+
+    def _on_connect(self, connection: Any, _record: object) -> None:
+        self.encoding = getattr(connection.driver_connection.get_settings(), "server_encoding", None)
+
+    def can_store(self, text: str) -> bool:
+        """False when the database's encoding certainly lacks a character of the text."""
+        return can_encode(text, self.encoding)
 
     def without_time_limit(self) -> Database:
         """A pool for the same database without a time limit for statements, for migrations. Close it after use."""

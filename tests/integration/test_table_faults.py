@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from sqlalchemy import func, select
 
+from tests.support.limits import limit_statements
 from tests.support.world import World
 from worker.counters.flush.outcome import Flushed
-from worker.db.counters import source_row
 from worker.errors import DatabaseUnavailable, TableRefused
 from worker.observability.status import State
 
@@ -114,7 +113,7 @@ async def test_flush_that_times_out_is_halved_until_it_does_not(world: World, mo
 
 
 async def test_id_that_times_out_alone_is_quarantined(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit_statements(monkeypatch, "300ms")
+    limit_statements(monkeypatch, "700ms")
     await world.sql.execute(SLOW.format("new.vod_id = 'b'", 3))
     worker = world.worker()
     await world.view_many(["a", "c"])
@@ -134,10 +133,3 @@ async def test_nobody_is_quarantined_while_every_flush_times_out(world: World, m
         await worker.cycle()
     assert worker.metric("view_count_quarantined_keys") == 0
     assert await world.pending() == world.truth
-
-
-def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    """Set a shorter statement timeout for the transactions that lock the source row."""
-    settings = [func.set_config("statement_timeout", limit, True)]
-    lock = select(*source_row._COLUMNS, *settings).where(source_row._this).with_for_update(skip_locked=True)
-    monkeypatch.setattr(source_row, "_LOCK", lock)

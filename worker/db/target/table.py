@@ -56,11 +56,10 @@ REST_S = 600.0
 RESTING_IDS = 50_000
 TABLE_LOCKED = "Wait for the CREATE INDEX, ALTER TABLE or VACUUM FULL that locks it. Views stay in Redis meanwhile."
 TABLE_SLOW = "Look at the triggers of that table: they run once for each row."
-# The rows stay locked for the application as long as the flush takes.
-STATEMENT_LIMIT_S = 5
-_BE_BRIEF = select(
-    func.set_config("lock_timeout", "200ms", True), func.set_config("statement_timeout", f"{STATEMENT_LIMIT_S}s", True)
-)
+# A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
+LOCK_LIMIT_S = 0.2
+# For all rows of a statement, beyond what a statement without rows takes. Until its end they are locked.
+ROWS_LIMIT_S = 5.0
 # Deadlocks and serialization failures in a row after which a trigger that raises such an error is the likely cause.
 MAX_COLLISIONS = 3
 
@@ -83,6 +82,10 @@ class TargetTable:
         self._key: Key | None = None
         self._refused: TTLCache[str, None] = TTLCache(RESTING_IDS, REST_S, clock.monotonic)
         self._collisions = 0
+        self._clock = clock
+        # Seconds that the last statement without rows took, and the error if it timed out.
+        self._overhead = 0.0
+        self._stalled: DBAPIError | None = None
 
     async def check(self, tx: AsyncConnection) -> Key:
         """How ids become the table's keys. Raises TargetUnusable when the table is missing or does not fit."""
@@ -112,12 +115,16 @@ class TargetTable:
 
     async def _enter(self, tx: AsyncConnection, statements: _Statements) -> None:
         """Wait for a lock on the whole table. Ignore a statement trigger that refuses: `add` handles it row by row."""
+        began, self._stalled = self._clock.monotonic(), None
         try:
             async with tx.begin_nested():
                 await tx.execute(statements.enter())
         except DBAPIError as error:
             if not is_refused_by_row(error):
                 raise
+            if sqlstate(error) == QUERY_CANCELED:
+                self._stalled = error
+        self._overhead = self._clock.monotonic() - began
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
         """Add the views of each change to its row. Returns the views that were not added, by reason.
@@ -136,8 +143,12 @@ class TargetTable:
                 skipped[REFUSED] += change.views
             else:
                 batch.append((change.vod_id, value, change.views))
-        if batch:
-            adding = _Adding(tx, _Statements(self.names, key).add(), skipped)
+        adding = _Adding(tx, _limits(self._overhead + ROWS_LIMIT_S), _Statements(self.names, key).add(), skipped)
+        if self._stalled is not None:
+            # No statement is in time, however few rows it has.
+            for refused in batch:
+                adding.refuse(refused, self._stalled)
+        elif batch:
 
             async def attempt(part: Sequence[tuple[str, Any, int]]) -> None:
                 try:
@@ -148,7 +159,7 @@ class TargetTable:
 
             async for _ in bisect(batch, attempt, _is_refused, adding.refuse):
                 pass
-            self._remember(adding.refusals)
+        self._remember(adding.refusals)
         self._collisions = 0
         return skipped
 
@@ -187,6 +198,7 @@ class _Adding:
     """
 
     tx: AsyncConnection
+    limits: Select[str, str]
     statement: Select[str]
     skipped: Counter[str]
     refusals: dict[str, str] = field(default_factory=dict)
@@ -195,8 +207,7 @@ class _Adding:
         """Add a batch of (id, key, views); all of it or nothing."""
         ids, keys, views = (list(column) for column in zip(*batch, strict=True))
         async with self.tx.begin_nested():
-            # A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
-            await self.tx.execute(_BE_BRIEF)
+            await self.tx.execute(self.limits)
             found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
             added = set(found.scalars())
             # A deferred constraint would otherwise fail at the commit and undo our own totals too.
@@ -207,6 +218,15 @@ class _Adding:
         vod_id, _, views = change
         self.skipped[REFUSED] += views
         self.refusals[vod_id] = describe(error)
+
+
+def _limits(seconds: float) -> Select[str, str]:
+    """Limit each of the statements that follow in this transaction to `seconds`, or to the usual limit if less."""
+    limit = f"{min(round(seconds * 1000), 30_000)}ms"
+    return select(
+        func.set_config("lock_timeout", f"{round(LOCK_LIMIT_S * 1000)}ms", True),
+        func.set_config("statement_timeout", limit, True),
+    )
 
 
 def _is_refused(error: Exception) -> bool:

@@ -63,6 +63,13 @@ WRITER_TESTS = (
 )
 
 
+EVENT_TESTS = (
+    "tests/unit/test_view_event_documents.py",
+    "tests/unit/test_channel_receiver.py",
+    "tests/unit/test_buffer_writer.py",
+    "tests/integration/test_view_events.py",
+)
+
 RECORD_TESTS = (
     "tests/integration/test_conflict_rules.py",
     "tests/integration/test_record_table.py",
@@ -314,9 +321,9 @@ MUTANTS = (
     ),
     Mutant(
         "a reconnect does not count as a gap",
-        "worker/counters/intake/listener.py",
-        "        gap = self._heard_before or epoch > 1\n",
-        "        gap = False\n",
+        "worker/redis/listener.py",
+        "        gap = self._receiver.begin(token) or self._heard_before\n",
+        "        gap = self._receiver.begin(token) and False\n",
     ),
     Mutant(
         "the display adds pending views to announced views",
@@ -523,6 +530,41 @@ MUTANTS = (
         "            if self.held < self._capacity and key is not None and self._replace(key, document):\n"
         "                return True\n",
         RECORD_TESTS,
+    ),
+    Mutant(
+        "view events: a message is taken while another worker may hear it",
+        "worker/pipelines/sources/channel.py",
+        "        elif not self._lease.is_sure:\n",
+        "        elif self._lease.token is None:\n",
+        EVENT_TESTS,
+    ),
+    Mutant(
+        "view events: what was set aside is stored by the next lease",
+        "worker/pipelines/sources/channel.py",
+        "        if token != self._token:\n            self._forget_aside()\n",
+        "",
+        EVENT_TESTS,
+    ),
+    Mutant(
+        "view events: the lease counts as sure without a renewal",
+        "worker/db/lease.py",
+        "        if state is not None and state.is_renewed:\n",
+        "        if state is not None:\n",
+        EVENT_TESTS,
+    ),
+    Mutant(
+        "view events: the first listener counts a gap",
+        "worker/db/positions.py",
+        "        if state is not None and not was_held:\n",
+        "        if state is not None and was_held:\n",
+        EVENT_TESTS,
+    ),
+    Mutant(
+        "view events: what was dropped is left at the end",
+        "worker/pipelines/buffer_writer.py",
+        "        self._tally.dropped += 1\n",
+        "",
+        EVENT_TESTS,
     ),
 )
 

@@ -34,6 +34,9 @@ GRANT SELECT, INSERT, UPDATE ON stream_positions     TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON dead_letters         TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON chunk_requests       TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON metrics              TO viewer_worker;
+GRANT SELECT, INSERT, DELETE ON view_events          TO viewer_worker;
+-- One row for each batch of messages that were heard on the channel, for a day.
+GRANT SELECT, INSERT, DELETE ON ingest_batches       TO viewer_worker;
 -- These are also replaced by newer ones.
 GRANT SELECT, INSERT, UPDATE, DELETE ON bars_1m        TO viewer_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON session_events TO viewer_worker;

@@ -25,7 +25,7 @@ from tests.support.tls import Certificates, TlsFront
 from tests.support.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
 from worker.db.counters.ledger import Ledger
-from worker.db.rights import RIGHTS, STREAM_RIGHTS, WRITER_RIGHTS, rights_on_records
+from worker.db.rights import RIGHTS, STREAM_RIGHTS, TICKET_RIGHTS, rights_on_records
 from worker.db.schema import VERSION_TABLE
 from worker.db.tables import metadata
 from worker.dev.servers import free_port
@@ -64,10 +64,9 @@ async def use_every_right(worker: InProcessWorker, world: World) -> None:
 
 async def test_role_has_the_rights_that_the_worker_checks_and_no_others(world: World) -> None:
     granted = {(row["table_name"], row["privilege_type"]) for row in await world.sql.fetch(GRANTS)}
-    needed = RIGHTS | STREAM_RIGHTS | rights_on_records(RECORD_TYPES.values())
+    needed = RIGHTS | STREAM_RIGHTS | TICKET_RIGHTS | rights_on_records(RECORD_TYPES.values())
     assert granted == {(table, right) for table in needed for right in needed[table]} | {(VERSION_TABLE, "SELECT")}
-    # A Writer's tickets are not the worker's.
-    assert {*needed, *WRITER_RIGHTS} == {*metadata.tables, *RECORD_TYPES}
+    assert {*needed} == {*metadata.tables, *RECORD_TYPES}
 
 
 async def test_role_can_do_all_that_the_worker_does_with_its_tables(world: World) -> None:
@@ -118,6 +117,32 @@ async def test_role_and_users_can_carry_bars_and_replace_them_and_take_metrics(
     denied = await world.redis.acl_log()  # type: ignore[no-untyped-call]
     assert [entry for entry in denied if entry["username"] == "viewer-worker"] == []
     await world.redis.delete("bars_1m", "metrics")
+
+
+async def test_role_and_users_can_store_view_events_of_the_channel_and_prune_tickets(
+    guarded: GuardedServers, world: World, start: Start
+) -> None:
+    await world.sql.execute("INSERT INTO ingest_batches VALUES (gen_random_uuid(), 'old', now() - interval '2 days')")
+    url = f"{guarded.application_redis_url}?ssl_ca_certs={guarded.authority}"
+    events = {"PIPELINES": "view_events", "VIEW_EVENTS_FLUSH_INTERVAL": "10ms"}
+    await world.sql.execute("REVOKE DELETE ON ingest_batches FROM viewer_worker")
+    findings = await check(world, start, **events)
+    assert findings["record tables"] == ("failure", "this role lacks DELETE on ingest_batches")
+    assert findings["redis rights"][0] == "ok"
+    await world.sql.execute("GRANT DELETE ON ingest_batches TO viewer_worker")
+    worker = start(world.environment | events, "run")
+    await worker.wait_for_log('"listening"')
+    async with aioredis.from_url(url) as application:
+        await application.publish("view_count_updates", '{"vodId":"a","count":2}')
+    async with asyncio.timeout(20):
+        while [row["count"] for row in await world.sql.fetch("SELECT count FROM view_events")] != [2]:
+            await asyncio.sleep(0.05)
+        while await world.sql.fetchval("SELECT count(*) FROM ingest_batches WHERE pipeline = 'old'"):
+            await asyncio.sleep(0.05)
+    worker.terminate()
+    assert await worker.wait() == 0
+    denied = await world.redis.acl_log()  # type: ignore[no-untyped-call]
+    assert [entry for entry in denied if entry["username"] == "viewer-worker"] == []
 
 
 async def has_letters(records: Records, count: int) -> bool:

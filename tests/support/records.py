@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tests.support.world import CliWorker, World
-from worker.app.pipelines import Pipelines, build_pipelines, name_streams
+from worker.app.pipelines import Pipelines, build_pipelines, name_checks
 from worker.db.session import Database
 from worker.observability.metrics import Metrics
 from worker.observability.status import SERVERS, State, Status
@@ -33,7 +33,7 @@ class InProcessCarrier:
         self.database = Database(settings.database)
         self.redis = RedisClient(settings.redis)
         self.metrics = Metrics()
-        self.status = Status(SystemClock().monotonic, (*SERVERS, *(name for _, _, name in name_streams(settings))))
+        self.status = Status(SystemClock().monotonic, (*SERVERS, *name_checks(settings)))
         self.pipelines: Pipelines = build_pipelines(settings, self.database, self.redis, self.status, self.metrics)
 
     @contextlib.asynccontextmanager

@@ -33,6 +33,7 @@ async def test_upgrade_flush_replay_and_downgrade_with_timescaledb(redis_url: st
         ("metrics",),
         ("view_count_deltas",),
         ("view_counts_hourly",),
+        ("view_events",),
     ]
 
     world = World(redis_url, timescale_url)

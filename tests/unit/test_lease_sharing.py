@@ -208,3 +208,33 @@ async def test_a_lease_is_kept_elsewhere_when_another_worker_has_it_for_longer_t
     await other.release()
     await lease.take()
     assert not lease.is_kept_elsewhere
+
+
+async def test_after_a_server_was_away_a_lease_is_left_to_its_holder_for_a_while(clock: FakeClock) -> None:
+    async def steps() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    row, status, stop = FakeRow(), Status(lambda: 0.0, SERVERS), asyncio.Event()
+    row.holder = "another"
+    database: Any = FakeDatabase()
+    lease = Lease(database, row, "one", status, patience=6.0)
+    for server in SERVERS:
+        status.ok(server)
+    running = asyncio.create_task(lease.run(stop))
+    await steps()
+    status.failing(SERVERS[0], "away", "")
+    await steps()
+    row.holder = None  # expired meanwhile
+    status.ok(SERVERS[0])
+    await steps()
+    clock.advance(5.9)
+    lease.resume()
+    await steps()
+    assert lease.token is None
+    clock.advance(0.1)
+    lease.resume()
+    await steps()
+    assert lease.token is not None
+    stop.set()
+    await running

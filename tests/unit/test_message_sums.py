@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from tests.support.fakes import FakeClock
+from worker.contract.message_reading import InvalidMessage
 from worker.counters.intake.announced import Announced
-from worker.counters.intake.messages import InvalidMessage, MessageSummer, parse_message
+from worker.counters.intake.messages import MessageSummer, parse_message
 from worker.observability.metrics import Metrics
 
 

@@ -267,3 +267,19 @@ def test_env_file_that_is_not_text_is_reported_as_a_wrong_setting(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidSettings, match=r"^\.env="):
         load_settings(environ={})
+
+
+def test_view_events_read_the_channel_or_streams_and_never_both() -> None:
+    def sources(**environ: str) -> tuple[bool, list[str]]:
+        settings = load(VIEW_COUNT_SOURCE="counters", VIEW_EVENTS_STREAM="a,b", **environ)
+        return settings.stores_messages, settings.streams
+
+    assert sources(PIPELINES="view_events") == (True, [])
+    assert sources(PIPELINES="view_events", VIEW_EVENTS_SOURCE="stream") == (False, ["a", "b"])
+    assert sources(PIPELINES="view_counts") == (False, [])
+
+
+def test_the_channel_of_view_events_needs_a_connection_of_its_own() -> None:
+    few = {"DB_MAX_CONNECTIONS": "3", "DB_MAX_IDLE_CONNS": "3"}
+    assert "4 or more" in problem(PIPELINES="view_counts,view_events", **few)
+    assert load(PIPELINES="view_counts", **few).db_max_connections == 3

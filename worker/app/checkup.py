@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.db.rights import STREAM_RIGHTS, missing_rights, missing_tables, rights_on_records
+from worker.db.rights import STREAM_RIGHTS, TICKET_RIGHTS, missing_rights, missing_tables, rights_on_records
 from worker.db.schema import GRANT, read_schema, read_versions
 from worker.errors import SchemaNotCurrent, TargetUnusable
 from worker.redis.scripts import LuaScript
@@ -81,11 +81,13 @@ async def _target(database: Database, target: TargetTable) -> Finding:
     return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 
-async def check_record_tables(database: Database, records: Sequence[RecordType[Any]]) -> list[Finding]:
+async def check_record_tables(
+    database: Database, records: Sequence[RecordType[Any]], *, takes_tickets: bool
+) -> list[Finding]:
     """Check the rights on the tables of the pipelines that are carried. Raises DatabaseUnavailable."""
     if not records:
         return []
-    needed = STREAM_RIGHTS | rights_on_records(records)
+    needed = STREAM_RIGHTS | rights_on_records(records) | (TICKET_RIGHTS if takes_tickets else {})
     async with database.transaction() as tx:
         gone = await missing_tables(tx, list(needed))
         lacking = await missing_rights(tx, needed)
@@ -120,7 +122,7 @@ async def check_redis(redis: RedisClient, keys: Keys, used: RedisNames) -> list[
 def shared_channel(channel: str) -> Finding:
     """Warn that the worker may receive messages about keys of other workers."""
     found = f"{channel} is the default channel, but the key prefix or the Redis database is not the default"
-    remedy = "If producers of other keys also publish there, views count twice. Give each worker its own VIEW_CHANNEL."
+    remedy = "What producers of other keys publish there counts here, too. Give each worker its own VIEW_CHANNEL."
     return Finding("view channel", Level.WARNING, found, remedy)
 
 

@@ -185,7 +185,8 @@ async def check(settings: Settings) -> list[Finding]:
             counters = _build(settings, database, redis)
             findings += await _look("marker", check_agreement(counters.adoption))
             adjustments = make_adjustments(settings, database, redis)
-            findings += await _look(POSTGRES, check_record_tables(database, settings.records))
+            tables = check_record_tables(database, settings.records, takes_tickets=settings.stores_messages)
+            findings += await _look(POSTGRES, tables)
             findings += await _look("streams", check_streams(adjustments[stream] for stream in settings.streams))
     return findings
 
@@ -193,7 +194,7 @@ async def check(settings: Settings) -> list[Finding]:
 def _redis_names(settings: Settings) -> RedisNames:
     return RedisNames(
         totals_channel=settings.view_totals_channel,
-        message_channel=settings.view_channel if settings.listens else "",
+        message_channel=settings.view_channel if settings.listens or settings.stores_messages else "",
         streams=settings.streams,
         appended=settings.pipeline(METRICS).streams if settings.serves_grpc else (),
     )

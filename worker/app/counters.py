@@ -19,10 +19,10 @@ from worker.counters.flush.trial import Trial
 from worker.counters.forget import Forgetting
 from worker.counters.intake.announced import Announced
 from worker.counters.intake.backlog import Backlog
-from worker.counters.intake.listener import Listener
 from worker.counters.intake.messages import MessageSummer
 from worker.counters.intake.pending import Pending, Sweep
 from worker.counters.intake.quarantine import Quarantine
+from worker.counters.intake.receiver import AnnouncedReceiver
 from worker.counters.loop import FlushLoop
 from worker.counters.retention import Retention
 from worker.counters.stores import Stores
@@ -31,6 +31,8 @@ from worker.db.counters.source_row import SourceRow
 from worker.db.lease import Lease
 from worker.db.read_limit import ReadLimit
 from worker.db.target.table import TargetTable
+from worker.observability.status import MESSAGES
+from worker.redis.listener import Listener
 from worker.runtime.clock import SystemClock
 from worker.runtime.worker_id import new_worker_id
 
@@ -47,7 +49,7 @@ class ViewCounters:
     """The view counters of one worker: the loops that run, and what commands and endpoints use."""
 
     loop: FlushLoop
-    listener: Listener
+    listener: Listener[int]
     lease: Lease[int]
     retention: Retention
     target: TargetTable | None
@@ -91,14 +93,14 @@ def build_counters(
         clock=clock,
     )
     listener = Listener(
+        name=MESSAGES,
         redis=redis,
         channel=settings.view_channel,
         lease=lease,
-        announced=backlog.announced,
-        messages=MessageSummer(metrics, clock),
-        flushing=loop,
+        receiver=AnnouncedReceiver(
+            announced=backlog.announced, messages=MessageSummer(metrics, clock), flushing=loop, metrics=metrics
+        ),
         status=status,
-        metrics=metrics,
     )
     settler, recovery, reader = flusher.settler, flusher.recovery, flusher.committer.reader
     return ViewCounters(

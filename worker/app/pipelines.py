@@ -1,4 +1,4 @@
-"""Makes the parts of the pipelines, and connects them: a pipeline for each stream."""
+"""Makes the parts of the pipelines, and connects them: a pipeline for each stream, and one for the channel."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from worker.app.channel import CHECKS, ChannelPipeline, build_channel
 from worker.db.lease import Lease
 from worker.db.positions import StreamPosition
 from worker.db.record_retention import RecordRetention
+from worker.db.tickets import TicketRetention
 from worker.db.upsert import RecordTable
 from worker.observability.status import State
 from worker.pipelines.delivery import Delivery
 from worker.pipelines.metrics import StreamMetrics, WriteMetrics
 from worker.pipelines.pipeline import Pipeline
 from worker.pipelines.records import RECORD_TYPES
+from worker.pipelines.records.view_events import VIEW_EVENTS
 from worker.pipelines.retention import LOOP as RETENTION
-from worker.pipelines.retention import PipelineRetention
+from worker.pipelines.retention import PipelineRetention, Retention
 from worker.pipelines.sink import PostgresSink
 from worker.pipelines.sources.stream.adjust import Adjustment
 from worker.pipelines.sources.stream.look import Looker
@@ -51,17 +54,23 @@ class StreamPipeline:
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """All streams, and what deletes old rows of their tables."""
+    """All streams, the channel (None: it is not stored), and what deletes old rows of their tables."""
 
     streams: list[StreamPipeline]
+    channel: ChannelPipeline | None
     retention: PipelineRetention
 
     def loops(self) -> dict[str, Loop]:
-        """Name → loop; none where there is no stream."""
-        loops: dict[str, Loop] = {RETENTION: self.retention} if self.streams else {}
+        """Name → loop; none where there is nothing to carry."""
+        loops: dict[str, Loop] = {RETENTION: self.retention} if self.streams or self.channel else {}
         for stream in self.streams:
             loops |= {stream.name: stream.pipeline, f"{stream.name} lease": stream.lease}
-        return loops
+        return loops if self.channel is None else loops | self.channel.loops()
+
+
+def name_checks(settings: Settings) -> tuple[str, ...]:
+    """The names of the pipelines' checks."""
+    return (*(name for _, _, name in name_streams(settings)), *(CHECKS if settings.stores_messages else ()))
 
 
 def name_streams(settings: Settings) -> list[tuple[RecordType[Any], str, str]]:
@@ -80,22 +89,26 @@ def name_streams(settings: Settings) -> list[tuple[RecordType[Any], str, str]]:
 def build_pipelines(
     settings: Settings, database: Database, redis: RedisClient, status: Status, metrics: Metrics
 ) -> Pipelines:
-    """Nothing is read or written yet. `status` has a check for each name of `name_streams`."""
-    streams: list[StreamPipeline] = []
+    """Nothing is read or written yet. `status` has the checks of `name_checks`."""
     held: set[Lease[UUID]] = set()
-    tables: dict[str, RecordRetention] = {}
-    for record, stream, name in name_streams(settings):
-        streams.append(_build(settings, record, stream, name, database, redis, status, metrics, held))
-        age = settings.pipeline(record).retention
-        if age is not None:
-            tables[record.name] = RecordRetention(record.name, record.time, age)
+    streams = [
+        _build(settings, record, stream, name, database, redis, status, metrics, held)
+        for record, stream, name in name_streams(settings)
+    ]
+    tables: list[Retention] = [
+        RecordRetention(record.name, record.time, age)
+        for record in settings.records
+        if (age := settings.pipeline(record).retention) is not None
+    ]
+    channel = None
+    if settings.stores_messages:
+        sink = make_sink(settings, database, VIEW_EVENTS)
+        channel = build_channel(settings, database, redis, status, metrics, sink)
+        tables.append(TicketRetention())
     retention = PipelineRetention(
-        database=database,
-        status=status,
-        tables=list(tables.values()),
-        letters=settings.dead_letter_retention,
+        database=database, status=status, tables=tables, letters=settings.dead_letter_retention
     )
-    return Pipelines(streams, retention)
+    return Pipelines(streams, channel, retention)
 
 
 def make_adjustments(settings: Settings, database: Database, redis: RedisClient) -> dict[str, Adjustment]:

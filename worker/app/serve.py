@@ -10,7 +10,7 @@ from worker import __version__
 from worker.app.connections import open_connections
 from worker.app.counters import ViewCounters, build_counters
 from worker.app.grpc import start_grpc
-from worker.app.pipelines import build_pipelines, name_streams
+from worker.app.pipelines import build_pipelines, name_checks
 from worker.app.probes import PostgresProbe, RedisProbe
 from worker.counters.retention import LOOP as RETENTION
 from worker.db.lease import LOOP as LEASE
@@ -78,7 +78,7 @@ async def run(settings: Settings) -> bool:
 def _name_checks(settings: Settings) -> tuple[str, ...]:
     counters = [VIEW_COUNTS, *([MESSAGES] if settings.listens else [])] if settings.counts_views else []
     grpc = [GRPC] if settings.serves_grpc else []
-    return (*SERVERS, *counters, *(name for _, _, name in name_streams(settings)), *grpc)
+    return (*SERVERS, *counters, *name_checks(settings), *grpc)
 
 
 def _make_loops(

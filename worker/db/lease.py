@@ -44,11 +44,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LeaseState(Generic[T]):
-    """`token` is the fencing token of the holder. `is_free`: the worker that asks may take the lease."""
+    """`token` is the fencing token of the holder. `is_free`: the worker that asks may take the lease.
+
+    `is_renewed`: it has just taken or renewed it.
+    """
 
     holder: str | None
     token: T
     is_free: bool
+    is_renewed: bool = False
 
 
 class LeasedRow(Protocol[T]):
@@ -73,6 +77,9 @@ class Lease(Generic[T]):
 
     `held`: the leases that a process holds of those that replicas share out. They have one set, and the more are in it,
     the longer they leave another free lease to other workers.
+
+    `patience`: seconds for which a worker leaves the lease to its holder after a server was away, during which no lease
+    can be renewed.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class Lease(Generic[T]):
         status: Status,
         loop: str = LOOP,
         held: set[Lease[T]] | None = None,
+        patience: float = 0.0,
     ) -> None:
         self._database = database
         self._row = row
@@ -90,6 +98,8 @@ class Lease(Generic[T]):
         self._status = status
         self._loop = loop
         self._held: set[Lease[T]] = set() if held is None else held
+        self._patience = patience
+        self._away_at = float("-inf")
         self._looked = False
         self._is_paused = False
         self._is_yielding = False
@@ -97,6 +107,7 @@ class Lease(Generic[T]):
         # Another worker's lease, and when it was first seen.
         self._other: LeaseState[T] | None = None
         self._other_since = 0.0
+        self._sure_until = float("-inf")
         self._wake = asyncio.Event()
         self.token: T | None = None
         # Why it could not be taken or renewed at the last try.
@@ -106,7 +117,10 @@ class Lease(Generic[T]):
     async def run(self, stop: asyncio.Event) -> None:
         """Take the lease when it is free, and keep it, until `stop`. The loop that ends last releases it."""
         while not stop.is_set():
-            if self._status.is_ok(*SERVERS) and not self._is_paused:
+            if not self._status.is_ok(*SERVERS):
+                if self._looked:
+                    self._away_at = monotonic()
+            elif not self._is_paused and not self._leaves_it_to_its_holder():
                 try:
                     await self._look()
                 except (Unavailable, DatabaseRefused) as error:
@@ -116,6 +130,9 @@ class Lease(Generic[T]):
             self._status.expect_beat(self._loop, within=delay + BEAT_S)
             await wait_first(delay, stop, self._status.changed, self._wake)
             self._wake.clear()
+
+    def _leaves_it_to_its_holder(self) -> bool:
+        return self.token is None and monotonic() - self._away_at < self._patience
 
     async def _look(self) -> None:
         """Renew the lease, or take it if it is free and this worker's turn. Raises as `take`."""
@@ -172,6 +189,11 @@ class Lease(Generic[T]):
         return self.token is not None and self._status.is_ok(*SERVERS)
 
     @property
+    def is_sure(self) -> bool:
+        """Held, and not renewed so long ago that another worker may have taken it. Only of a StreamPosition."""
+        return self.token is not None and monotonic() < self._sure_until
+
+    @property
     def is_kept_elsewhere(self) -> bool:
         """Another worker has it, and keeps it: it is not on hold."""
         return self._other is not None and monotonic() - self._other_since > KEPT_S
@@ -200,8 +222,12 @@ class Lease(Generic[T]):
         self.failure = error
 
     async def _take(self, dead: str | None) -> LeaseState[T] | None:
+        asked = monotonic()
         async with self._database.transaction() as tx:
-            return await self._row.take_lease(tx, self._worker_id, dead)
+            state = await self._row.take_lease(tx, self._worker_id, dead)
+        if state is not None and state.is_renewed:
+            self._sure_until = asked + LEASE_TTL.total_seconds()
+        return state
 
     def _dead_holder(self, state: LeaseState[T] | None) -> str | None:
         """The holder, if it was a process of this host that has died: its restart need not wait for the expiry.
@@ -231,6 +257,15 @@ class Lease(Generic[T]):
         async with self._database.transaction() as tx:
             await self._row.release_lease(tx, self._worker_id)
         self._become(None, "lease released")
+
+    async def release_or_expire(self, *, pause: bool = False) -> None:
+        """As `release`, if it is held. A failure is only logged: the lease expires."""
+        if self.token is None:
+            return
+        try:
+            await self.release(pause=pause)
+        except (Unavailable, DatabaseRefused) as error:
+            log.warning("lease not released, it will expire", loop=self._loop, cause=str(error))
 
     def resume(self) -> None:
         """Take the lease again when it is free."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -219,8 +219,9 @@ class StreamPosition:
     async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState[UUID] | None:
         """Take the lease if it is free, expired, our own, or held by `dead`. A takeover changes the token."""
         await tx.execute(APPLY_SETTINGS)
-        await tx.execute(_TAKE_LEASE, self._key | {"me": worker_id, "dead": dead, "new_token": uuid4()})
-        return await self.read_lease(tx, worker_id)
+        done = await tx.execute(_TAKE_LEASE, self._key | {"me": worker_id, "dead": dead, "new_token": uuid4()})
+        state = await self.read_lease(tx, worker_id)
+        return None if state is None else replace(state, is_renewed=done.rowcount == 1)
 
     async def read_lease(self, tx: AsyncConnection, worker_id: str) -> LeaseState[UUID] | None:
         """Who has the lease; None: nobody ever had it."""
@@ -230,6 +231,24 @@ class StreamPosition:
     async def release_lease(self, tx: AsyncConnection, worker_id: str) -> None:
         await tx.execute(APPLY_SETTINGS)
         await tx.execute(_RELEASE_LEASE, self._key | {"me": worker_id})
+
+
+class ChannelLease(StreamPosition):
+    """The row of a channel of one source: it has the lease only, since messages have no position.
+
+    `first_token`: that of the lease before which nobody had one, if this worker was there.
+    """
+
+    def __init__(self, source: str, channel: str, pipeline: str) -> None:
+        super().__init__(source, f"channel:{channel}", pipeline)
+        self.first_token: UUID | None = None
+
+    async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState[UUID] | None:
+        was_held = await self.read_lease(tx, worker_id) is not None
+        state = await super().take_lease(tx, worker_id, dead)
+        if state is not None and not was_held:
+            self.first_token = state.token
+        return state
 
 
 def _position(row: Row[int, int, int | None, int | None, int | None, str | None, str | None, int, int]) -> Position:

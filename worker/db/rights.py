@@ -26,6 +26,8 @@ STREAM_RIGHTS = {
     "stream_positions": ("SELECT", "INSERT", "UPDATE"),
     "dead_letters": ("SELECT", "INSERT", "DELETE"),
 }
+# Of a pipeline that reads a channel, too.
+TICKET_RIGHTS = {"ingest_batches": ("SELECT", "INSERT", "DELETE")}
 # Of tables whose rows are kept, and of those whose rows are replaced.
 RECORD_RIGHTS = ("SELECT", "INSERT", "DELETE")
 REPLACED_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
@@ -33,7 +35,7 @@ REPLACED_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 WRITER_RIGHTS = {
     "chunk_requests": ("INSERT",),
     "dead_letters": ("INSERT",),
-    "ingest_batches": ("SELECT", "INSERT", "DELETE"),
+    **TICKET_RIGHTS,
 }
 # On some columns only: table → right → columns.
 WRITER_COLUMN_RIGHTS = {"chunk_requests": {"SELECT": ("time", "event_id")}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Interval, bindparam, delete, func, select
@@ -12,10 +13,11 @@ from worker.db.tables import ingest_batches
 from worker.db.transaction_settings import APPLY_SETTINGS
 
 if TYPE_CHECKING:
-    from datetime import timedelta
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+TICKET_AGE = timedelta(days=1)
 
 _ticket = ingest_batches.c
 _TAKE = upsert(ingest_batches).values(id=bindparam("ticket"), pipeline=bindparam("of_pipeline"))
@@ -33,6 +35,14 @@ class Ticket:
         """Another attempt that is not finished yet is waited for."""
         await tx.execute(APPLY_SETTINGS)
         return (await tx.execute(_TAKE, {"ticket": self.id, "of_pipeline": self.pipeline})).rowcount == 1
+
+
+class TicketRetention:
+    """Tickets are kept for a day."""
+
+    async def prune(self, tx: AsyncConnection, at_most: int) -> bool:
+        """Delete at most so many old ones. True when there may be more."""
+        return await prune_tickets(tx, TICKET_AGE, at_most) >= at_most
 
 
 async def prune_tickets(tx: AsyncConnection, age: timedelta, at_most: int) -> int:

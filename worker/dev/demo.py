@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import redis.asyncio as aioredis
@@ -27,7 +28,7 @@ from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.db.tables import view_counts
 from worker.dev.process import WorkerProcess
-from worker.dev.records import Records, make_records
+from worker.dev.records import Records, count_events, make_records
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.servers_only import locked
 from worker.dev.viewers import Audience, Reported, Viewers
@@ -90,6 +91,7 @@ class Demo:
             before = await self._totals(database) + await self._pending(client)
             worker = WorkerProcess(self._folder, valkey.url, postgres.url)
             stack.callback(worker.kill)
+            began = datetime.now(UTC)
             worker.start()
             self._print_addresses(valkey, postgres, worker)
             rates = {pipeline: self._rate * share for pipeline, share in RECORDS_PER_VIEW.items()}
@@ -103,7 +105,9 @@ class Demo:
             code = worker.stop()
             pending = await self._pending(client)
             views_exact = self._report(viewers, before, await self._totals(database), pending, worker.kills, code)
-            return await self._report_records(records, database) and views_exact
+            self._console.print(f"\n  {'records':<18}{'':>7}{'sent':>12}{'in Postgres':>14}")
+            events_exact = self._report_events(viewers, await count_events(database, began))
+            return await self._report_records(records, database) and events_exact and views_exact
 
     async def _watch(
         self, viewers: Viewers, database: Database, client: aioredis.Redis, worker: WorkerProcess, before: Counter[str]
@@ -138,16 +142,29 @@ class Demo:
             await asyncio.sleep(0.1)
 
     async def _report_records(self, records: list[Records], database: Database) -> bool:
-        self._console.print(f"\n  {'records':<18}{'':>7}{'sent':>12}{'in Postgres':>14}")
         all_exact = True
         for each in records:
             found = await each.find(database)
             result = f"[bold green]EXACT[/]: {each.kind.promise}" if each.expected.sent else "nothing was sent"
             if found.wrong:
                 result = f"[bold red]DIFFERENT[/]: {found.wrong:,} rows"
-            self._console.print(f"  {each.kind.pipeline:<25}{each.expected.sent:>12,}{found.rows:>14,}   {result}")
+            self._print_records(each.kind.pipeline, each.expected.sent, found.rows, result)
             all_exact = all_exact and not found.wrong
         return all_exact
+
+    def _report_events(self, viewers: Viewers, rows: Counter[str]) -> bool:
+        """Each message is at most one row."""
+        ids = viewers.ids(Reported.BOTH, Reported.PUBLISH)
+        sent = Counter({vod_id: viewers.sent[vod_id] for vod_id in ids})
+        twice = (rows - sent).total()
+        result = f"[bold red]DIFFERENT[/]: {twice:,} rows too many"
+        if not twice:
+            result = f"[bold green]EXACT[/]: no message is two rows; {(sent - rows).total():,} were missed"
+        self._print_records("view_events", sent.total(), rows.total(), result)
+        return not twice
+
+    def _print_records(self, pipeline: str, sent: int, rows: int, result: str) -> None:
+        self._console.print(f"  {pipeline:<25}{sent:>12,}{rows:>14,}   {result}")
 
     def _report(
         self,

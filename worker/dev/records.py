@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import grpc
 from redis.exceptions import RedisError
-from sqlalchemy import BigInteger, ColumnElement, String, cast, column, select, table
+from sqlalchemy import BigInteger, ColumnElement, DateTime, String, cast, column, func, select, table
 
 from worker.rpc.analytics.v1.analytics_pb2 import LogMetricsRequest, LogMetricsResponse
 from worker.rpc.service import METHOD, SERVICE
@@ -231,6 +231,14 @@ class MetricCalls(Records):
             self.expected.unclear(record.key, record.value)
         else:
             self.expected.confirmed(record.key, record.value)
+
+
+async def count_events(database: Database, since: datetime) -> Counter[str]:
+    """How many rows of view_events each id has since then. Raises Unavailable."""
+    vod_id, time = column("vod_id", String), column("time", DateTime(timezone=True))
+    query = select(vod_id, func.count()).select_from(table("view_events")).where(time >= since).group_by(vod_id)
+    async with database.transaction() as tx:
+        return Counter({row[0]: row[1] for row in await tx.execute(query)})
 
 
 def make_records(redis: Redis, grpc_target: str, rates: Mapping[str, float]) -> list[Records]:

@@ -16,10 +16,10 @@ from worker.pipelines.sink import PostgresSink
 from worker.pipelines.sources.buffered import BufferedSource
 
 if TYPE_CHECKING:
-    from worker.inprocess.metrics import BufferMetrics
     from worker.inprocess.options import WriterOptions
     from worker.observability.throttle import Throttle
     from worker.pipelines.buffer import Buffer
+    from worker.pipelines.metrics import BufferMetrics
     from worker.pipelines.model import RecordType
     from worker.runtime.clock import Clock
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from worker.db.tickets import prune_tickets
+from worker.db.tickets import TICKET_AGE, prune_tickets
 from worker.errors import DatabaseRefused, DatabaseUnavailable
 from worker.observability.logs import get_logger
 
@@ -18,7 +17,6 @@ log = get_logger("worker.writer")
 
 PRUNE_PERIOD_S = 3600.0
 FIRST_PRUNE_S = 60.0
-TICKET_AGE = timedelta(days=1)
 TICKETS_AT_ONCE = 10_000
 
 

@@ -95,6 +95,10 @@ class Metrics(_Family):
             "view_count_subscription_gaps_total",
             "Gaps in which messages may have been missed: reconnects, and takeovers of the lease.",
         )
+        self.event_gaps = self._counter(
+            "view_event_gaps_total",
+            "Gaps in which view_events may have missed messages: reconnects, and takeovers of the channel's lease.",
+        )
         self.settle_replays = self._counter(
             "view_count_settle_replays_total",
             "Flushes settled from the ledger, since Redis had not settled them (crash, lost reply, old snapshot).",

@@ -72,8 +72,11 @@ class Buffer:
         with self._lock:
             return self.accepted - self.coalesced
 
-    def add(self, document: bytes, key: Hashable = None) -> bool:
-        """Never waits. False: full or closed. A full buffer still takes a document whose key waits already."""
+    def add(self, document: bytes, key: Hashable = None, at: float | None = None) -> bool:
+        """Never waits. False: full or closed. A full buffer still takes a document whose key waits already.
+
+        `at` is when it arrived, by the buffer's clock; None: now.
+        """
         size = len(document) + OVERHEAD_BYTES
         budget = self._budget
         with self._lock:
@@ -85,7 +88,7 @@ class Buffer:
             self.accepted += 1
             self._bytes += size
             budget.held += size
-            waiting = self._batcher.add(document, self._monotonic(), key)
+            waiting = self._batcher.add(document, self._monotonic() if at is None else at, key)
         if waiting == 1 or waiting == self._batch_size:
             self._on_due()
         return True

@@ -13,6 +13,8 @@ from worker.runtime.backoff import Backoff
 from worker.runtime.waiting import wait_first
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from worker.observability.throttle import Throttle
     from worker.pipelines.delivery import Delivery
     from worker.pipelines.sources.buffered import BufferedSource
@@ -56,7 +58,7 @@ class Drain(Generic[R]):
 
     What heals, and a table that does not fit, is tried for ever. After the tries for an error of unknown class, each
     record is tried alone: the bad ones become dead letters, and what cannot even be kept as one is dropped. Once
-    `closing` is set, pauses are short.
+    `closing` is set, pauses are short. `report` is called after each try, with its error or None.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Drain(Generic[R]):
         clock: Clock,
         closing: asyncio.Event,
         warnings: Throttle,
+        report: Callable[[ViewerWorkerError | None], None] = lambda _: None,
     ) -> None:
         self._source = source
         self._delivery = delivery
@@ -74,6 +77,7 @@ class Drain(Generic[R]):
         self._clock = clock
         self._closing = closing
         self._warnings = warnings
+        self._report = report
         self._waits = Backoff(first=0.1, cap=WAIT_S)
         self._holds = Backoff(first=1.0, cap=HOLD_S)
         # Records that wait out a pause.
@@ -81,7 +85,8 @@ class Drain(Generic[R]):
 
     async def run(self) -> None:
         while (batch := await self._source.next()) is not None:
-            parts: list[Batch[R]] = [batch]
+            # A batch is empty where everything in it was dropped.
+            parts: list[Batch[R]] = [batch] if len(batch) else []
             while parts:
                 parts += await self._write(parts.pop())
             self._source.done(batch, NotClaimed())
@@ -120,9 +125,10 @@ class Drain(Generic[R]):
         except Unavailable as error:
             pause = self._failed(error, self._waits)
         except UnknownFailure as error:
-            self._log(error)
+            self._note(error)
             pause = self._delivery.pause()
         except RetriesExhausted as error:
+            self._report(error)
             if attempt.isolates and attempt.unanswered is None:
                 log.error("records dropped", records=len(batch), cause=str(error))
                 attempt.outcome = Written(dropped=len(batch))
@@ -131,6 +137,7 @@ class Drain(Generic[R]):
         except ViewerWorkerError as error:
             pause = self._failed(error, self._holds)
         else:
+            self._report(None)
             self._waits.reset()
             self._holds.reset()
             # Not claimed: the attempt whose commit had no answer did write it.
@@ -140,10 +147,11 @@ class Drain(Generic[R]):
         return pause
 
     def _failed(self, error: ViewerWorkerError, pauses: Backoff) -> float:
-        self._log(error)
+        self._note(error)
         return pauses.next()
 
-    def _log(self, error: ViewerWorkerError) -> None:
+    def _note(self, error: ViewerWorkerError) -> None:
+        self._report(error)
         if self._warnings.allows(str(error)):
             log.warning("records not written", cause=str(error))
 

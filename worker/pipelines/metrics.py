@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from worker.runtime.clock import Clock
 
 WRITE_FAILED = "write_failed"
+QUEUE_FULL = "queue_full"
 
 
 class WriteMetrics:
@@ -74,6 +76,64 @@ class WriteMetrics:
         self._in_flight.dec(self._writing)
         self._queue.dec(self._writing)
         self._writing = 0
+
+
+class Holder(Protocol):
+    """`held`: records accepted and not written; `pausing`: those of them that wait for their next try."""
+
+    @property
+    def held(self) -> int: ...
+    @property
+    def pausing(self) -> int: ...
+
+
+class BufferMetrics:
+    """The metrics of the buffers of one pipeline in one registry, which several Writers may share."""
+
+    def __init__(self, records: RecordMetrics, pipeline: str) -> None:
+        self._records = records
+        self._pipeline = pipeline
+        WriteMetrics(records, pipeline)  # the series exist from the start
+        self._holders: WeakSet[Holder] = WeakSet()
+        self._queue_full = records.queue_full.labels(pipeline)
+        self._dropped = records.records_dropped.labels(pipeline)
+        self._coalesced = records.records_coalesced.labels(pipeline)
+        self._stopped = records.workers_stopped.labels(pipeline)
+        self._unknown = records.records_unknown.labels(pipeline)
+        self._errors = records.writes.labels(pipeline, "error")
+        self._error_types = records.write_errors.labels(pipeline, QUEUE_FULL)
+        # The function replaces what WriteMetrics counts: records that are being written are held, too.
+        for depth in (records.records_in_flight, records.write_queue_depth):
+            depth.labels(pipeline).set_function(lambda: sum(each.held for each in self._holders))
+        records.records_pausing.labels(pipeline).set_function(lambda: sum(each.pausing for each in self._holders))
+
+    def add(self, holder: Holder) -> None:
+        self._holders.add(holder)
+
+    def make_write_metrics(self) -> WriteMetrics:
+        """Of one writer: each counts what it is writing."""
+        return WriteMetrics(self._records, self._pipeline)
+
+    def refused(self, records: int = 1, *, full: bool = False, closed: bool = False) -> None:
+        """`full`: for want of room. `closed`: after the shutdown."""
+        if closed:
+            self._stopped.inc(records)
+        self._dropped.inc(records)
+        if full:
+            self._queue_full.inc(records)
+            self._errors.inc(records)
+            self._error_types.inc(records)
+
+    def coalesced(self) -> None:
+        self._coalesced.inc()
+
+    def stopped(self) -> None:
+        self._stopped.inc()
+
+    def left(self, unwritten: int, unknown: int) -> None:
+        """Records that are left at the end."""
+        self._dropped.inc(unwritten)
+        self._unknown.inc(unknown)
 
 
 class StreamMetrics:

@@ -68,7 +68,7 @@ class Pipeline(Generic[R]):
                     await self._failed(stop, cause_of(error), UNEXPECTED, self._retry.next())
         finally:
             await self.source.close()
-        await self._release_lease()
+        await self.lease.release_or_expire()
 
     async def _carry(self, stop: asyncio.Event) -> None:
         """Read and write until stopped, or until the lease or a server is lost. Raises Unavailable, TableRefused."""
@@ -131,7 +131,7 @@ class Pipeline(Generic[R]):
     async def _yield_lease(self, wait: Callable[[float], Awaitable[None]]) -> None:
         """Let another replica try: it may see another Redis."""
         delay = self._look_again.next()
-        await self._release_lease(pause=True)
+        await self.lease.release_or_expire(pause=True)
         self.status.expect_beat(self.name, within=delay + STEP_LIMIT_S)
         await wait(delay)
         self.lease.resume()
@@ -152,14 +152,6 @@ class Pipeline(Generic[R]):
         on_hold = self.status.checks[self.name].state is State.HOLD
         if not on_hold or self.lease.is_kept_elsewhere:
             self.status.ok(self.name, role="standing by")
-
-    async def _release_lease(self, *, pause: bool = False) -> None:
-        if self.lease.token is None:
-            return
-        try:
-            await self.lease.release(pause=pause)
-        except (Unavailable, DatabaseRefused) as error:
-            log.warning("lease not released, it will expire", pipeline=self.name, cause=str(error))
 
 
 async def _nothing() -> None:

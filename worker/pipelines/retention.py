@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from worker.db.dead_letters import LetterFilter, purge_letters
 from worker.db.record_retention import try_lock_retention
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from datetime import timedelta
 
-    from worker.db.record_retention import RecordRetention
     from worker.db.session import Database, Transaction
     from worker.observability.status import Status
 
@@ -32,16 +31,23 @@ LETTERS_AT_ONCE = 1000
 BEAT_S = 120.0
 
 
+class Retention(Protocol):
+    """What is old in one table."""
+
+    async def prune(self, tx: Transaction, at_most: int) -> bool:
+        """Delete about so many rows. True when there may be more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineRetention:
     """Every ten minutes, in one replica at a time.
 
-    `tables`: those of the pipelines that do not keep their rows for ever. `letters`: age of dead letters.
+    `tables`: those that do not keep their rows for ever. `letters`: age of dead letters.
     """
 
     database: Database
     status: Status
-    tables: Sequence[RecordRetention]
+    tables: Sequence[Retention]
     letters: timedelta
 
     async def run(self, stop: asyncio.Event) -> None:

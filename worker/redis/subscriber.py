@@ -25,7 +25,7 @@ CONFIRM_S = 4.0
 
 REFUSED = (
     "Give the user of REDIS_URL the right to subscribe to VIEW_CHANNEL; deploy/redis/users.acl has all that the worker "
-    "needs. Counters are swept meanwhile; views that are only published are lost."
+    "needs. Counters are swept meanwhile; what is only published is lost."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -30,6 +31,7 @@ from worker.db.target.names import TargetNames, parse_target
 from worker.pipelines.model import RecordType
 from worker.pipelines.records import RECORD_TYPES
 from worker.pipelines.records.metrics import METRICS
+from worker.pipelines.records.view_events import VIEW_EVENTS
 from worker.redis.address import RedisAddress, parse_redis_url
 from worker.settings.pipelines import (
     BufferSettings,
@@ -44,7 +46,7 @@ from worker.settings.pipelines import (
 VIEW_COUNTS = "view_counts"
 PIPELINES = (VIEW_COUNTS, *RECORD_TYPES)
 DEFAULT_BUFFER_BYTES = 64 * 2**20
-# What the counters, readers and monitors need besides one connection for each stream.
+# What the counters, readers and monitors need besides one connection for each source of records.
 BASE_CONNECTIONS = 3
 
 
@@ -174,6 +176,7 @@ class CoreSettings(DatabaseSettings):
     view_target_key: str | None = Field(None)
     view_target_column: str | None = Field(None)
     view_ledger_retention: Duration = Field(timedelta(days=30))
+    view_events_source: Literal["channel", "stream"] = Field("channel")
 
     grpc_port: int = Field(50051, ge=0, le=65535)
     grpc_host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", min_length=1)  # noqa: S104
@@ -219,10 +222,11 @@ class CoreSettings(DatabaseSettings):
                 if stream.startswith((self.view_key_prefix, OWN_KEYS)):
                     raise ConflictingSettings(field, f"names outside VIEW_KEY_PREFIX and {OWN_KEYS}")
                 carried_by[stream] = record.name
-        least = BASE_CONNECTIONS + len(carried_by)
+        least = BASE_CONNECTIONS + len(carried_by) + self.stores_messages
         if self.db_max_connections < least:
             raise ConflictingSettings(
-                "db_max_connections", f"{least} or more: {BASE_CONNECTIONS} and one for each stream"
+                "db_max_connections",
+                f"{least} or more: {BASE_CONNECTIONS}, and one for each stream and for VIEW_EVENTS_SOURCE=channel",
             )
 
     @property
@@ -231,8 +235,14 @@ class CoreSettings(DatabaseSettings):
         return [RECORD_TYPES[name] for name in self.pipelines if name in RECORD_TYPES]
 
     def pipeline(self, record: RecordType[Any]) -> PipelineSettings:
-        """The settings of the pipeline of a record."""
-        return read_pipeline(self, record)
+        """The settings of the pipeline of a record. One that reads a channel has no streams."""
+        own = read_pipeline(self, record)
+        reads_channel = record is VIEW_EVENTS and self.view_events_source == "channel"
+        return replace(own, streams=()) if reads_channel else own
+
+    def buffer(self, record: RecordType[Any]) -> BufferSettings:
+        """The settings of the buffer of a record."""
+        return read_buffer(self, record)
 
     @property
     def streams(self) -> list[str]:
@@ -258,13 +268,18 @@ class CoreSettings(DatabaseSettings):
         return self.view_count_source != "counters"
 
     @property
+    def stores_messages(self) -> bool:
+        """Whether each message on VIEW_CHANNEL becomes a row of view_events."""
+        return VIEW_EVENTS in self.records and self.view_events_source == "channel"
+
+    @property
     def shares_usual_channel(self) -> bool:
         """True if the channel may carry messages about the keys of another database or prefix.
 
         A channel belongs to the whole Redis server, so sources that keep the default channel share it.
         """
         usual = type(self).model_fields
-        if not self.listens or self.view_channel != usual["view_channel"].default:
+        if not (self.listens or self.stores_messages) or self.view_channel != usual["view_channel"].default:
             return False
         return self.redis.database != 0 or self.view_key_prefix != usual["view_key_prefix"].default
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from worker.contract.ids import InvalidId, check_id
-from worker.contract.message import MAX_COUNT, MAX_MESSAGE_BYTES
+from worker.contract.message_reading import InvalidMessage, Message, read_message
 from worker.observability.logs import get_logger
 from worker.observability.printable import excerpt
 from worker.observability.throttle import Throttle
@@ -25,59 +23,13 @@ log = get_logger(__name__)
 LOG_PERIOD_S = 60.0
 
 
-class InvalidMessage(Exception):
-    """A message that cannot be counted. The text is the kind of mistake, which is the label of its metric."""
-
-
-class _Message(msgspec.Struct):
-    vod_id: str | int = msgspec.field(name="vodId")
-    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
-
-
-_decode = msgspec.json.Decoder(_Message).decode
+_decode = msgspec.json.Decoder(Message).decode
 
 
 def parse_message(raw: bytes) -> tuple[str, int]:
     """Id and count of one message; further fields are ignored. Raises InvalidMessage."""
-    if len(raw) > MAX_MESSAGE_BYTES:
-        raise InvalidMessage("too_long")
-    try:
-        if not raw.isascii():
-            raw.decode()
-        message = _decode(raw)
-        # The decoder takes the last of two equal names, and the producer may have meant the first.
-        if raw.count(b'"vodId"') != 1 or raw.count(b'"count"') != 1:
-            _refuse_duplicates(raw)
-        return check_id(message.vod_id), message.count
-    except msgspec.ValidationError as error:
-        raise InvalidMessage(_kind(str(error))) from None
-    except msgspec.DecodeError:
-        raise InvalidMessage("not_json") from None
-    except UnicodeDecodeError:
-        raise InvalidMessage("not_utf8") from None
-    except RecursionError:
-        raise InvalidMessage("nested_too_deep") from None
-    except InvalidId:
-        raise InvalidMessage("vod_id") from None
-    except ValueError:  # a document that only one of the two parsers accepts must not end the listener
-        raise InvalidMessage("not_json") from None
-
-
-def _refuse_duplicates(raw: bytes) -> None:
-    pairs: list[tuple[str, object]] = json.loads(
-        raw,
-        object_pairs_hook=lambda pairs: pairs,
-        parse_int=str,  # of any length: only the names matter here
-    )
-    if max(Counter(name for name, _ in pairs if name in ("vodId", "count")).values()) > 1:
-        raise InvalidMessage("duplicate_field")
-
-
-def _kind(error: str) -> str:
-    for field, kind in (("vodId", "vod_id"), ("count", "count")):
-        if error.endswith((f"`$.{field}`", f"field `{field}`")):
-            return kind
-    return "not_an_object"
+    vod_id, message = read_message(_decode, raw)
+    return vod_id, message.count
 
 
 class MessageSummer:

@@ -13,7 +13,8 @@ from worker.pipelines.records.bars_1m import BARS_1M
 from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS
 from worker.pipelines.records.metrics import METRICS
 from worker.pipelines.records.session_events import SESSION_EVENTS
+from worker.pipelines.records.view_events import VIEW_EVENTS
 
 RECORD_TYPES: dict[str, RecordType[Any]] = {
-    record.name: record for record in (CHUNK_REQUESTS, BARS_1M, METRICS, SESSION_EVENTS)
+    record.name: record for record in (VIEW_EVENTS, CHUNK_REQUESTS, BARS_1M, METRICS, SESSION_EVENTS)
 }

@@ -42,7 +42,8 @@ class BufferedBatch(Batch[R]):
 class BufferedSource(Generic[R]):
     """Implements Source. `next` lets several readers compete for batches.
 
-    A record arrives when it is accepted. It is validated when its batch is read, as an entry of a stream is.
+    A record arrives when it is accepted. It is validated when its batch is read, as an entry of a stream is. One that
+    is not valid becomes a dead letter; with `drop_invalid` that is called instead, with the error and the document.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class BufferedSource(Generic[R]):
         buffer: Buffer,
         clock: Clock,
         new_id: Callable[[], UUID] = uuid4,
+        drop_invalid: Callable[[InvalidRecord, bytes], None] | None = None,
     ) -> None:
         self._record = record
         self._window = window
         self._buffer = buffer
         self._clock = clock
         self._new_id = new_id
+        self._drop_invalid = drop_invalid
         self._turn = asyncio.Lock()
         self._flush_to = 0
         # Number → the batch, from when it is taken until it is done. None while it is being parsed.
@@ -184,8 +187,11 @@ class BufferedSource(Generic[R]):
                     raise InvalidRecord(TOO_LARGE, f"the record has {len(document)} bytes; 1 MiB is the limit")
                 items.append(Item(key, document, self._record.parse(document, arrived, self._window)))
             except InvalidRecord as error:
-                kept = document if len(document) <= MAX_ENTRY_BYTES else document[:KEPT_BYTES]
-                letters.append(Letter(f"{ticket.id}/{key}", error.error_class, str(error), kept))
+                if self._drop_invalid is None:
+                    kept = document if len(document) <= MAX_ENTRY_BYTES else document[:KEPT_BYTES]
+                    letters.append(Letter(f"{ticket.id}/{key}", error.error_class, str(error), kept))
+                else:
+                    self._drop_invalid(error, document)
             # Coalesced records can be asked for by their key, at any moment.
             if index % SLICE == SLICE - 1 and self._record.coalesce_by is None:
                 await asyncio.sleep(0)

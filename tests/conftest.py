@@ -87,6 +87,16 @@ async def database_url(postgres_url: str, template_database: str) -> AsyncIterat
         yield url
 
 
+@pytest.fixture
+async def latin1_database_url(postgres_url: str) -> AsyncIterator[str]:
+    """A migrated database whose encoding has no more than 255 characters."""
+    async with _database(postgres_url, "template0 ENCODING LATIN1 LOCALE 'C'") as url:
+        database = Database(parse_database_url(url))
+        await schema.upgrade(database)
+        await database.close()
+        yield url
+
+
 class _database:  # noqa: N801 - used as `async with _database(…)`
     def __init__(self, postgres_url: str, template: str) -> None:
         self._postgres_url = postgres_url

@@ -9,13 +9,13 @@ ViewerWorkerError
 │   ├── DatabaseUnavailable
 │   │   ├── NotConnected     no connection could be opened, for whatever reason
 │   │   ├── CommitUnanswered (pipelines.model) a batch may be written or not
-│   │   └── WriteTooSlow     (pipelines) a write takes longer than the statement timeout: a smaller one may not
+│   │   └── WriteTooSlow     a write takes longer than the statement timeout: a smaller one may not
 │   ├── StreamFull           (redis.appender) too many entries wait to be carried
 │   └── TooManyReaders       too many concurrent reads
 ├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a missing table
 ├── SchemaNotCurrent         the tables are not those of this version, or the role lacks rights on them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
-├── TableRefused             (pipelines) the table, or the right to it, does not fit: a hold until somebody changes it
+├── TableRefused             a table, or the right to it, does not fit: nothing is written until somebody changes it
 ├── UnknownFailure           (pipelines) an error of no known class: worth a few tries
 ├── RetriesExhausted         (pipelines) such an error stayed after all tries
 ├── PositionNotSet           (pipelines) the position of a stream cannot be set there
@@ -109,6 +109,8 @@ class NotConnected(DatabaseUnavailable):
 class WriteTooSlow(DatabaseUnavailable):
     """A write was cancelled by the statement timeout. Nothing was written."""
 
+    remedy = "Look for what slows Postgres down: locks, triggers, its disk."
+
 
 class DatabaseRefused(ViewerWorkerError):
     """Postgres refuses a statement, and a retry would not help. `db.errors` can classify the error in `__cause__`."""
@@ -172,7 +174,9 @@ class InvalidMetric(ViewerWorkerError, ValueError):
 
 
 class TableRefused(ViewerWorkerError):
-    """Records cannot be written: the table is missing, was altered, or must not be written by this role."""
+    """Nothing can be written: the table is missing, was altered, or must not be written by this role."""
+
+    remedy = "Run viewer-worker check, and look at the table and its rights. Writing resumes by itself."
 
 
 class UnknownFailure(ViewerWorkerError):

@@ -137,6 +137,14 @@ async def test_run_once_prints_what_it_flushed(world: World) -> None:
     await world.assert_exact()
 
 
+async def test_run_once_fails_when_the_table_refuses_every_id(world: World) -> None:
+    await world.sql.execute("ALTER TABLE view_counts ADD tenant text NOT NULL")
+    await world.view("a")
+    done = await run_cli("run", "--once", **world.environment)
+    assert done.returncode == 1
+    assert 'null value in column "tenant" of relation "view_counts"' in done.stderr
+
+
 async def test_run_once_without_tables_names_the_fix(redis_url: str, empty_database_url: str) -> None:
     done = await run_cli("run", "--once", REDIS_URL=redis_url, DATABASE_URL=empty_database_url)
     assert done.returncode == 1

@@ -337,7 +337,7 @@ async def test_locked_row_stays_pending_and_does_not_block_others(world: World) 
 
 @pytest.mark.usefixtures("brief_locks")
 async def test_locked_table_is_not_waited_for_once_per_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.counters.flush.flusher.LOCKS_LIMIT_S", 0.2)
+    monkeypatch.setattr("worker.counters.flush.flusher.HOLDUP_LIMIT_S", 0.2)
     worker = world.worker()
     await worker.cycle()
     await world.view_many(["a", "b", "c", "d"])

@@ -8,10 +8,10 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import text
 
 from tests.support import vod_table
 from tests.support.fakes import FakeClock
+from tests.support.limits import limit_statements
 from tests.support.world import World
 from worker.counters.flush.outcome import Flushed
 from worker.db.target.table import REST_S
@@ -93,7 +93,13 @@ async def test_row_that_refuses_does_not_block_others(world: World, refusing: st
     await world.assert_exact()
 
 
-@pytest.mark.parametrize("state", ["PT403", "42501", "42P01", "55000", "21000"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("PT403", "42501", "42P01", "55000", "21000"),
+        *("0A000", "08001", "08006", "25006", "26000", "40001", "40P01", "53100", "53400", "57014", "57P01"),
+    ],
+)
 async def test_row_whose_trigger_fails_with_any_error_does_not_block_others(world: World, state: str) -> None:
     await vod_table.create(world)
     await world.sql.execute(
@@ -111,6 +117,45 @@ async def test_row_whose_trigger_fails_with_any_error_does_not_block_others(worl
     await world.assert_exact()
 
 
+SLOW = """
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+        $$BEGIN IF {} THEN PERFORM pg_sleep({}); END IF; RETURN new; END$$;
+    CREATE TRIGGER t BEFORE UPDATE ON "Vod" FOR EACH ROW EXECUTE FUNCTION slow()
+"""
+
+
+async def test_batches_shrink_until_a_slow_trigger_is_in_time_and_stay_small(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.db.target.table.ROWS_LIMIT_S", 0.5)
+    ids = [f"vod_{number:02}" for number in range(16)]
+    await vod_table.create(world, ids=",".join(ids))
+    await world.sql.execute(SLOW.format("true", 0.06))
+    worker = world.worker(BATCH_SIZE="16", **vod_table.SETTINGS)
+    for _ in range(2):
+        await world.view_many(ids)
+        await worker.cycle()
+    assert set((await vod_table.shown(world)).values()) == {2}
+    assert worker.counters.flusher.batch_size.keys < 16
+    await world.assert_exact()
+
+
+async def test_row_whose_trigger_takes_too_long_even_alone_is_skipped(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("worker.db.target.table.ROWS_LIMIT_S", 0.7)
+    await vod_table.create(world)
+    await world.sql.execute(SLOW.format("new.id = 'b'", 10))
+    worker = world.worker(**vod_table.SETTINGS)
+    await world.view_many(["a", "b", "b", "c"])
+    await worker.cycle()
+    await worker.sweep_and_flush()
+    assert await vod_table.shown(world) == {"a": 1, "b": 0, "c": 1}
+    assert vod_table.skipped(worker) == {"refused": 2}
+    assert "statement timeout" in caplog.text
+    await world.assert_exact()
+
+
 async def test_trigger_that_refuses_every_statement_does_not_block_totals(world: World) -> None:
     await vod_table.create(world)
     await world.sql.execute(
@@ -124,6 +169,37 @@ async def test_trigger_that_refuses_every_statement_does_not_block_totals(world:
     await worker.cycle()
     assert worker.metric("view_count_quarantined_keys") == 0
     assert vod_table.skipped(worker) == {"refused": 3}
+    await world.assert_exact()
+
+
+SLOW_STATEMENTS = """
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_sleep({}); RETURN NULL; END$$;
+    CREATE TRIGGER t AFTER UPDATE ON "Vod" FOR EACH STATEMENT EXECUTE FUNCTION slow()
+"""
+
+
+async def test_trigger_that_is_slow_for_every_statement_does_not_make_rows_refuse(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.db.target.table.ROWS_LIMIT_S", 1.0)
+    await vod_table.create(world)
+    await world.sql.execute(SLOW_STATEMENTS.format(1.1))
+    await world.view_many(["a", "b"])
+    await world.worker(**vod_table.SETTINGS).cycle()
+    assert await vod_table.shown(world) == {"a": 1, "b": 1, "c": 0}
+    await world.assert_exact()
+
+
+async def test_trigger_that_times_out_for_every_statement_does_not_block_totals(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_statements(monkeypatch, "700ms")
+    await vod_table.create(world)
+    await world.sql.execute(SLOW_STATEMENTS.format(5))
+    worker = world.worker(**vod_table.SETTINGS)
+    await world.view_many(["a", "b"])
+    assert await worker.cycle() == Flushed(flush_id=1, keys=2, views=2)
+    assert vod_table.skipped(worker) == {"refused": 2}
     await world.assert_exact()
 
 
@@ -242,7 +318,8 @@ async def test_foreign_key_to_the_row_does_not_block_the_flush(world: World) -> 
 async def test_deadlock_with_the_application_is_retried(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trigger waits for a row that the application has locked, and the application waits for the worker's row."""
     # Otherwise the wait ends before Postgres looks for deadlocks, which it does after one second by default.
-    monkeypatch.setattr("worker.db.target.table._WAIT_BRIEFLY", text("SET LOCAL lock_timeout = '20s'"))
+    monkeypatch.setattr("worker.db.target.table.LOCK_LIMIT_S", 20.0)
+    monkeypatch.setattr("worker.db.target.table.ROWS_LIMIT_S", 20.0)
     await vod_table.create(world)
     await world.sql.execute(
         """

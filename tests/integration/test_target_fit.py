@@ -92,6 +92,11 @@ async def test_changed_type_of_the_key_is_detected(world: World) -> None:
             'CREATE TABLE "Vod" (id text, "viewCount" int); CREATE UNIQUE INDEX ON "Vod" (id) WHERE id > \'a\'',
             "Vod.id is not unique",
         ),
+        (
+            'CREATE TABLE "Vod" (id text PRIMARY KEY, "viewCount" int); CREATE TABLE log (id text);'
+            'CREATE RULE noting AS ON UPDATE TO "Vod" DO ALSO INSERT INTO log VALUES (new.id)',
+            "Vod has the rule noting ON UPDATE",
+        ),
     ],
 )
 async def test_unsuitable_table_is_reported_and_nothing_is_flushed(world: World, ddl: str, problem: str) -> None:

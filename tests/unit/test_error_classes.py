@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi as d
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.db.errors import ErrorClass, classify, database_errors, describe
+from worker.db.errors import ErrorClass, classify, database_errors, describe, is_refused_by_row
 from worker.errors import DatabaseRefused, DatabaseUnavailable
 
 WAIT, ROW, HOLD, UNKNOWN = ErrorClass.WAIT, ErrorClass.ROW, ErrorClass.HOLD, ErrorClass.UNKNOWN
@@ -51,10 +51,10 @@ def raised(cause: Exception, *, disconnected: bool = False) -> DBAPIError:
     return error
 
 
-def refused(state: str, column: str | None = None) -> Exception:
+def refused(state: str, column: str | None = None, context: str | None = None) -> Exception:
     """An error that Postgres sent."""
-    fields = {"C": state, "M": "text"} | ({"c": column} if column else {})
-    return asyncpg.PostgresError.new(fields)
+    fields = {"C": state, "M": "text", "c": column, "W": context}
+    return asyncpg.PostgresError.new({name: value for name, value in fields.items() if value})
 
 
 def translated(error: Exception) -> Exception:
@@ -138,3 +138,19 @@ def test_translated_error_is_described_with_its_sqlstate_once(state: str) -> Non
 def test_mistake_in_the_use_of_the_library_is_not_an_error_of_the_database() -> None:
     with pytest.raises(ArgumentError), database_errors():
         raise ArgumentError("text")
+
+
+IN_A_TRIGGER = "PL/pgSQL function refuse() line 1 at RAISE"
+
+
+@pytest.mark.parametrize("state", ["0A000", "08006", "25006", "26000", "40001", "53100", "53200", "57014", "57P01"])
+def test_error_that_concerns_all_rows_is_a_row_s_fault_only_if_a_trigger_raised_it(state: str) -> None:
+    assert is_refused_by_row(raised(refused(state, context=IN_A_TRIGGER)))
+    assert not is_refused_by_row(raised(refused(state)))
+    assert not is_refused_by_row(raised(refused(state, context=IN_A_TRIGGER), disconnected=True))
+
+
+@pytest.mark.parametrize(("state", "expected"), [("22003", True), ("23514", True), ("42501", True), ("55P03", False)])
+def test_other_error_is_a_row_s_fault_unless_it_waited_for_a_lock(state: str, expected: bool) -> None:
+    assert is_refused_by_row(raised(refused(state))) is expected
+    assert is_refused_by_row(raised(refused(state, context=IN_A_TRIGGER))) is expected

@@ -15,6 +15,7 @@ from worker.counters.flush.reading import CounterReader
 from worker.counters.flush.recovery import Recovery
 from worker.counters.flush.settle import Settler
 from worker.counters.flush.totals import TotalsChannel
+from worker.counters.flush.trial import Trial
 from worker.counters.forget import Forgetting
 from worker.counters.intake.announced import Announced
 from worker.counters.intake.backlog import Backlog
@@ -79,12 +80,13 @@ def build_counters(
     )
     lease = Lease(database, stores.source_row, worker_id, status)
     backlog = _build_backlog(settings, stores, metrics)
-    flusher = _build_flusher(settings, stores, lease, backlog, status, metrics)
+    batch_size = BatchSize(settings.batch_size, settings.batch_size_max)
+    flusher = _build_flusher(settings, stores, lease, backlog, batch_size, status, metrics)
     loop = FlushLoop(
         lease=lease,
         backlog=backlog,
         flusher=flusher,
-        batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
+        batch_size=batch_size,
         interval=settings.batch_interval_ms / 1000,
         status=status,
         metrics=metrics,
@@ -123,6 +125,7 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Back
         announced=Announced(metrics),
         quarantine=Quarantine(clock),
         keys=stores.keys,
+        database=stores.database,
     )
     if not settings.listens:
         backlog.announced.ended.set()
@@ -130,7 +133,13 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Back
 
 
 def _build_flusher(
-    settings: Settings, stores: Stores, lease: Lease[int], backlog: Backlog, status: Status, metrics: Metrics
+    settings: Settings,
+    stores: Stores,
+    lease: Lease[int],
+    backlog: Backlog,
+    batch_size: BatchSize,
+    status: Status,
+    metrics: Metrics,
 ) -> Flusher:
     settler = Settler(stores.redis, stores.keys, metrics)
     committer = Committer(
@@ -153,6 +162,8 @@ def _build_flusher(
         committer=committer,
         settler=settler,
         recovery=recovery,
+        trial=Trial(stores=stores),
+        batch_size=batch_size,
         quarantine=backlog.quarantine,
         totals=TotalsChannel(stores.redis, settings.view_totals_channel),
         metrics=metrics,

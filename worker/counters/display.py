@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
 from worker.db.counters.count_source import VIEWS
-from worker.db.counters.reads import Shown, Top, TopEntry, read_top, read_totals
+from worker.db.counters.reads import Shown, Stored, Top, TopEntry, read_top, read_totals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from worker.counters.stores import Stores
     from worker.db.counters.count_source import CountSource
-    from worker.db.counters.reads import Stored
     from worker.db.read_limit import ReadLimit
 
 
@@ -54,9 +53,12 @@ class Display:
         raw, *values = await self._stores.redis.read([keys.marker, *map(keys.counter, ids)])
         marker = None if raw is None else Marker.parse(raw)
         lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
-        async with self._stores.database.transaction() as tx:
-            totals = await read_totals(tx, ids, self._stores.source_row.name, lineage, settled)
-        return [self._shown(totals[vod_id], value) for vod_id, value in zip(ids, values, strict=True)]
+        database = self._stores.database
+        async with database.transaction() as tx:
+            storable = list(filter(database.can_store, ids))
+            totals = await read_totals(tx, storable, self._stores.source_row.name, lineage, settled)
+        stored = [totals.get(vod_id, Stored(vod_id)) for vod_id in ids]
+        return [self._shown(total, value) for total, value in zip(stored, values, strict=True)]
 
     def _shown(self, stored: Stored, value: bytes | None) -> Shown:
         value_now = (parse_count(value) if value is not None else 0) or 0

@@ -24,11 +24,11 @@ TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04", "26000", "40001", "40P0
 LOCK_NOT_AVAILABLE = "55P03"
 READ_ONLY = "25006"
 QUERY_CANCELED = "57014"
-# Data that a table does not accept: out of range, not in the database's encoding, refused by a constraint or a trigger.
-REFUSED_DATA_PREFIXES = ("22", "23", "P0")
-# Errors of the transaction, the connection or the server. They may occur at any row, but are not caused by it.
+# Deadlock, serialization failure: Postgres chose this transaction as the victim; it may be tried again at once.
+COLLISIONS = ("40P01", "40001")
+# Errors of the transaction, the connection or the server. Only where a function raises them is a row the cause.
 TRANSACTION_PREFIXES = ("08", "25", "40", "53", "57")
-TRANSACTION_STATES = frozenset({"0A000", "26000", LOCK_NOT_AVAILABLE})
+TRANSACTION_STATES = frozenset({"0A000", "26000"})
 # Refused log-ins: an operator has to fix them, but can do so while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 INSUFFICIENT_PRIVILEGE = "42501"
@@ -97,7 +97,7 @@ def classify(error: BaseException, columns: Container[str]) -> ErrorClass:
     state = sqlstate(error)
     if state is None:
         return ErrorClass.WAIT if is_transient(error) or isinstance(error, DatabaseUnavailable) else ErrorClass.UNKNOWN
-    if state == NOT_NULL_VIOLATION and _column_of(error) not in columns:
+    if state == NOT_NULL_VIOLATION and _field_of(error, "column_name") not in columns:
         return ErrorClass.HOLD
     return next(_CLASSES[state[:length]] for length in range(len(state), -1, -1) if state[:length] in _CLASSES)
 
@@ -112,12 +112,13 @@ def _is_disconnected(error: BaseException) -> bool:
     return False
 
 
-def _column_of(error: BaseException) -> str | None:
+def _field_of(error: BaseException, name: str) -> str | None:
+    """A field of the message with which Postgres reported the error, by asyncpg's name for it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, asyncpg.PostgresError):
-            column: str | None = getattr(seen, "column_name", None)
-            return column
+            value: str | None = getattr(seen, name, None)
+            return value
         seen = getattr(seen, "orig", None) or seen.__cause__
     return None
 
@@ -156,15 +157,22 @@ def is_login_refused(error: BaseException) -> bool:
     return (sqlstate(error) or "").startswith(REFUSED_PREFIXES)
 
 
-def is_refused_data(error: BaseException) -> bool:
-    """True when the table does not accept a row of this statement. It may accept other rows."""
-    return (sqlstate(error) or "").startswith(REFUSED_DATA_PREFIXES)
-
-
 def is_refused_by_row(error: BaseException) -> bool:
-    """True when a row refuses its change or a trigger on it raises any error. Other rows may accept theirs."""
+    """True when a row refuses its change or a trigger on it raises any error. Other rows may accept theirs.
+
+    False for a wait for a lock, and when the connection is lost.
+    """
     state = sqlstate(error)
-    return state is not None and not state.startswith(TRANSACTION_PREFIXES) and state not in TRANSACTION_STATES
+    if state is None or state == LOCK_NOT_AVAILABLE or _is_disconnected(error):
+        return False
+    concerns_all = state.startswith(TRANSACTION_PREFIXES) or state in TRANSACTION_STATES
+    # A full disk or a shutdown would otherwise be blamed on rows, and their views skipped.
+    return not concerns_all or _is_raised_in_a_function(error)
+
+
+def _is_raised_in_a_function(error: BaseException) -> bool:
+    """True when Postgres names the functions that were running, as those of triggers."""
+    return bool(_field_of(error, "context"))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from worker.db.encoding import can_encode
 from worker.db.errors import READ_ONLY, database_errors, sqlstate
 from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
 from worker.observability.logs import get_logger
@@ -54,6 +55,8 @@ class Database:
     ) -> None:
         self._address = address
         self._kept_statements = KEPT_STATEMENTS
+        # Of the newest connection, which reports it when it is opened; None: none was opened yet.
+        self.encoding: str | None = None
         self.engine: AsyncEngine = create_async_engine(
             URL.create("postgresql+asyncpg", address.user, address.password, address.host, address.port, address.name),
             pool_size=pool_size,
@@ -86,13 +89,18 @@ class Database:
     def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
         options["prepared_statement_cache_size"] = self._kept_statements
 
-    def _after_connect(self, _connection: object, entry: ConnectionPoolEntry) -> None:
+    def _after_connect(self, connection: Any, entry: ConnectionPoolEntry) -> None:
         entry.info[GENERATION] = self._generation
+        self.encoding = getattr(connection.driver_connection.get_settings(), "server_encoding", None)
 
     def _refuse_given_up(self, _connection: object, entry: ConnectionPoolEntry, _: object) -> None:
         """Make the pool connect again."""
         if entry.info[GENERATION] != self._generation:
             raise DisconnectionError
+
+    def can_store(self, text: str) -> bool:
+        """False when the database's encoding certainly lacks a character of the text."""
+        return can_encode(text, self.encoding)
 
     def without_time_limit(self) -> Database:
         """A pool for the same database without a time limit for statements, for migrations. Close it after use."""

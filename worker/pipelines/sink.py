@@ -23,7 +23,6 @@ R = TypeVar("R")
 
 # From the next one in a row on, it is a fault of the table and not of the records.
 MAX_REFUSED_IN_A_ROW = 1000
-TABLE_FIX = "Run viewer-worker check, and look at the table and its rights. Writing resumes by itself."
 ROW = frozenset({ErrorClass.ROW})
 ROW_OR_UNKNOWN = frozenset({ErrorClass.ROW, ErrorClass.UNKNOWN})
 
@@ -57,7 +56,7 @@ class PostgresSink(Generic[R]):
         except (DatabaseRefused, DatabaseUnavailable) as error:
             match self._classify(error):
                 case ErrorClass.HOLD:
-                    raise TableRefused(str(error), TABLE_FIX) from error
+                    raise TableRefused(str(error)) from error
                 case ErrorClass.WAIT if sqlstate(error) == QUERY_CANCELED:
                     raise WriteTooSlow(str(error)) from error
                 case ErrorClass.WAIT if isinstance(error, DatabaseUnavailable):
@@ -139,7 +138,7 @@ class PostgresSink(Generic[R]):
         inserted = bisect(batch.items, attempt, lambda error: self._classify(error) in concerns, reject)
         rows = sum([rows async for rows in inserted])
         if self._refused_in_a_row > MAX_REFUSED_IN_A_ROW:
-            raise TableRefused(f"the table refuses every record: {letters[-1].error}", TABLE_FIX)
+            raise TableRefused(f"the table refuses every record: {letters[-1].error}")
         refused = len(letters) - len(batch.letters)
         return Written(rows, len(letters), repeated=len(batch.items) - refused - rows), letters
 

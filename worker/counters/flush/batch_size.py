@@ -10,7 +10,8 @@ class BatchSize:
     """Between `smallest` and `largest` keys: doubled while there is a backlog and flushes are quick, halved when slow.
 
     A small transaction holds its locks briefly and repeats little work when it fails; a large one carries a backlog
-    faster.
+    faster. Below `smallest` only after a timeout: where the time does not depend on the number of keys, fewer keys
+    would only slow the backlog down.
     """
 
     def __init__(self, smallest: int, largest: int) -> None:
@@ -21,12 +22,19 @@ class BatchSize:
     def flushed(self, seconds: float, left: int) -> None:
         """A flush took `seconds`, and `left` keys are still pending."""
         if seconds > SLOW_S:
-            self.keys = max(self._smallest, self.keys // 2)
+            self._reduce(max(self._smallest, self.keys // 2))
         elif left > self.keys and seconds < QUICK_S:
             self.keys = min(self._largest, self.keys * 2)
         elif left <= self._smallest:
-            self.keys = self._smallest
+            self._reduce(self._smallest)
+
+    def timed_out(self, keys: int) -> None:
+        """A flush of so many keys took longer than a statement may."""
+        self._reduce(max(1, keys // 2))
 
     def failed(self) -> None:
         """A flush failed, perhaps because of its size: start small again."""
-        self.keys = self._smallest
+        self._reduce(self._smallest)
+
+    def _reduce(self, keys: int) -> None:
+        self.keys = min(self.keys, keys)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from worker.contract.ids import InvalidId
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
     from worker.contract.keys import Keys
     from worker.counters.intake.announced import Announced
     from worker.counters.intake.pending import Pending, Sweep
     from worker.counters.intake.quarantine import Quarantine
+    from worker.db.session import Database
 
 # A sweep that finds more lets them be flushed before it goes on.
 PENDING_LIMIT = 50_000
@@ -28,11 +29,11 @@ class Backlog:
     announced: Announced
     quarantine: Quarantine
     keys: Keys
+    database: Database
 
     def add_announced(self) -> None:
         """Add the ids that messages announced."""
-        skip = self.quarantine.skip
-        self.pending.add(vod_id for vod_id in self.announced.ids() if not skip(self.keys.counter(vod_id)))
+        self._add(map(self.keys.counter, self.announced.ids()))
 
     async def sweep_pages(self) -> AsyncIterator[None]:
         """Sweep if it is due; adds what it finds, and yields after each page. Raises RedisUnavailable."""
@@ -52,13 +53,19 @@ class Backlog:
         self.pending.clear()
         self.sweep.request()
 
-    def _add(self, page: list[bytes]) -> None:
+    def _add(self, keys: Iterable[bytes]) -> None:
         ids = []
-        for key in page:
+        for key in keys:
             if self.quarantine.skip(key):
                 continue
             try:
-                ids.append(self.keys.vod_id(key))
+                ids.append(self._storable(self.keys.vod_id(key)))
             except InvalidId as error:
                 self.quarantine.report(key, str(error))
         self.pending.add(ids)
+
+    def _storable(self, vod_id: str) -> str:
+        # Here, because in a flush each such id would cost a dozen transactions.
+        if not self.database.can_store(vod_id):
+            raise InvalidId(f"the database's encoding {self.database.encoding} lacks a character of the id")
+        return vod_id

@@ -7,10 +7,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ARRAY, BigInteger, Interval, Text, bindparam, delete, func, insert, literal_column, select
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Integer,
+    Interval,
+    Text,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.tables import view_count_deltas, view_count_flushes, view_counts, view_counts_hourly
+from worker.db.transaction_settings import CHECK_CONSTRAINTS_NOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +160,13 @@ _READ_DELTAS = (
 )
 
 
+_KNOWN_IDS = (
+    select(view_counts.c.vod_id)
+    .where(view_counts.c.vod_id != bindparam("other_than", type_=Text))
+    .limit(bindparam("at_most", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+
 # Flushes that no marker can need any more: settled, and older than any snapshot of Redis that may be restored.
 _PRUNABLE = (
     select(func.max(_flush.flush_id))
@@ -197,6 +217,17 @@ class Ledger:
             "announced": [flush.announced.get(vod_id, 0) for vod_id in ids],
         }
         return [Change(*row) for row in await tx.execute(self._record, self._header(flush) | batch)]
+
+    async def rehearse(self, tx: AsyncConnection, flush: Flush) -> None:
+        """Write the flush and undo that: it fails where `record`, or the commit after it, would fail."""
+        async with tx.begin_nested() as savepoint:
+            await self.record(tx, flush)
+            await tx.execute(CHECK_CONSTRAINTS_NOW)
+            await savepoint.rollback()
+
+    async def known_ids(self, tx: AsyncConnection, other_than: str, at_most: int) -> list[str]:
+        """Some ids that have a total and that no other session has locked."""
+        return list((await tx.execute(_KNOWN_IDS, {"other_than": other_than, "at_most": at_most})).scalars())
 
     def _header(self, flush: Flush) -> dict[str, object]:
         return {

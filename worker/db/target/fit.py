@@ -69,6 +69,11 @@ _LOOK = text(
            v.attnum AS column_number,
            vt.typname AS column_type,
            v.attgenerated <> '' AS generated,
+           (
+               SELECT r.rulename FROM pg_rewrite r
+               WHERE r.ev_class = c.oid AND r.ev_type = '2' AND r.ev_enabled IN ('O', 'A')
+               ORDER BY r.rulename LIMIT 1
+           ) AS update_rule,
            EXISTS (
                SELECT FROM pg_index i
                WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
@@ -129,6 +134,11 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
         return f"{shown}.{names.key} is {found.key_name}", "The key must be of type text, integer or uuid."
     if not found.is_unique:
         return f"{shown}.{names.key} is not unique", "Add a primary key or a unique index on this column alone."
+    if found.update_rule is not None:
+        return (
+            f"{shown} has the rule {found.update_rule} ON UPDATE",
+            "Replace the rule by a trigger: Postgres does not let the worker's statement pass through rules.",
+        )
     return _problem_of_rights(names, found)
 
 

@@ -21,7 +21,6 @@ from sqlalchemy import (
     quoted_name,
     select,
     table,
-    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -29,7 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
 from worker.contract.ids import MAX_ID_BYTES
-from worker.db.errors import LOCK_NOT_AVAILABLE, describe, is_refused_by_row, sqlstate
+from worker.db.errors import COLLISIONS, LOCK_NOT_AVAILABLE, QUERY_CANCELED, describe, is_refused_by_row, sqlstate
 from worker.db.tables import view_counts
 from worker.db.target.fit import fit
 from worker.db.transaction_settings import CHECK_CONSTRAINTS_NOW
@@ -56,7 +55,13 @@ UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 REST_S = 600.0
 RESTING_IDS = 50_000
 TABLE_LOCKED = "Wait for the CREATE INDEX, ALTER TABLE or VACUUM FULL that locks it. Views stay in Redis meanwhile."
-_WAIT_BRIEFLY = text("SET LOCAL lock_timeout = '200ms'")
+TABLE_SLOW = "Look at the triggers of that table: they run once for each row."
+# A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
+LOCK_LIMIT_S = 0.2
+# For all rows of a statement, beyond what a statement without rows takes. Until its end they are locked.
+ROWS_LIMIT_S = 5.0
+# Deadlocks and serialization failures in a row after which a trigger that raises such an error is the likely cause.
+MAX_COLLISIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,11 @@ class TargetTable:
         self.names = names
         self._key: Key | None = None
         self._refused: TTLCache[str, None] = TTLCache(RESTING_IDS, REST_S, clock.monotonic)
+        self._collisions = 0
+        self._clock = clock
+        # Seconds that the last statement without rows took, and the error if it timed out.
+        self._overhead = 0.0
+        self._stalled: DBAPIError | None = None
 
     async def check(self, tx: AsyncConnection) -> Key:
         """How ids become the table's keys. Raises TargetUnusable when the table is missing or does not fit."""
@@ -105,15 +115,23 @@ class TargetTable:
 
     async def _enter(self, tx: AsyncConnection, statements: _Statements) -> None:
         """Wait for a lock on the whole table. Ignore a statement trigger that refuses: `add` handles it row by row."""
+        began, self._stalled = self._clock.monotonic(), None
         try:
             async with tx.begin_nested():
                 await tx.execute(statements.enter())
         except DBAPIError as error:
             if not is_refused_by_row(error):
                 raise
+            if sqlstate(error) == QUERY_CANCELED:
+                self._stalled = error
+        self._overhead = self._clock.monotonic() - began
 
     async def add(self, tx: AsyncConnection, changes: Iterable[Change]) -> Counter[str]:
-        """Add the views of each change to its row. Returns the views that were not added, by reason."""
+        """Add the views of each change to its row. Returns the views that were not added, by reason.
+
+        Raises DatabaseUnavailable for locks, for a timeout of several changes, which fewer may not meet, and for
+        deadlocks and serialization failures, which a new transaction may not meet.
+        """
         key = self._key or await self.check(tx)
         skipped: Counter[str] = Counter()
         batch = []
@@ -125,12 +143,35 @@ class TargetTable:
                 skipped[REFUSED] += change.views
             else:
                 batch.append((change.vod_id, value, change.views))
-        if batch:
-            adding = _Adding(tx, _Statements(self.names, key).add(), skipped)
-            async for _ in bisect(batch, adding.add, is_refused_by_row, adding.refuse):
+        adding = _Adding(tx, _limits(self._overhead + ROWS_LIMIT_S), _Statements(self.names, key).add(), skipped)
+        if self._stalled is not None:
+            # No statement is in time, however few rows it has.
+            for refused in batch:
+                adding.refuse(refused, self._stalled)
+        elif batch:
+
+            async def attempt(part: Sequence[tuple[str, Any, int]]) -> None:
+                try:
+                    await adding.add(part)
+                except DBAPIError as error:
+                    self._raise_if_concerns_all(error, len(part))
+                    raise
+
+            async for _ in bisect(batch, attempt, _is_refused, adding.refuse):
                 pass
-            self._remember(adding.refusals)
+        self._remember(adding.refusals)
+        self._collisions = 0
         return skipped
+
+    def _raise_if_concerns_all(self, error: DBAPIError, rows: int) -> None:
+        """Raise what another transaction may heal. Where it does not, a trigger raised it."""
+        state = sqlstate(error)
+        if state in COLLISIONS and self._collisions < MAX_COLLISIONS:
+            self._collisions += 1
+            raise DatabaseUnavailable(describe(error)) from error
+        if state == QUERY_CANCELED and rows > 1:
+            cause = f"{rows} rows of the table {self.names} were not updated in time: {describe(error)}"
+            raise DatabaseUnavailable(cause, TABLE_SLOW) from error
 
     def _remember(self, refusals: dict[str, str]) -> None:
         if refusals:
@@ -157,6 +198,7 @@ class _Adding:
     """
 
     tx: AsyncConnection
+    limits: Select[str, str]
     statement: Select[str]
     skipped: Counter[str]
     refusals: dict[str, str] = field(default_factory=dict)
@@ -165,8 +207,7 @@ class _Adding:
         """Add a batch of (id, key, views); all of it or nothing."""
         ids, keys, views = (list(column) for column in zip(*batch, strict=True))
         async with self.tx.begin_nested():
-            # A trigger may wait for a lock of the application, which may wait for the rows that we have locked.
-            await self.tx.execute(_WAIT_BRIEFLY)
+            await self.tx.execute(self.limits)
             found = await self.tx.execute(self.statement, {"ids": ids, "keys": keys, "views": views})
             added = set(found.scalars())
             # A deferred constraint would otherwise fail at the commit and undo our own totals too.
@@ -177,6 +218,19 @@ class _Adding:
         vod_id, _, views = change
         self.skipped[REFUSED] += views
         self.refusals[vod_id] = describe(error)
+
+
+def _limits(seconds: float) -> Select[str, str]:
+    """Limit each of the statements that follow in this transaction to `seconds`, or to the usual limit if less."""
+    limit = f"{min(round(seconds * 1000), 30_000)}ms"
+    return select(
+        func.set_config("lock_timeout", f"{round(LOCK_LIMIT_S * 1000)}ms", True),
+        func.set_config("statement_timeout", limit, True),
+    )
+
+
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and is_refused_by_row(error)
 
 
 class _Statements:

@@ -84,6 +84,46 @@ async def test_marker_is_recreated_after_redis_restarted_empty(valkey: ValkeySer
         assert worker.metric("view_count_marker_losses_total") == 1
 
 
+async def test_restarted_redis_is_recognised_after_a_flush_of_nothing(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        worker = world.worker()
+        await worker.cycle()
+        valkey.stop()
+        await world.restart_redis(valkey)
+        await worker.cycle()  # it only compares both sides
+        await world.redis.delete(world.keys.marker)
+        await world.view("a", 2)
+        assert await worker.cycle() == Flushed(flush_id=2, keys=1, views=2)
+        await world.assert_exact()
+
+
+async def test_writable_replica_is_not_taken_for_its_master(
+    valkey: ValkeyServer, servers_folder: Path, database_url: str
+) -> None:
+    """It reports its master's `master_replid`, but counters and markers that were written to it are its own."""
+    replica = ValkeyServer(servers_folder / "writable-replica", options=("--replica-read-only", "no"))
+    replica.start()
+    try:
+        async with (
+            World(valkey.url, database_url) as world,
+            World(replica.url, database_url, prefix=world.prefix) as copy,
+        ):
+            await world.view("a", 5)
+            await copy.redis.replicaof("127.0.0.1", str(valkey.port))  # type: ignore[no-untyped-call]
+            while (await copy.redis.info("replication")).get("master_link_status") != "up":
+                await copy.redis.ping()
+            await world.worker().cycle()
+            await copy.redis.set(copy.prefix + "a", 5)  # counted already
+            await copy.redis.delete(copy.keys.marker)
+            assert isinstance(await copy.worker().cycle(), Hold)
+            await world.view("a", 2)
+            await world.worker().cycle()
+            await world.assert_exact()
+    finally:
+        replica.kill()
+
+
 def copy_of(valkey: ValkeyServer, name: str) -> Path:
     valkey.stop()
     copy = valkey.folder.with_name(f"{valkey.folder.name}-{name}")

@@ -115,8 +115,8 @@ class Committer:
                 announced.pop(vod_id, None)
         source_row = self.stores.source_row
         if not counted and not announced:
-            if row.settled_id < row.last_flush_id or row.refused is not None:
-                await source_row.confirm(tx)
+            if (row.settled_id, row.data_set_id, row.refused) != (row.last_flush_id, data_set_id, None):
+                await source_row.confirm(tx, data_set_id)
             return None
         flush = Flush(row.last_flush_id + 1, uuid4(), before.nonce, counted, announced)
         changes = await self.stores.ledger.record(tx, flush)

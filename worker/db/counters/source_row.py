@@ -85,7 +85,11 @@ _ADVANCE = (
         lease_until=UNTIL,
     )
 )
-_CONFIRM = update(view_count_sources).where(_this).values(settled_id=_row.last_flush_id, refused=None)
+_CONFIRM = (
+    update(view_count_sources)
+    .where(_this)
+    .values(settled_id=_row.last_flush_id, data_set_id=bindparam("new_data_set_id"), refused=None)
+)
 _REVOKE_LEASE = (
     update(view_count_sources)
     .where(_this)
@@ -177,9 +181,9 @@ class SourceRow:
         """The holder has to take the lease again, under another epoch."""
         await tx.execute(_REVOKE_LEASE, {"name": self.name})
 
-    async def confirm(self, tx: AsyncConnection) -> None:
-        """Record that the last flush is settled: the marker, read under the lock, names it."""
-        await tx.execute(_CONFIRM, {"name": self.name})
+    async def confirm(self, tx: AsyncConnection, data_set_id: str | None) -> None:
+        """Record that the last flush is settled in this data set: the marker, read under the lock, names it."""
+        await tx.execute(_CONFIRM, {"name": self.name, "new_data_set_id": data_set_id})
 
     async def refuse(self, tx: AsyncConnection, marker: str) -> None:
         """Remember a marker that does not belong to this database: from now on only `adopt` may create one."""

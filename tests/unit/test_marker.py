@@ -49,6 +49,7 @@ def row(last: int = 7, **changes: Any) -> SourceState:
         "announced_nonce": None,
         "lease_holder": "me",
         "lease_epoch": 1,
+        "agreed_minutes_ago": 0,
     }
     return SourceState(**values | changes)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from worker.contract.keys import Keys
 from worker.counters.adopt import Adoption
 from worker.counters.display import Display
+from worker.counters.flush.agreement import Agreement
 from worker.counters.flush.batch_size import BatchSize
 from worker.counters.flush.commit import Committer
 from worker.counters.flush.flusher import Flusher
@@ -130,13 +131,14 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Back
 def _build_flusher(
     settings: Settings, stores: Stores, lease: Lease[int], backlog: Backlog, status: Status, metrics: Metrics
 ) -> Flusher:
-    settler = Settler(stores.redis, stores.keys, metrics)
+    settler, agreement = Settler(stores.redis, stores.keys, metrics), Agreement()
     committer = Committer(
         stores=stores,
         target=make_target_table(settings),
         lease=lease,
         announced=backlog.announced,
         reader=CounterReader(stores.redis, stores.keys, backlog.quarantine),
+        agreement=agreement,
         metrics=metrics,
     )
     recovery = Recovery(
@@ -144,6 +146,7 @@ def _build_flusher(
         settler=settler,
         metrics=metrics,
         status=status,
+        agreement=agreement,
         trust_lost_marker=settings.view_on_lost_marker == "fresh",
     )
     return Flusher(

@@ -27,6 +27,8 @@ log = get_logger(__name__)
 
 BUSY_RETRY_S = 1.0
 BUSY_LIMIT_S = 30.0
+# A worker that fails for longer than this lets another try.
+FAILING_LIMIT_S = 60.0
 INTAKE_END_S = 2.0
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."
 
@@ -55,8 +57,12 @@ class FlushLoop:
         self._metrics = metrics
         self._clock = clock
         self._backoff = Backoff(first=0.2, cap=10.0)
+        self._look_again = Backoff(first=1.0, cap=30.0)
         self._wake = asyncio.Event()
         self._busy_since: float | None = None
+        self._failing_since: float | None = None
+        # On hold, or failing for long: another worker may have another Redis, or other rights.
+        self._lets_others_try = False
         metrics.pending_keys.set_function(lambda: len(backlog.pending))
         metrics.oldest_pending_seconds.set_function(backlog.pending.oldest_seconds)
         metrics.quarantined_keys.set_function(lambda: len(backlog.quarantine))
@@ -68,6 +74,9 @@ class FlushLoop:
             if await self._wait_for_lease(stop):
                 self._wake.clear()
                 delay = await self._guarded_cycle()
+                if self._lets_others_try:
+                    await self._yield_lease(stop)
+                    continue
                 self._status.expect_beat(VIEW_COUNTS, within=delay + STEP_LIMIT_S)
                 await wait_first(delay, stop, self._wake, self._lease.changed)
         self._status.expect_beat(VIEW_COUNTS, within=STEP_LIMIT_S)
@@ -142,12 +151,16 @@ class FlushLoop:
         except Exception as error:
             return self._failed(error)
         self._backoff.reset()
-        self._metrics.holds.set(isinstance(outcome, Hold))
+        self._failing_since = None
+        self._lets_others_try = isinstance(outcome, Hold)
+        self._metrics.holds.set(self._lets_others_try)
         if isinstance(outcome, Busy):
             return self._on_busy()
         self._busy_since = None
         if isinstance(outcome, Hold):
             self._status.hold(VIEW_COUNTS, outcome.cause, outcome.remedy)
+        else:
+            self._look_again.reset()
         return self._interval
 
     def _on_busy(self) -> float:
@@ -170,7 +183,18 @@ class FlushLoop:
         unexpected = not isinstance(error, Unavailable) and cause != self._status.checks[VIEW_COUNTS].cause
         log.error("flush failed", cause=cause, exc_info=error if unexpected else None)
         self._status.failing(VIEW_COUNTS, cause, remedy)
+        now = self._clock.monotonic()
+        self._failing_since = self._failing_since or now
+        self._lets_others_try = now - self._failing_since > FAILING_LIMIT_S
         return self._backoff.next()
+
+    async def _yield_lease(self, stop: asyncio.Event) -> None:
+        """Let another replica try, and look again after a while."""
+        delay = self._look_again.next()
+        await self._release_lease(pause=True)
+        self._status.expect_beat(VIEW_COUNTS, within=delay + STEP_LIMIT_S)
+        await wait_first(delay, stop)
+        self._lease.resume()
 
     async def _wait_for_lease(self, stop: asyncio.Event) -> bool:
         """True as soon as the lease is held and both servers can be used; False when stopped before that."""
@@ -182,11 +206,13 @@ class FlushLoop:
         return held
 
     def _standing_by(self) -> None:
-        self._metrics.holds.set(0)
-        self._status.ok(VIEW_COUNTS, role="standing by")
+        # Between two looks at a hold the lease is free, and another replica may have it: for one look, or to keep it.
+        if not self._lets_others_try or self._lease.is_kept_elsewhere:
+            self._metrics.holds.set(0)
+            self._status.ok(VIEW_COUNTS, role="standing by")
 
-    async def _release_lease(self) -> None:
+    async def _release_lease(self, *, pause: bool = False) -> None:
         try:
-            await self._lease.release()
+            await self._lease.release(pause=pause)
         except (Unavailable, DatabaseRefused) as error:
             log.warning("lease not released, it will expire", cause=str(error))

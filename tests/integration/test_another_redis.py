@@ -164,6 +164,25 @@ async def test_no_past_lineage_is_known_after_adopt(world: World, wrong: World) 
     assert await world.totals() == Counter(a=8)
 
 
+async def test_no_past_lineage_is_known_after_a_marker_was_created_without_evidence(world: World, wrong: World) -> None:
+    await world.view("a", 5)
+    await world.worker().cycle()
+    await world.view("a", 3)
+    past = await world.marker()
+    assert past is not None
+    await world.five_minutes_later()
+    await wrong.worker().cycle()
+    await world.five_minutes_later()
+    await world.redis.delete(world.keys.marker)
+    worker = world.worker(VIEW_ON_LOST_MARKER="fresh")
+    await worker.cycle()
+    assert await world.totals() == world.truth
+    await world.redis.set(world.keys.marker, past.encode())
+    await world.redis.set(world.prefix + "a", 3)
+    assert isinstance(await worker.cycle(), Hold)
+    assert await world.totals() == world.truth
+
+
 async def test_marker_deleted_in_place_makes_its_lineage_unknown(world: World) -> None:
     """The views went on under another lineage: a copy with the marker of the first has some of them, too."""
     worker = world.worker()

@@ -239,26 +239,45 @@ async def running(worker: InProcessWorker) -> AsyncIterator[None]:
         await asyncio.gather(*loops)
 
 
-async def test_worker_on_hold_leaves_the_lease_to_another_and_shows_the_hold_until_that_one_keeps_it(
+async def test_worker_on_hold_leaves_the_lease_to_another_and_shows_the_hold(
     world: World, wrong: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.db.lease.KEPT_S", 1.0)
+    monkeypatch.setattr("worker.db.lease.KEPT_S", 0.0)
+    monkeypatch.setattr("worker.counters.loop.STANDBY_LOOK_S", 0.1)
     await world.view("a", 5)
     await world.worker().cycle()
     await world.expire_lease()
     stranger, right = wrong.worker(), world.worker()
     async with running(stranger):
-        await stranger.wait_until(lambda: stranger.status.checks[VIEW_COUNTS].state is State.HOLD)
         check = stranger.status.checks[VIEW_COUNTS]
+        await stranger.wait_until(lambda: check.state is State.HOLD and stranger.counters.lease.token is None)
         assert (check.cause, check.remedy) == (ANOTHER_REDIS.cause, ANOTHER_REDIS.remedy)
-        await stranger.wait_until(lambda: stranger.counters.lease.token is None)
-        assert stranger.metric("view_count_holds") == 1
         await world.view("a", 2)
         async with running(right):
             await right.wait_until(lambda: right.status.checks[VIEW_COUNTS].facts.get("role") == "working")
-            await stranger.wait_until(lambda: check.facts == {"role": "standing by"})
-            assert stranger.metric("view_count_holds") == 0
+            loop, lease = stranger.counters.loop, stranger.counters.lease
+            await stranger.wait_until(lambda: lease.is_kept_elsewhere and loop._seen is not None)
+            assert check.state is State.HOLD
+            assert stranger.metric("view_count_holds") == 1
     await world.assert_exact()
+
+
+async def test_worker_that_stands_by_shows_that_another_redis_is_flushed(
+    world: World, wrong: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.counters.loop.STANDBY_LOOK_S", 0.1)
+    await world.view("a", 5)
+    await world.worker().cycle()
+    await world.five_minutes_later()
+    working = wrong.worker()
+    await working.cycle()  # nobody else has flushed: it takes the source over
+    right, same = world.worker(), wrong.worker()
+    async with running(working), running(right), running(same):
+        check = right.status.checks[VIEW_COUNTS]
+        await right.wait_until(lambda: check.state is State.HOLD)
+        assert check.cause == ANOTHER_REDIS.cause
+        await working.wait_until(lambda: working.status.checks[VIEW_COUNTS].facts == {"role": "working"})
+        await same.wait_until(lambda: same.status.checks[VIEW_COUNTS].facts == {"role": "standing by"})
 
 
 async def test_worker_that_fails_persistently_leaves_the_lease_to_another(

@@ -25,6 +25,7 @@ from worker.counters.intake.pending import Pending, Sweep
 from worker.counters.intake.quarantine import Quarantine
 from worker.counters.loop import FlushLoop
 from worker.counters.retention import Retention
+from worker.counters.standby import Standby
 from worker.counters.stores import Stores
 from worker.db.counters.ledger import Ledger
 from worker.db.counters.source_row import SourceRow
@@ -83,6 +84,7 @@ def build_counters(
         lease=lease,
         backlog=backlog,
         flusher=flusher,
+        standby=Standby(stores, flusher.recovery.agreement),
         batch_size=BatchSize(settings.batch_size, settings.batch_size_max),
         interval=settings.batch_interval_ms / 1000,
         status=status,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from worker.counters.flush.batch_size import BatchSize
     from worker.counters.flush.flusher import Flusher
     from worker.counters.intake.backlog import Backlog
+    from worker.counters.standby import Standby
     from worker.db.lease import Lease
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
@@ -29,6 +30,7 @@ BUSY_RETRY_S = 1.0
 BUSY_LIMIT_S = 30.0
 # A worker that fails for longer than this lets another try.
 FAILING_LIMIT_S = 60.0
+STANDBY_LOOK_S = 10.0
 INTAKE_END_S = 2.0
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."
 
@@ -42,6 +44,7 @@ class FlushLoop:
         lease: Lease[int],
         backlog: Backlog,
         flusher: Flusher,
+        standby: Standby,
         batch_size: BatchSize,
         interval: float,
         status: Status,
@@ -51,6 +54,7 @@ class FlushLoop:
         self._lease = lease
         self._backlog = backlog
         self._flusher = flusher
+        self._standby = standby
         self._batch_size = batch_size
         self._interval = interval
         self._status = status
@@ -63,6 +67,8 @@ class FlushLoop:
         self._failing_since: float | None = None
         # On hold, or failing for long: another worker may have another Redis, or other rights.
         self._lets_others_try = False
+        # What this worker sees while another has the lease.
+        self._seen: Hold | None = None
         metrics.pending_keys.set_function(lambda: len(backlog.pending))
         metrics.oldest_pending_seconds.set_function(backlog.pending.oldest_seconds)
         metrics.quarantined_keys.set_function(lambda: len(backlog.quarantine))
@@ -200,14 +206,33 @@ class FlushLoop:
         """True as soon as the lease is held and both servers can be used; False when stopped before that."""
         if self._lease.is_usable:
             return True
-        held = await self._lease.wait(stop, VIEW_COUNTS, self._standing_by)
+        looking = asyncio.create_task(self._look_on(), name="standby")
+        try:
+            held = await self._lease.wait(stop, VIEW_COUNTS, self._standing_by)
+        finally:
+            looking.cancel()
+            await asyncio.wait({looking})
+            self._seen = None
         # The former holder of the lease knew what was pending; this worker does not.
         self._backlog.restart()
         return held
 
+    async def _look_on(self) -> None:
+        """While this worker stands by, see whether the one with the lease flushes the same Redis."""
+        while True:
+            if self._status.is_ok(*SERVERS):
+                try:
+                    self._seen = await self._standby.look()
+                except (Unavailable, DatabaseRefused) as error:
+                    log.debug("standby could not look", cause=str(error))
+            await asyncio.sleep(STANDBY_LOOK_S)
+
     def _standing_by(self) -> None:
+        if self._seen is not None:
+            self._metrics.holds.set(1)
+            self._status.hold(VIEW_COUNTS, self._seen.cause, self._seen.remedy)
         # Between two looks at a hold the lease is free, and another replica may have it: for one look, or to keep it.
-        if not self._lets_others_try or self._lease.is_kept_elsewhere:
+        elif not self._lets_others_try or self._lease.is_kept_elsewhere:
             self._metrics.holds.set(0)
             self._status.ok(VIEW_COUNTS, role="standing by")
 

@@ -168,10 +168,10 @@ class Recovery:
 
     async def _started_empty(self, history: History, data_set_id: str | None) -> bool:
         """Whether all that Redis has was written to it since it started, and none of it was ever flushed."""
-        if not history.started_empty or (history.by_its_aof and not await self.stores.redis.writes_a_base()):
+        if data_set_id is None or not history.started_empty:
             return False
-        if data_set_id is None:
-            return True
+        if history.by_its_aof and not await self.stores.redis.writes_a_base():
+            return False
         # It had a marker once, and flushes of it may not be settled.
         async with self.stores.database.transaction() as tx:
             return not await self.stores.source_row.is_past(tx, data_set_id)

@@ -415,6 +415,17 @@ class ProtocolMachine(RuleBasedStateMachine):
         if url == RIGHT:
             self.allowed.forgotten += data_set.counted - state.counted
 
+    @precondition(lambda self: self.lossy and self.has_begun)
+    @rule(actor=st.integers(0, WORKERS - 1), vod_id=st.sampled_from(IDS), gate=st.sampled_from(GATES))
+    def lagging_replica_is_promoted(self, actor: int, vod_id: str, gate: str) -> None:
+        """It lags by a change to the wrong Redis and back."""
+        self.views(vod_id, 2)
+        self.snapshot_redis(RIGHT)
+        self.take_over(actor, WRONG, vod_id, "the end")
+        self.stale_epoch_never_writes()  # it sees the last flush only
+        self.take_over(actor, RIGHT, vod_id, gate)
+        self.rewind_redis(RIGHT, len(self.data_sets[RIGHT].states) - 1)
+
     @precondition(lambda self: self.lossy)
     @rule(url=EITHER)
     def flushall(self, url: int) -> None:

@@ -28,6 +28,8 @@ GRANT SELECT, INSERT, DELETE ON view_count_deltas    TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON view_count_flushes   TO viewer_worker;
 -- One row for each source: the lease, and the lock that flushes take.
 GRANT SELECT, INSERT, UPDATE ON view_count_sources   TO viewer_worker;
+-- One row for each Redis that the source used before; `adopt` deletes them.
+GRANT SELECT, INSERT, UPDATE, DELETE ON view_count_lineages TO viewer_worker;
 -- One row for each stream: how far it is carried, and the lease.
 GRANT SELECT, INSERT, UPDATE ON stream_positions     TO viewer_worker;
 -- Records are written once, and deleted when they are older than their retention.

@@ -43,7 +43,10 @@ async def world(guarded: GuardedServers) -> AsyncIterator[World]:
 
 
 async def use_every_right(worker: InProcessWorker, world: World) -> None:
-    """Do everything that the worker does with its tables: lease, creation of the marker, flush, replay, retention."""
+    """Do everything that the worker does with its tables: lease, creation of the marker, flush, replay, retention.
+
+    And change to another Redis and back.
+    """
     assert await worker.counters.lease.take()
     for vod_id in ("a", "b"):
         await world.view(vod_id)
@@ -56,6 +59,13 @@ async def use_every_right(worker: InProcessWorker, world: World) -> None:
     assert before is not None
     await world.redis.set(world.keys.marker, before.encode())
     await world.redis.set(world.prefix + "b", "1")
+    await worker.counters.loop.cycle()
+    marker = await world.marker()
+    assert marker is not None
+    await world.sql.execute("UPDATE view_count_sources SET replid = 'another Redis'")
+    await world.redis.delete(world.keys.marker)
+    await worker.counters.loop.cycle()
+    await world.redis.set(world.keys.marker, marker.encode())
     await worker.counters.loop.cycle()
     async with worker.database.transaction() as tx:
         await Ledger("default", "me").prune(tx, settled_id=3, age=timedelta(0), at_most=100)

@@ -1,5 +1,7 @@
 """Three replicas and two servers are killed and frozen: every acknowledged view is in Postgres once.
 
+A fourth replica has the URL of another, empty Redis.
+
 `make faults` runs it for a minute; CI and `make test` run it for a shorter time. FAULT_SECONDS and FAULT_SEED set the
 duration and the seed. The seed is printed, so that a failure can be reproduced.
 """
@@ -37,6 +39,7 @@ SECONDS = float(os.environ.get("FAULT_SECONDS", "16"))
 SEED = int(os.environ.get("FAULT_SEED", random.randrange(2**32)))
 IDS = [f"vod_{number}" for number in range(200)]
 PREFIX = "vod:views:"
+MARKER = "viewer-worker:settled:" + PREFIX
 
 
 class Truth:
@@ -56,16 +59,19 @@ class Chaos:
         self.rng = rng
         self.valkey = ValkeyServer(folder / "redis", options=("--appendfsync", "always"))
         self.postgres = PostgresServer(folder / "postgres")
+        self.another = ValkeyServer(folder / "another-redis")
         self.truth = Truth()
         self.replicas: list[CliWorker] = []
+        # With the URL of another Redis.
+        self.wrong: list[CliWorker] = []
         self.requests: set[int] = set()
         self.requests_sent = 0
         self.samples = 0
         self.done = asyncio.Event()
 
-    def start_replica(self) -> CliWorker:
+    def start_replica(self, redis: ValkeyServer | None = None, **settings: str) -> CliWorker:
         environment = {
-            "REDIS_URL": self.valkey.url,
+            "REDIS_URL": (redis or self.valkey).url,
             "DATABASE_URL": self.postgres.url,
             "BATCH_INTERVAL_MS": "50",
             "BATCH_SIZE": "20",
@@ -74,6 +80,7 @@ class Chaos:
             "CHUNKLOG_BATCH_TIMEOUT": "20ms",
             "HEALTH_CHECK_HOST": "127.0.0.1",
             "HEALTH_CHECK_PORT": "0",
+            **settings,
         }
         return CliWorker(environment, "run")
 
@@ -149,7 +156,11 @@ class Chaos:
                 sql.terminate()
 
     async def inject_faults(self) -> None:
-        """Kill or freeze a replica every two seconds, and kill each server twice."""
+        """Kill or freeze a replica every two seconds, and kill each server twice. First, leave the lease to `wrong`."""
+        for replica in self.replicas:
+            replica.close()
+        await self.wrong[0].wait_for_log('"view_counts on hold"')
+        self.replicas = [self.start_replica() for _ in self.replicas]
         loop = asyncio.get_running_loop()
         began = loop.time()
         servers: list[tuple[float, Server]] = [
@@ -185,13 +196,19 @@ async def test_three_replicas_are_exact_after_kills_and_freezes(servers_folder: 
     folder.mkdir()
     folder.chmod(0o755)
     chaos = Chaos(folder, random.Random(SEED))
-    chaos.valkey.start()
-    chaos.postgres.start()
+    servers: list[Server] = [chaos.valkey, chaos.postgres, chaos.another]
+    for server in servers:
+        server.start()
     try:
         database = Database(parse_database_url(chaos.postgres.url))
         await schema.upgrade(database)
         await database.close()
         chaos.replicas = [chaos.start_replica() for _ in range(3)]
+        # The source has its Redis before a worker with another one starts.
+        async with chaos.redis() as client, asyncio.timeout(60):
+            while not await client.exists(MARKER):
+                await asyncio.sleep(0.1)
+        chaos.wrong.append(chaos.start_replica(chaos.another, PIPELINES="view_counts"))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(chaos.produce())
             tasks.create_task(chaos.add_requests())
@@ -204,21 +221,23 @@ async def test_three_replicas_are_exact_after_kills_and_freezes(servers_folder: 
         print(f"{len(chaos.requests)} requests acknowledged of {chaos.requests_sent}, {len(rows)} rows")
         totals, truth = await chaos.totals(), chaos.truth
         assert truth.acknowledged <= totals
+        async with aioredis.from_url(chaos.another.url) as client:
+            assert not await client.exists(MARKER), "the wrong Redis was flushed"
         assert totals <= truth.sent
         print(f"{truth.acknowledged.total()} acknowledged, {truth.indeterminate.total()} indeterminate, ", end="")
         print(f"{totals.total()} in Postgres, {chaos.samples} samples")
         assert chaos.samples > 10
         assert truth.acknowledged.total() > 500
     except BaseException:
-        for replica in chaos.replicas:
+        for replica in chaos.replicas + chaos.wrong:
             print(replica.log[-3000:])
         raise
     finally:
         chaos.done.set()
-        for replica in chaos.replicas:
+        for replica in chaos.replicas + chaos.wrong:
             replica.close()
-        chaos.valkey.kill()
-        chaos.postgres.kill()
+        for server in servers:
+            server.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

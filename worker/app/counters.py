@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from worker.contract.keys import Keys
 from worker.counters.adopt import Adoption
 from worker.counters.display import Display
+from worker.counters.flush.agreement import Agreement
 from worker.counters.flush.batch_size import BatchSize
 from worker.counters.flush.commit import Committer
 from worker.counters.flush.flusher import Flusher
@@ -25,6 +26,7 @@ from worker.counters.intake.quarantine import Quarantine
 from worker.counters.intake.receiver import AnnouncedReceiver
 from worker.counters.loop import FlushLoop
 from worker.counters.retention import Retention
+from worker.counters.standby import Standby
 from worker.counters.stores import Stores
 from worker.db.counters.ledger import Ledger
 from worker.db.counters.source_row import SourceRow
@@ -86,6 +88,7 @@ def build_counters(
         lease=lease,
         backlog=backlog,
         flusher=flusher,
+        standby=Standby(stores, flusher.recovery.agreement),
         batch_size=batch_size,
         interval=settings.batch_interval_ms / 1000,
         status=status,
@@ -141,13 +144,14 @@ def _build_flusher(
     status: Status,
     metrics: Metrics,
 ) -> Flusher:
-    settler = Settler(stores.redis, stores.keys, metrics)
+    settler, agreement = Settler(stores.redis, stores.keys, metrics), Agreement()
     committer = Committer(
         stores=stores,
         target=make_target_table(settings),
         lease=lease,
         announced=backlog.announced,
         reader=CounterReader(stores.redis, stores.keys, backlog.quarantine),
+        agreement=agreement,
         metrics=metrics,
     )
     recovery = Recovery(
@@ -155,6 +159,7 @@ def _build_flusher(
         settler=settler,
         metrics=metrics,
         status=status,
+        agreement=agreement,
         trust_lost_marker=settings.view_on_lost_marker == "fresh",
     )
     return Flusher(

@@ -76,4 +76,5 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
             typer.echo("Nothing was changed." + ("" if sys.stdin.isatty() else " Without a terminal, use --yes."))
             raise typer.Exit(EXIT_FAILURE)
         discarded = await counters.adoption.adopt(situation, discard=discard)
-        typer.echo(f"Adopted; {discarded} {plural(discarded, 'view')} discarded. Flushing resumes within one interval.")
+        done = f"Adopted; {discarded} {plural(discarded, 'view')} discarded."
+        typer.echo(f"{done} Flushing resumes within half a minute.")

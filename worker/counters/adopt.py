@@ -9,8 +9,9 @@ from uuid import uuid4
 
 from worker.contract.ids import InvalidId
 from worker.contract.keys import parse_count
+from worker.counters.flush.agreement import ANOTHER_REDIS
 from worker.counters.flush.marker import Marker
-from worker.counters.flush.verdict import Agreed, Behind, Hold, Missing, judge
+from worker.counters.flush.verdict import Agreed, Behind, Hold, Missing, Returned, Verdict, compare
 from worker.db.counters.source_row import NEW_ROW
 from worker.errors import NothingToAdopt
 from worker.observability.printable import excerpt
@@ -60,8 +61,9 @@ class Adoption:
         """Both sides, without changing anything. Raises Unavailable."""
         async with self.stores.database.transaction() as tx:
             row = await self.stores.source_row.read(tx) or NEW_ROW
-        (marker,) = await self.stores.redis.read([self.stores.keys.marker])
-        hold = await self._hold(marker, row)
+            (marker,) = await self.stores.redis.read([self.stores.keys.marker])
+            verdict = await compare(tx, self.stores.source_row, marker, row)
+        hold = await self._hold(verdict, row)
         pending: dict[str, int] = {}
         async for page in self._pending():
             pending.update(page)
@@ -91,6 +93,8 @@ class Adoption:
             if discard:
                 adopted, discarded = await self._discard(adopted, situation.pending)
             data_set_id = await self.stores.probe_data_set()
+            # The pending views may be those of any data set that was used before: none may return with its marker.
+            await source_row.forget_lineages(tx)
             await source_row.start_lineage(tx, adopted.lineage, adopted.nonce, row.last_flush_id, data_set_id)
         return discarded
 
@@ -107,8 +111,8 @@ class Adoption:
             discarded += sum(gone.values())
         return adopted, discarded
 
-    async def _hold(self, marker: bytes | None, row: SourceState) -> Hold | None:
-        match judge(marker, row):
+    async def _hold(self, verdict: Verdict, row: SourceState) -> Hold | None:
+        match verdict:
             case Hold() as hold:
                 return hold
             case Missing():
@@ -116,8 +120,12 @@ class Adoption:
                     return Hold(f"the marker's key holds a {kind}, not a string")
                 evidence = await self.recovery.evidence(row)
                 return evidence if isinstance(evidence, Hold) else None
-            case Behind(behind):
-                return await self.recovery.replay(behind, row.last_flush_id, rehearse=True)
+            case Behind(marker, last_flush_id):
+                return await self.recovery.replay(marker, last_flush_id, rehearse=True)
+            case Returned(_, None):
+                return ANOTHER_REDIS if self.recovery.agreement.forbids_another_redis(row) else None
+            case Returned():
+                return None
             case Agreed():
                 return None
 

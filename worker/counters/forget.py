@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from worker.counters.flush.verdict import Agreed, judge
+from worker.counters.flush.verdict import Agreed, compare
 from worker.db.counters.ledger import Flush
 from worker.errors import OnHold
 
@@ -51,7 +51,7 @@ class Forgetting:
                 row = await source_row.lock(tx, wait=True)
                 assert row is not None  # `ensure` inserted it  # noqa: S101
                 reading = await self.reader.read([vod_id])
-                verdict = judge(reading.marker, row)
+                verdict = await compare(tx, source_row, reading.marker, row)
                 if isinstance(verdict, Agreed):
                     flush = Flush(row.last_flush_id + 1, uuid4(), verdict.marker.nonce, reading.counted)
                     stored += await self.stores.ledger.forget(tx, flush, vod_id)

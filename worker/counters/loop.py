@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from worker.counters.flush.batch_size import BatchSize
     from worker.counters.flush.flusher import Flusher
     from worker.counters.intake.backlog import Backlog
+    from worker.counters.standby import Standby
     from worker.db.lease import Lease
     from worker.observability.metrics import Metrics
     from worker.observability.status import Status
@@ -27,6 +28,9 @@ log = get_logger(__name__)
 
 BUSY_RETRY_S = 1.0
 BUSY_LIMIT_S = 30.0
+# A worker that fails for longer than this lets another try.
+FAILING_LIMIT_S = 60.0
+STANDBY_LOOK_S = 10.0
 INTAKE_END_S = 2.0
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."
 
@@ -40,6 +44,7 @@ class FlushLoop:
         lease: Lease[int],
         backlog: Backlog,
         flusher: Flusher,
+        standby: Standby,
         batch_size: BatchSize,
         interval: float,
         status: Status,
@@ -49,14 +54,21 @@ class FlushLoop:
         self._lease = lease
         self._backlog = backlog
         self._flusher = flusher
+        self._standby = standby
         self._batch_size = batch_size
         self._interval = interval
         self._status = status
         self._metrics = metrics
         self._clock = clock
         self._backoff = Backoff(first=0.2, cap=10.0)
+        self._look_again = Backoff(first=1.0, cap=30.0)
         self._wake = asyncio.Event()
         self._busy_since: float | None = None
+        self._failing_since: float | None = None
+        # On hold, or failing for long: another worker may have another Redis, or other rights.
+        self._lets_others_try = False
+        # What this worker sees while another has the lease.
+        self._seen: Hold | None = None
         metrics.pending_keys.set_function(lambda: len(backlog.pending))
         metrics.oldest_pending_seconds.set_function(backlog.pending.oldest_seconds)
         metrics.quarantined_keys.set_function(lambda: len(backlog.quarantine))
@@ -68,6 +80,9 @@ class FlushLoop:
             if await self._wait_for_lease(stop):
                 self._wake.clear()
                 delay = await self._guarded_cycle()
+                if self._lets_others_try:
+                    await self._yield_lease(stop)
+                    continue
                 self._status.expect_beat(VIEW_COUNTS, within=delay + STEP_LIMIT_S)
                 await wait_first(delay, stop, self._wake, self._lease.changed)
         self._status.expect_beat(VIEW_COUNTS, within=STEP_LIMIT_S)
@@ -142,12 +157,16 @@ class FlushLoop:
         except Exception as error:
             return self._failed(error)
         self._backoff.reset()
-        self._metrics.holds.set(isinstance(outcome, Hold))
+        self._failing_since = None
+        self._lets_others_try = isinstance(outcome, Hold)
+        self._metrics.holds.set(self._lets_others_try)
         if isinstance(outcome, Busy):
             return self._on_busy()
         self._busy_since = None
         if isinstance(outcome, Hold):
             self._status.hold(VIEW_COUNTS, outcome.cause, outcome.remedy)
+        else:
+            self._look_again.reset()
         return self._interval
 
     def _on_busy(self) -> float:
@@ -170,23 +189,55 @@ class FlushLoop:
         unexpected = not isinstance(error, Unavailable) and cause != self._status.checks[VIEW_COUNTS].cause
         log.error("flush failed", cause=cause, exc_info=error if unexpected else None)
         self._status.failing(VIEW_COUNTS, cause, remedy)
+        now = self._clock.monotonic()
+        self._failing_since = self._failing_since or now
+        self._lets_others_try = now - self._failing_since > FAILING_LIMIT_S
         return self._backoff.next()
+
+    async def _yield_lease(self, stop: asyncio.Event) -> None:
+        """Let another replica try, and look again after a while."""
+        delay = self._look_again.next()
+        await self._release_lease(pause=True)
+        self._status.expect_beat(VIEW_COUNTS, within=delay + STEP_LIMIT_S)
+        await wait_first(delay, stop)
+        self._lease.resume()
 
     async def _wait_for_lease(self, stop: asyncio.Event) -> bool:
         """True as soon as the lease is held and both servers can be used; False when stopped before that."""
         if self._lease.is_usable:
             return True
-        held = await self._lease.wait(stop, VIEW_COUNTS, self._standing_by)
+        looking = asyncio.create_task(self._look_on(), name="standby")
+        try:
+            held = await self._lease.wait(stop, VIEW_COUNTS, self._standing_by)
+        finally:
+            looking.cancel()
+            await asyncio.wait({looking})
+            self._seen = None
         # The former holder of the lease knew what was pending; this worker does not.
         self._backlog.restart()
         return held
 
-    def _standing_by(self, holder: str) -> None:
-        self._metrics.holds.set(0)
-        self._status.ok(VIEW_COUNTS, role="standing by", holder=holder)
+    async def _look_on(self) -> None:
+        """While this worker stands by, see whether the one with the lease flushes the same Redis."""
+        while True:
+            if self._status.is_ok(*SERVERS):
+                try:
+                    self._seen = await self._standby.look()
+                except (Unavailable, DatabaseRefused) as error:
+                    log.debug("standby could not look", cause=str(error))
+            await asyncio.sleep(STANDBY_LOOK_S)
 
-    async def _release_lease(self) -> None:
+    def _standing_by(self, holder: str) -> None:
+        if self._seen is not None:
+            self._metrics.holds.set(1)
+            self._status.hold(VIEW_COUNTS, self._seen.cause, self._seen.remedy)
+        # Between two looks at a hold the lease is free, and another replica may have it: for one look, or to keep it.
+        elif not self._lets_others_try or self._lease.is_kept_elsewhere:
+            self._metrics.holds.set(0)
+            self._status.ok(VIEW_COUNTS, role="standing by", holder=holder)
+
+    async def _release_lease(self, *, pause: bool = False) -> None:
         try:
-            await self._lease.release()
+            await self._lease.release(pause=pause)
         except (Unavailable, DatabaseRefused) as error:
             log.warning("lease not released, it will expire", cause=str(error))

@@ -20,6 +20,7 @@ RIGHTS = {
     "view_counts_hourly": ("SELECT", "INSERT", "UPDATE"),
     "view_count_flushes": ("SELECT", "INSERT", "DELETE"),
     "view_count_sources": ("SELECT", "INSERT", "UPDATE"),
+    "view_count_lineages": ("SELECT", "INSERT", "UPDATE", "DELETE"),
 }
 # Not needed to count views: without them only the pipelines are on hold.
 STREAM_RIGHTS = {

@@ -88,6 +88,23 @@ view_count_sources = Table(
     Column("lease_holder", Text),
     Column("lease_epoch", BigInteger, nullable=False, server_default="0"),
     Column("lease_until", _timestamp),
+    # When a marker last named the last flush. By the database's clock.
+    Column("agreed_at", _timestamp),
+)
+
+# Lineages before the one in `view_count_sources`, whose data set may return with its marker.
+view_count_lineages = Table(
+    "view_count_lineages",
+    metadata,
+    Column("source", Text, nullable=False),
+    Column("lineage", Uuid, nullable=False),
+    # The last flush of the lineage.
+    Column("last_flush_id", BigInteger, nullable=False),
+    Column("last_nonce", Uuid, nullable=False),
+    Column("replid", Text, key="data_set_id"),
+    # The marker that replaces that of the last flush. NULL: its data set did not return yet.
+    Column("successor", Text),
+    PrimaryKeyConstraint("source", "lineage"),
 )
 
 stream_positions = Table(

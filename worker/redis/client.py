@@ -34,6 +34,7 @@ REPLID_LENGTH = 40
 class History:
     """`replid` stays the same while a Redis runs and changes with every restart and every promotion of a replica.
 
+    None if Redis hides it, or is a replica: that reports the id of its master, and a writable one has other data.
     `started_empty` is true only if all that Redis reports means that it started without data and never was a replica.
     If part of that evidence is its AOF (`by_its_aof`), it counts only if Redis `writes_a_base`.
     """
@@ -56,14 +57,14 @@ class RedisClient:
         self._run_id: str | None = None
 
     async def probe(self) -> str | None:
-        """Check that Redis answers. Returns `master_replid`, the id of the data set's history; None if it is hidden."""
+        """Check that Redis answers. Returns the id of the data set's history, or None: see History."""
         async with self._pool.errors():
             try:
                 replication: dict[str, Any] = await self._redis.info("replication")
             except NoPermissionError:
                 await self._redis.ping()
                 return None
-        return _text(replication, "master_replid")
+        return _replid(replication)
 
     async def history(self) -> History | None:
         """Where the data set comes from, as far as Redis reports it; None if INFO is forbidden."""
@@ -74,7 +75,7 @@ class RedisClient:
             except NoPermissionError:
                 return None
         return History(
-            replid=_text(facts, "master_replid"),
+            replid=_replid(facts),
             started_empty=(
                 facts.get("role") == "master"
                 and set(_text(facts, "master_replid2") or "?") == {"0"}
@@ -196,6 +197,10 @@ class RedisClient:
         await self._redis.aclose()
         for sentinel in self._sentinels:
             await sentinel.aclose()
+
+
+def _replid(facts: dict[str, Any]) -> str | None:
+    return _text(facts, "master_replid") if facts.get("role") == "master" else None
 
 
 def _text(facts: dict[str, Any], name: str) -> str | None:

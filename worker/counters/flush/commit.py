@@ -8,13 +8,14 @@ from uuid import uuid4
 
 from worker.counters.flush.marker import Marker
 from worker.counters.flush.outcome import Busy
-from worker.counters.flush.verdict import Agreed, Hold, Verdict, judge
+from worker.counters.flush.verdict import Agreed, Hold, Verdict, compare
 from worker.db.counters.ledger import Flush
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from worker.counters.flush.agreement import Agreement
     from worker.counters.flush.reading import CounterReader, Reading
     from worker.counters.intake.announced import Announced
     from worker.counters.stores import Stores
@@ -67,6 +68,7 @@ class Committer:
     lease: Lease[int]
     announced: Announced
     reader: CounterReader
+    agreement: Agreement
     metrics: Metrics
 
     async def commit(self, ids: Sequence[str]) -> CommitOutcome:
@@ -85,8 +87,9 @@ class Committer:
             # Before Redis is read: the INCR of a view precedes its message, so the read that follows includes it.
             announced = self.announced.copy(ids, row.lease_epoch)
             reading = await self.reader.read(ids)
-            verdict = judge(reading.marker, row)
+            verdict = await compare(tx, self.stores.source_row, reading.marker, row)
             if isinstance(verdict, Agreed):
+                self.agreement.lineage = row.lineage
                 committed = await self._record(tx, row, verdict.marker, reading, announced, data_set_id)
             elif isinstance(verdict, Hold) and verdict.refused not in (None, row.refused):
                 await self.stores.source_row.refuse(tx, str(verdict.refused))
@@ -115,8 +118,9 @@ class Committer:
                 announced.pop(vod_id, None)
         source_row = self.stores.source_row
         if not counted and not announced:
-            if row.settled_id < row.last_flush_id or row.refused is not None:
-                await source_row.confirm(tx)
+            agreed = row.settled_id, row.data_set_id, row.refused, row.agreed_minutes_ago
+            if agreed != (row.last_flush_id, data_set_id, None, 0):
+                await source_row.confirm(tx, data_set_id)
             return None
         flush = Flush(row.last_flush_id + 1, uuid4(), before.nonce, counted, announced)
         changes = await self.stores.ledger.record(tx, flush)

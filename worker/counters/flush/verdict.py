@@ -9,7 +9,8 @@ from worker.counters.flush.marker import Marker
 from worker.observability.printable import excerpt
 
 if TYPE_CHECKING:
-    from worker.db.counters.source_row import SourceState
+    from worker.db.counters.source_row import PastLineage, SourceRow, SourceState
+    from worker.db.session import Transaction
 
 REMEDY = "Nothing is lost: views accumulate in Redis. `viewer-worker adopt` shows both sides and the ways out."
 
@@ -28,9 +29,21 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """Postgres has flushes that Redis has not settled yet: settle them from the ledger."""
+    """Postgres has flushes, up to `last_flush_id`, that Redis has not settled yet: settle them from the ledger."""
 
     marker: Marker
+    last_flush_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A data set that the source used before, with all its flushes settled. Its pending views are not counted yet.
+
+    `successor` is the marker to replace this one; None: there is none yet.
+    """
+
+    marker: Marker
+    successor: Marker | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +58,23 @@ class Hold:
     refused: str | None = None
 
 
-Verdict = Agreed | Missing | Behind | Hold
+Verdict = Agreed | Missing | Behind | Returned | Hold
 
 
-def judge(raw: bytes | None, row: SourceState) -> Verdict:
-    """Compare the marker, read under the row lock, with the source row."""
+async def compare(tx: Transaction, source_row: SourceRow, raw: bytes | None, row: SourceState) -> Verdict:
+    """`judge`, with what Postgres remembers of the marker's lineage. Runs in the caller's transaction."""
+    marker = None if raw is None else Marker.parse(raw)
+    past = None
+    if marker is not None and marker.lineage != row.lineage:
+        past = await source_row.past_lineage(tx, marker.lineage)
+    return judge(raw, row, past)
+
+
+def judge(raw: bytes | None, row: SourceState, past: PastLineage | None = None) -> Verdict:
+    """Compare the marker, read under the row lock, with the source row.
+
+    `past`: the marker's lineage, if it is not the row's, but was before.
+    """
     if raw is None:
         if row.refused is not None:
             return Hold(f"this database refused a marker before ({row.refused}); now there is none")
@@ -57,15 +82,18 @@ def judge(raw: bytes | None, row: SourceState) -> Verdict:
     marker = Marker.parse(raw)
     if marker is None:
         return Hold("the marker in Redis cannot be read", refused=excerpt(raw) or "(empty)")
-    if marker.lineage != row.lineage:
+    if marker.lineage != row.lineage and past is None:
         return Hold(
             "the marker in Redis belongs to another database, or this database was recreated", refused=excerpt(raw)
         )
-    ahead = marker.flush_id - row.last_flush_id
+    last = past or row
+    ahead = marker.flush_id - last.last_flush_id
     if ahead > 0:
         return Hold(f"Postgres lacks {ahead} flushes that Redis has settled (restored, failed over or cloned)")
     if ahead < 0:
-        return Behind(marker)
-    if marker.nonce != row.last_nonce:
+        return Behind(marker, last.last_flush_id)
+    if marker.nonce != last.last_nonce:
         return Hold(f"Redis settled another flush {marker.flush_id} than the one in Postgres")
-    return Agreed(marker)
+    if past is None:
+        return Agreed(marker)
+    return Returned(marker, None if past.successor is None else Marker.parse(past.successor.encode()))

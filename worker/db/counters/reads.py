@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, func, select
+from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, func, select, union_all
 
 from worker.db.read_limit import read_settings
-from worker.db.tables import view_count_deltas, view_count_sources, view_counts, view_counts_hourly
+from worker.db.tables import (
+    view_count_deltas,
+    view_count_lineages,
+    view_count_sources,
+    view_counts,
+    view_counts_hourly,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,13 +26,20 @@ if TYPE_CHECKING:
 _SETTINGS = read_settings()
 
 _ids = bindparam("ids", type_=ARRAY(Text))
-_total, _delta, _source = view_counts.c, view_count_deltas.c, view_count_sources.c
-# Flushes after the marker: what they took is in the totals, and was still in the counters when those were read.
+_total, _delta = view_counts.c, view_count_deltas.c
+_this, _lineage = bindparam("source", type_=Text), bindparam("lineage", type_=Uuid)
+_last = union_all(
+    *(
+        select(table.c.last_flush_id).where(table.c.source == _this, table.c.lineage == _lineage)
+        for table in (view_count_sources, view_count_lineages)
+    )
+).scalar_subquery()
+# Flushes of its lineage after the marker: what they took is in the totals, and was still in the counters when those
+# were read.
 _unsettled = (
     select(_delta.vod_id, func.sum(_delta.counted).label("counted"))
-    .join_from(view_count_deltas, view_count_sources, _delta.source == _source.source)
-    .where(_source.source == bindparam("source"), _source.lineage == bindparam("lineage", type_=Uuid))
-    .where(_delta.flush_id > bindparam("settled", type_=BigInteger), _delta.vod_id == any_(_ids))
+    .where(_delta.source == _this, _delta.vod_id == any_(_ids))
+    .where(_delta.flush_id > bindparam("settled", type_=BigInteger), _delta.flush_id <= _last)
     .group_by(_delta.vod_id)
     .subquery("unsettled")
 )
@@ -106,7 +119,7 @@ async def read_totals(
 ) -> dict[str, Stored]:
     """The totals of all these ids, to combine with counters that were read when the marker named flush `settled`.
 
-    If `lineage` is not the source's, `unsettled` is zero. Runs in the caller's transaction.
+    If the source never had this `lineage`, `unsettled` is zero. Runs in the caller's transaction.
     """
     await tx.execute(_SETTINGS)
     rows = await tx.execute(TOTALS, {"ids": list(ids), "source": source, "lineage": lineage, "settled": settled})

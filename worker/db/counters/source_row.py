@@ -7,12 +7,27 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import Text, Uuid, bindparam, case, exists, false, func, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    cast,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from worker.db.lease import LeaseState
-from worker.db.lease_sql import UNTIL, is_free, is_mine
-from worker.db.tables import view_count_sources
+from worker.db.lease_sql import NOW, UNTIL, is_free, is_mine
+from worker.db.tables import view_count_lineages, view_count_sources
 from worker.db.transaction_settings import APPLY_SETTINGS, SETTINGS
 
 if TYPE_CHECKING:
@@ -25,7 +40,8 @@ class SourceState:
 
     `settled_id`: the last flush that is known to be settled. `data_set_id`: the Redis data set at that time (its
     `master_replid` and the key prefix). `refused`: a marker that did not belong to this database. `announced_nonce`:
-    the nonce of the last flush that wrote sums of messages.
+    the nonce of the last flush that wrote sums of messages. `agreed_minutes_ago`: whole minutes since a marker last
+    named the last flush, by the database's clock; None if none ever did.
     """
 
     lineage: UUID | None
@@ -37,10 +53,24 @@ class SourceState:
     announced_nonce: UUID | None
     lease_holder: str | None
     lease_epoch: int
+    agreed_minutes_ago: int | None
 
 
 # A row that was just inserted.
-NEW_ROW = SourceState(None, 0, None, 0, None, None, None, None, 0)
+NEW_ROW = SourceState(None, 0, None, 0, None, None, None, None, 0, None)
+
+
+@dataclass(frozen=True, slots=True)
+class PastLineage:
+    """A lineage before the current one, with its last flush.
+
+    `successor`: the marker that replaces that of the last flush; None if the data set of this lineage did not return.
+    """
+
+    last_flush_id: int
+    last_nonce: UUID
+    successor: str | None
+
 
 _row = view_count_sources.c
 _COLUMNS = (
@@ -53,6 +83,7 @@ _COLUMNS = (
     _row.announced_nonce,
     _row.lease_holder,
     _row.lease_epoch,
+    cast(func.floor(func.extract("epoch", NOW - _row.agreed_at) / 60), BigInteger),
 )
 _this = _row.source == bindparam("name")
 
@@ -83,9 +114,14 @@ _ADVANCE = (
         announced_nonce=func.coalesce(bindparam("new_announced_nonce", type_=Uuid), _row.announced_nonce),
         refused=None,
         lease_until=UNTIL,
+        agreed_at=NOW,
     )
 )
-_CONFIRM = update(view_count_sources).where(_this).values(settled_id=_row.last_flush_id, refused=None)
+_CONFIRM = (
+    update(view_count_sources)
+    .where(_this)
+    .values(settled_id=_row.last_flush_id, data_set_id=bindparam("new_data_set_id"), refused=None, agreed_at=NOW)
+)
 _REVOKE_LEASE = (
     update(view_count_sources)
     .where(_this)
@@ -103,6 +139,20 @@ _START_LINEAGE = (
         refused=None,
     )
 )
+
+_past = view_count_lineages.c
+_of_this = _past.source == bindparam("name")
+_that = _past.lineage == bindparam("that")
+_KEEP_LINEAGE = insert(view_count_lineages).from_select(
+    ["source", "lineage", "last_flush_id", "last_nonce", "data_set_id"],
+    select(_row.source, _row.lineage, _row.last_flush_id, _row.last_nonce, _row.data_set_id).where(
+        _this, _row.lineage.is_not(None)
+    ),
+)
+_READ_LINEAGE = select(_past.last_flush_id, _past.last_nonce, _past.successor).where(_of_this, _that)
+_CONTINUE_LINEAGE = update(view_count_lineages).where(_of_this, _that).values(successor=bindparam("marker"))
+_FORGET_LINEAGES = delete(view_count_lineages).where(_of_this)
+_IS_PAST = select(exists().where(_of_this, _past.data_set_id == bindparam("data_set_id")))
 
 _mine, _free = is_mine(view_count_sources), is_free(view_count_sources)
 _TAKE_LEASE = (
@@ -177,9 +227,9 @@ class SourceRow:
         """The holder has to take the lease again, under another epoch."""
         await tx.execute(_REVOKE_LEASE, {"name": self.name})
 
-    async def confirm(self, tx: AsyncConnection) -> None:
-        """Record that the last flush is settled: the marker, read under the lock, names it."""
-        await tx.execute(_CONFIRM, {"name": self.name})
+    async def confirm(self, tx: AsyncConnection, data_set_id: str | None) -> None:
+        """Record that the last flush is settled in this data set: the marker, read under the lock, names it."""
+        await tx.execute(_CONFIRM, {"name": self.name, "new_data_set_id": data_set_id})
 
     async def refuse(self, tx: AsyncConnection, marker: str) -> None:
         """Remember a marker that does not belong to this database: from now on only `adopt` may create one."""
@@ -191,6 +241,26 @@ class SourceRow:
         """From now on this lineage names the Redis data set that belongs to this database."""
         values = {"new_lineage": lineage, "new_nonce": nonce, "settled": settled, "new_data_set_id": data_set_id}
         await tx.execute(_START_LINEAGE, {"name": self.name, **values})
+
+    async def keep_lineage(self, tx: AsyncConnection) -> None:
+        """Remember the row's lineage, if it has one, before another starts: its data set may return."""
+        await tx.execute(_KEEP_LINEAGE, {"name": self.name})
+
+    async def past_lineage(self, tx: AsyncConnection, lineage: UUID) -> PastLineage | None:
+        row = (await tx.execute(_READ_LINEAGE, {"name": self.name, "that": lineage})).one_or_none()
+        return None if row is None else PastLineage(*row)
+
+    async def continue_lineage(self, tx: AsyncConnection, lineage: UUID, successor: str) -> None:
+        """From now on a marker of the past lineage's last flush is replaced by `successor`."""
+        await tx.execute(_CONTINUE_LINEAGE, {"name": self.name, "that": lineage, "marker": successor})
+
+    async def forget_lineages(self, tx: AsyncConnection) -> None:
+        """From now on a marker of any past lineage is a hold."""
+        await tx.execute(_FORGET_LINEAGES, {"name": self.name})
+
+    async def is_past(self, tx: AsyncConnection, data_set_id: str) -> bool:
+        """Whether this is the data set of a past lineage."""
+        return bool((await tx.execute(_IS_PAST, {"name": self.name, "data_set_id": data_set_id})).scalar_one())
 
     async def take_lease(self, tx: AsyncConnection, worker_id: str, dead: str | None = None) -> LeaseState[int] | None:
         """Take the lease if it is free, expired, our own, or held by `dead`. Returns who has it now; None: no row.

@@ -89,8 +89,11 @@ class Records:
     def carrier(self, **settings: str) -> InProcessCarrier:
         return InProcessCarrier(self.world.environment | SETTINGS | settings)
 
-    def start(self, *arguments: str, script: Path | None = None, **settings: str) -> CliWorker:
-        worker = CliWorker(self.world.environment | SETTINGS | settings, *(arguments or ("run",)), script=script)
+    def start(
+        self, *arguments: str, script: Path | None = None, program: list[str] | None = None, **settings: str
+    ) -> CliWorker:
+        environment = self.world.environment | SETTINGS | settings
+        worker = CliWorker(environment, *(arguments or ("run",)), script=script, program=program)
         self.workers.append(worker)
         return worker
 

@@ -21,6 +21,7 @@ ViewerWorkerError
 ├── PositionNotSet           (pipelines) the position of a stream cannot be set there
 ├── OnHold                   Redis and Postgres contradict each other; flushing waits until they agree or `adopt` is run
 ├── NothingToAdopt           there is no hold for `adopt` to end, or it changed since it was shown
+├── NotDrained               a loop ended with work left, since its part of SHUTDOWN_TIMEOUT was over (exit code 1)
 ├── ViewNotRecorded          (producer) certainly not in Redis; safe to send again
 │   └── InvalidView          the id or the count is invalid; also a ValueError
 ├── ViewIndeterminate        (producer) sent but not confirmed; sending it again may count it twice
@@ -145,6 +146,10 @@ class OnHold(ViewerWorkerError):
 
 class NothingToAdopt(ViewerWorkerError):
     """There is no hold, or it changed since it was shown."""
+
+
+class NotDrained(ViewerWorkerError):
+    """A loop ended after the stop with work left. The text says what is lost, if anything."""
 
 
 class ViewNotRecorded(ViewerWorkerError):

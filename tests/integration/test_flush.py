@@ -495,8 +495,8 @@ async def test_backlog_beyond_the_memory_limit_is_flushed_while_sweeping(
 async def test_stop_does_not_wait_for_messages_if_only_counters_are_used(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.counters.loop.INTAKE_END_S", 3600.0)
-    worker, stop = world.worker(VIEW_COUNT_SOURCE="counters"), asyncio.Event()
+    monkeypatch.setattr("worker.redis.listener.MAX_DRAIN_S", 3600.0)
+    worker, stop = world.worker(VIEW_COUNT_SOURCE="counters", SHUTDOWN_TIMEOUT="2h"), asyncio.Event()
     for check in SERVERS:
         worker.status.ok(check)
     await worker.counters.lease.take()

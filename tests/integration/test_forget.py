@@ -11,6 +11,7 @@ import pytest
 from tests.support.world import World
 from worker.counters.flush.outcome import Flushed
 from worker.counters.forget import Forgotten
+from worker.db.counters.reads import Shown
 from worker.errors import OnHold, RedisUnavailable
 
 
@@ -62,6 +63,23 @@ async def test_after_a_crash_before_settle_the_next_flush_settles(world: World) 
     await worker.cycle()
     assert await world.totals() == Counter(a=2)
     await world.assert_consistent()
+
+
+async def test_forgotten_id_shows_0_before_the_settle(world: World) -> None:
+    worker, reader = world.worker(), world.worker()
+    await world.view("a", 5)
+    await worker.cycle()
+    await world.view("a", 2)
+    settle = worker.counters.flusher.settler.settle
+    between = []
+
+    async def look_first(*args: Any, **kwargs: Any) -> bool:
+        between.extend(await reader.counters.display.views(["a"]))
+        return await settle(*args, **kwargs)
+
+    worker.counters.flusher.settler.settle = look_first  # type: ignore[method-assign]
+    await worker.counters.forgetting.forget("a")
+    assert between == [Shown("a", views=0, pending=0, stored=0)]
 
 
 async def test_views_of_other_ids_are_not_lost_beside_a_running_worker(world: World) -> None:

@@ -21,7 +21,7 @@ from tests.support.world import InProcessWorker, World
 from worker.counters.flush.outcome import Busy, Flushed
 from worker.counters.flush.reading import Reading
 from worker.dev.servers import ValkeyServer
-from worker.errors import DatabaseUnavailable, RedisUnavailable
+from worker.errors import DatabaseUnavailable, NotDrained, RedisUnavailable
 from worker.redis.address import parse_redis_url
 from worker.redis.client import RedisClient
 from worker.redis.subscriber import Subscription
@@ -335,6 +335,51 @@ async def test_messages_published_before_a_stop_are_counted(world: World) -> Non
             pipeline.publish(world.environment["VIEW_CHANNEL"], json.dumps({"vodId": f"vod_{number % 50}", "count": 1}))
         await pipeline.execute()
     assert sums(worker) == 5000
+
+
+async def make_backlog(world: World, patch: pytest.MonkeyPatch) -> None:
+    """Publish 1500 messages of a kilobyte while the worker does not read. Then each read takes a while."""
+    published, read = asyncio.Event(), Subscription.read
+
+    async def read_slowly(self: Subscription) -> list[bytes]:
+        await published.wait()
+        await asyncio.sleep(0.05)
+        return await read(self)
+
+    patch.setattr(Subscription, "read", read_slowly)
+    await world.announce("first")  # ends the read that waits already
+    pipeline = world.redis.pipeline(transaction=False)
+    for number in range(1, 1500):
+        message = {"vodId": f"vod_{number % 50}", "count": 1, "note": "x" * 1000}
+        pipeline.publish(world.environment["VIEW_CHANNEL"], json.dumps(message))
+    await pipeline.execute()
+    published.set()
+
+
+async def test_backlog_at_a_stop_is_read_however_long_it_takes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.redis.listener.UNSUBSCRIBE_S", 0.3)
+    worker = world.worker(SHUTDOWN_TIMEOUT="1m")
+    async with worker.listening():
+        await make_backlog(world, monkeypatch)
+    assert sums(worker) == 1500
+    assert worker.metric("view_count_subscription_gaps_total") == 0
+
+
+@pytest.mark.parametrize("fault", ["backlog", "silence"])
+async def test_messages_left_at_a_stop_are_a_gap_and_the_stop_is_not_clean(
+    world: World, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("worker.redis.listener.UNSUBSCRIBE_S", 0.1)
+    async with Proxy(world.redis_url) as proxy:
+        worker = world.worker(REDIS_URL=proxy.url, SHUTDOWN_TIMEOUT="200ms" if fault == "backlog" else "1m")
+        with pytest.raises(NotDrained):
+            async with worker.listening():
+                if fault == "silence":
+                    proxy.mode = Mode.DROP_ANSWERS
+                await make_backlog(world, monkeypatch)
+        assert worker.counters.backlog.announced.ended.is_set()
+        assert sums(worker) < 1500
+        assert worker.metric("view_count_subscription_gaps_total") == 1
 
 
 async def test_missing_right_to_subscribe_is_reported_and_counters_are_still_flushed(

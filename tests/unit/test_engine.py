@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from worker.errors import NotDrained
 from worker.runtime.backoff import Backoff
 from worker.runtime.supervisor import Supervisor
 from worker.runtime.waiting import wait_first
@@ -70,6 +71,18 @@ async def test_stop_ends_all_loops_cleanly() -> None:
 @pytest.mark.parametrize("bad", [Fails(), ReturnsEarly()])
 async def test_loop_that_ends_by_itself_stops_the_worker_with_a_failure(bad: Fails | ReturnsEarly) -> None:
     assert not await asyncio.wait_for(Supervisor(5).run({"good": UntilStop(), "bad": bad}), 5)
+
+
+class LeavesWork:
+    async def run(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        raise NotDrained("work is left")
+
+
+async def test_stop_that_leaves_work_is_not_clean() -> None:
+    supervisor = Supervisor(5)
+    supervisor.stop()
+    assert not await supervisor.run({"a": LeavesWork(), "b": UntilStop()})
 
 
 async def test_loop_that_misses_the_deadline_is_cancelled() -> None:

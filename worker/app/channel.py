@@ -15,7 +15,7 @@ from worker.pipelines.delivery import Delivery
 from worker.pipelines.metrics import BufferMetrics
 from worker.pipelines.records.view_events import VIEW_EVENTS
 from worker.pipelines.sources.channel import ChannelReceiver
-from worker.redis.listener import Listener
+from worker.redis.listener import Listener, listen_timeout
 from worker.runtime.clock import SystemClock
 from worker.runtime.worker_id import new_worker_id
 
@@ -60,8 +60,10 @@ class LeasedListener:
     lease: Lease[UUID]
 
     async def run(self, stop: asyncio.Event) -> None:
-        await self.listener.run(stop)
-        await self.lease.release_or_expire()
+        try:
+            await self.listener.run(stop)
+        finally:
+            await self.lease.release_or_expire()
 
 
 def build_channel(
@@ -125,5 +127,6 @@ def build_channel(
             warnings=Throttle(LOG_PERIOD_S, clock.monotonic),
         ),
         status=status,
+        drain_timeout=listen_timeout(settings.shutdown_timeout.total_seconds()),
     )
     return ChannelPipeline(LeasedListener(listener, lease), lease, writer)

@@ -34,7 +34,7 @@ from worker.db.lease import Lease
 from worker.db.read_limit import ReadLimit
 from worker.db.target.table import TargetTable
 from worker.observability.status import MESSAGES
-from worker.redis.listener import Listener
+from worker.redis.listener import Listener, listen_timeout
 from worker.runtime.clock import SystemClock
 from worker.runtime.worker_id import new_worker_id
 
@@ -84,6 +84,7 @@ def build_counters(
     backlog = _build_backlog(settings, stores, metrics)
     batch_size = BatchSize(settings.batch_size, settings.batch_size_max)
     flusher = _build_flusher(settings, stores, lease, backlog, batch_size, status, metrics)
+    drain_timeout = listen_timeout(settings.shutdown_timeout.total_seconds())
     loop = FlushLoop(
         lease=lease,
         backlog=backlog,
@@ -91,6 +92,7 @@ def build_counters(
         standby=Standby(stores, flusher.recovery.agreement),
         batch_size=batch_size,
         interval=settings.batch_interval_ms / 1000,
+        drain_timeout=drain_timeout,
         status=status,
         metrics=metrics,
         clock=clock,
@@ -104,6 +106,7 @@ def build_counters(
             announced=backlog.announced, messages=MessageSummer(metrics, clock), flushing=loop, metrics=metrics
         ),
         status=status,
+        drain_timeout=drain_timeout,
     )
     settler, recovery, reader = flusher.settler, flusher.recovery, flusher.committer.reader
     return ViewCounters(

@@ -31,12 +31,14 @@ BUSY_LIMIT_S = 30.0
 # A worker that fails for longer than this lets another try.
 FAILING_LIMIT_S = 60.0
 STANDBY_LOOK_S = 10.0
-INTAKE_END_S = 2.0
 UNEXPECTED = "Nothing is lost: the views stay in Redis. The log has the details."
 
 
 class FlushLoop:
-    """`interval` is seconds between two cycles."""
+    """`interval` is seconds between two cycles.
+
+    After the stop it waits up to `drain_timeout` seconds for the last messages.
+    """
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class FlushLoop:
         standby: Standby,
         batch_size: BatchSize,
         interval: float,
+        drain_timeout: float,
         status: Status,
         metrics: Metrics,
         clock: Clock,
@@ -57,6 +60,7 @@ class FlushLoop:
         self._standby = standby
         self._batch_size = batch_size
         self._interval = interval
+        self._drain_timeout = drain_timeout
         self._status = status
         self._metrics = metrics
         self._clock = clock
@@ -93,7 +97,7 @@ class FlushLoop:
         if not self._status.is_ok(*SERVERS):
             log.warning("stopping without a last flush: pending views stay in Redis")
         elif self._lease.token is not None:
-            await wait_first(INTAKE_END_S, announced.ended)
+            await wait_first(self._drain_timeout, announced.ended)
             self._backlog.sweep.request()
             await self._guarded_cycle(draining=True)
             await self._release_lease()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from worker.errors import RedisUnavailable
+from worker.errors import NotDrained, RedisUnavailable
 from worker.observability.logs import get_logger
 from worker.redis.subscriber import SILENCE_S
 from worker.runtime.backoff import Backoff
@@ -21,11 +21,19 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+# A Redis that sends nothing for so long, and has not confirmed UNSUBSCRIBE either, does not answer.
 UNSUBSCRIBE_S = 1.0
+# Within the lease, which is not renewed after the stop.
+MAX_DRAIN_S = 4.0
 BEAT_S = 4 * SILENCE_S + 60.0
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
+
+
+def listen_timeout(shutdown_timeout: float) -> float:
+    """Seconds for which a listener reads after the stop: half of the time, since what it reads must be written, too."""
+    return min(shutdown_timeout / 2, MAX_DRAIN_S)
 
 
 class HeldLease(Protocol[T]):
@@ -58,7 +66,10 @@ class Receiver(Protocol[T_contra]):
 
 
 class Listener(Generic[T]):
-    """`name` is that of its loop and of its check."""
+    """`name` is that of its loop and of its check.
+
+    After the stop it reads what was published before, for up to `drain_timeout` seconds.
+    """
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class Listener(Generic[T]):
         lease: HeldLease[T],
         receiver: Receiver[T],
         status: Status,
+        drain_timeout: float,
     ) -> None:
         self._name = name
         self._redis = redis
@@ -76,10 +88,13 @@ class Listener(Generic[T]):
         self._lease = lease
         self._receiver = receiver
         self._status = status
+        self._drain_timeout = drain_timeout
+        self._reads = 0
         self._backoff = Backoff(first=0.1, cap=5.0)
         self._heard_before = False
 
     async def run(self, stop: asyncio.Event) -> None:
+        """Listen until `stop`. Raises NotDrained if messages that were published before it may be left."""
         try:
             while await self._lease.wait(stop, self._name, self._standing_by):
                 if (token := self._lease.token) is None:
@@ -105,11 +120,15 @@ class Listener(Generic[T]):
             try:
                 while not subscription.ended:
                     messages = await subscription.read()
+                    self._reads += 1
                     self._status.expect_beat(self._name, within=BEAT_S)
                     self._receiver.receive(messages)
-            except RedisUnavailable:
-                # When UNSUBSCRIBE was not answered, `_unsubscribe_when_over` closed the connection.
-                if not self._is_over(token, stop):
+            except RedisUnavailable as error:
+                if stop.is_set():
+                    self._receiver.missed()
+                    raise NotDrained("messages that were published before the stop may be lost") from error
+                # When another worker has the lease, `_unsubscribe_when_over` closed the connection.
+                if self._lease.token == token:
                     raise
             finally:
                 leave.cancel()
@@ -122,13 +141,19 @@ class Listener(Generic[T]):
         self._backoff.reset()
         self._status.ok(self._name, role="listening")
 
-    def _is_over(self, token: T, stop: asyncio.Event) -> bool:
-        return stop.is_set() or self._lease.token != token
-
     async def _unsubscribe_when_over(self, token: T, subscription: Subscription, stop: asyncio.Event) -> None:
-        while not self._is_over(token, stop):
+        while not stop.is_set() and self._lease.token == token:
             await wait_first(3600.0, stop, self._lease.changed)
-        with contextlib.suppress(RedisUnavailable):
-            await subscription.unsubscribe()
-            await asyncio.sleep(UNSUBSCRIBE_S)
+        if stop.is_set():
+            with contextlib.suppress(RedisUnavailable, TimeoutError):
+                async with asyncio.timeout(self._drain_timeout):
+                    await subscription.unsubscribe()
+                    await self._silence()
         await subscription.close()
+
+    async def _silence(self) -> None:
+        """Wait until nothing was read for a while."""
+        reads = -1
+        while reads != self._reads:
+            reads = self._reads
+            await asyncio.sleep(UNSUBSCRIBE_S)

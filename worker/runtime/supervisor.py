@@ -8,6 +8,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Protocol
 
+from worker.errors import NotDrained
 from worker.observability.logs import get_logger
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ class Supervisor:
         if not task.done() or task.cancelled():
             return False
         error = task.exception()
-        if error is not None:
+        if isinstance(error, NotDrained):
+            log.error("loop not drained", loop=name, cause=str(error))
+        elif error is not None:
             log.error("loop died", loop=name, exc_info=error)
         return error is None
 

@@ -68,6 +68,19 @@ def _decode(quoted: str) -> bytes:
     return unquote_to_bytes(quoted.encode(errors=UNCHANGED))
 
 
+def read_list(request: web.Request, name: str) -> list[bytes]:
+    """The items of a parameter, decoded: commas separate them, but a comma that is percent-encoded is part of one.
+
+    The parameter may be repeated. Empty items are left out.
+    """
+    found = []
+    for field in request.rel_url.raw_query_string.split("&"):
+        quoted_name, _, quoted = field.partition("=")
+        if _decode(quoted_name) == name.encode():
+            found += [_decode(item.replace("+", " ")) for item in quoted.split(",") if item]
+    return found
+
+
 def read_query(request: web.Request) -> list[tuple[str, str]]:
     """The parameters, in their order."""
     return parse_qsl(request.rel_url.raw_query_string, keep_blank_values=True, errors=UNCHANGED)

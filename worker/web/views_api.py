@@ -10,7 +10,7 @@ from aiohttp import web
 from worker.contract.durations import parse_duration
 from worker.contract.ids import decode_id
 from worker.contract.times import format_time
-from worker.web.endpoint import UNCHANGED, BadRequest, answering, read_path, read_query
+from worker.web.endpoint import BadRequest, answering, read_list, read_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +46,7 @@ class ViewsApi:
         return _views(shown)
 
     async def _several(self, request: web.Request) -> dict[str, Any]:
-        texts = [text for name, value in read_query(request) if name == "ids" for text in value.split(",") if text]
-        ids = [decode_id(text.encode(errors=UNCHANGED)) for text in texts]
+        ids = [decode_id(raw) for raw in read_list(request, "ids")]
         if not 1 <= len(ids) <= MAX_IDS:
             raise BadRequest(f"ids: expected 1 to {MAX_IDS} ids, separated by commas")
         return {"views": [_views(shown) for shown in await self._numbers.views(list(dict.fromkeys(ids)))]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, func, select, union_all
+from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, column, func, select, union_all
 
 from worker.db.read_limit import read_settings
 from worker.db.tables import (
@@ -43,16 +43,18 @@ _unsettled = (
     .group_by(_delta.vod_id)
     .subquery("unsettled")
 )
-TOTALS = (
-    select(
-        _total.vod_id,
-        _total.views,
-        _total.counted,
-        _total.announced,
-        cast(func.coalesce(_unsettled.c.counted, 0), BigInteger),
+_asked = func.unnest(_ids).table_valued(column("vod_id", Text), name="asked").render_derived()
+TOTALS = select(
+    _asked.c.vod_id,
+    # An id that was forgotten a moment ago has no total, but a part of its counter may be unsettled.
+    func.coalesce(_total.views, 0),
+    func.coalesce(_total.counted, 0),
+    func.coalesce(_total.announced, 0),
+    cast(func.coalesce(_unsettled.c.counted, 0), BigInteger),
+).select_from(
+    _asked.outerjoin(view_counts, _total.vod_id == _asked.c.vod_id).outerjoin(
+        _unsettled, _unsettled.c.vod_id == _asked.c.vod_id
     )
-    .select_from(view_counts.outerjoin(_unsettled, _unsettled.c.vod_id == _total.vod_id))
-    .where(_total.vod_id == any_(_ids))
 )
 
 _hour = view_counts_hourly.c
@@ -123,7 +125,7 @@ async def read_totals(
     """
     await tx.execute(_SETTINGS)
     rows = await tx.execute(TOTALS, {"ids": list(ids), "source": source, "lineage": lineage, "settled": settled})
-    return {vod_id: Stored(vod_id) for vod_id in ids} | {row.vod_id: Stored(*row) for row in rows}
+    return {row.vod_id: Stored(*row) for row in rows}
 
 
 async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, list[Ranked]]:

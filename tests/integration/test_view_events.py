@@ -159,6 +159,18 @@ async def test_only_the_holder_of_the_lease_stores_and_a_takeover_is_a_gap(event
     assert third.metrics.registry.get_sample_value("view_count_subscription_gaps_total") == 0
 
 
+async def renew_no_more(lease: Any) -> None:
+    """Until `_look` is deleted from `lease`."""
+    looked = asyncio.Event()
+
+    async def look_away() -> None:
+        lease._sure_until = float("-inf")
+        looked.set()
+
+    lease._look = look_away
+    await looked.wait()  # a renewal that was under way has ended
+
+
 async def test_a_worker_that_lost_the_lease_unawares_stores_nothing_that_its_successor_stores(events: Events) -> None:
     """As one that was frozen, or cut off from Postgres, and reads what came meanwhile from its connection."""
     world = events.world
@@ -166,13 +178,7 @@ async def test_a_worker_that_lost_the_lease_unawares_stores_nothing_that_its_suc
     async with frozen.running():
         await is_listening(frozen)
         lease = frozen.pipelines.channel.lease  # type: ignore[union-attr]
-        look = lease._look
-
-        async def look_away() -> None:
-            lease._sure_until = float("-inf")
-
-        lease._look = look_away  # type: ignore[method-assign]
-        await look_away()
+        await renew_no_more(lease)
         await events.publish(20)
         await asyncio.sleep(0.1)
         assert await events.rows() == []
@@ -181,7 +187,7 @@ async def test_a_worker_that_lost_the_lease_unawares_stores_nothing_that_its_suc
             await is_listening(other)
             await events.publish(30)
             await events.wait_for_rows(30)
-            lease._look = look  # type: ignore[method-assign]
+            del lease._look
             async with asyncio.timeout(20):
                 while frozen.status.checks["view_events"].facts.get("role") != "standing by":
                     await asyncio.sleep(0.01)
@@ -197,19 +203,13 @@ async def test_what_is_heard_while_the_lease_cannot_be_renewed_is_stored_when_it
     async with carrier.running():
         await is_listening(carrier)
         lease = carrier.pipelines.channel.lease  # type: ignore[union-attr]
-        look = lease._look
-
-        async def look_away() -> None:
-            lease._sure_until = float("-inf")
-
-        lease._look = look_away  # type: ignore[method-assign]
-        await look_away()
+        await renew_no_more(lease)
         await events.publish(20)
         async with asyncio.timeout(20):
             while carrier.metric("persistence_queue_depth", **PIPELINE) != 20:
                 await asyncio.sleep(0.01)
         heard = datetime.now(UTC)
-        lease._look = look  # type: ignore[method-assign]
+        del lease._look
         rows = await events.wait_for_rows(20)
     assert all(row["time"] <= heard for row in rows)
     assert await events.ids() == Counter({f"v{number}": 1 for number in range(20)})

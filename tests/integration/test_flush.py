@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.fakes import FakeClock
 from tests.support.world import InProcessWorker, World
+from worker.contract.keys import NOT_A_COUNT
 from worker.counters.flush.commit import Committed
 from worker.counters.flush.flusher import Flusher
 from worker.counters.flush.marker import Marker
@@ -337,6 +338,27 @@ async def test_keys_that_cannot_be_counted_do_not_block_others(world: World) -> 
     assert worker.metric("view_count_quarantined_keys") == len(bad_values) + 1 + 4
     assert await world.redis.get(world.prefix + "bad_0") == b"abc"
     await world.assert_consistent()
+
+
+async def test_huge_value_is_never_fetched(world: World) -> None:
+    """It could take all memory of the worker, or longer than a command may."""
+    await world.redis.set(world.prefix + "huge", b"7" * 2**20)
+    await world.view("good", 2)
+
+    async def sent() -> int:
+        return int((await world.redis.info("stats"))["total_net_output_bytes"])
+
+    worker, before = world.worker(), await sent()
+    async with worker.listening():
+        await worker.sweep_and_flush()
+        await world.announce("huge")
+        await world.announce("good")
+        await worker.wait_until(lambda: len(worker.counters.backlog.announced) == 2)
+        await worker.counters.loop.cycle()
+    shown = await worker.counters.display.views(["good", "huge"])
+    assert [number.views for number in shown] == [2, 0]
+    assert await sent() - before < 2**20
+    assert worker.counters.backlog.quarantine.listed() == {f"{world.prefix}huge": NOT_A_COUNT}
 
 
 async def test_prefix_with_glob_characters_finds_only_its_own_keys(redis_url: str, database_url: str) -> None:

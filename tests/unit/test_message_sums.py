@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from sys import getsizeof
 from uuid import uuid4
 
 import pytest
@@ -12,7 +13,7 @@ from structlog.testing import capture_logs
 
 from tests.support.fakes import FakeClock
 from worker.contract.message_reading import InvalidMessage
-from worker.counters.intake.announced import Announced
+from worker.counters.intake.announced import OVERHEAD_BYTES, Announced
 from worker.counters.intake.messages import MessageSummer, parse_message
 from worker.observability.metrics import Metrics
 
@@ -151,12 +152,17 @@ def test_written_sums_are_subtracted_and_others_are_kept() -> None:
 
 
 def test_memory_is_bounded_and_dropped_views_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.counters.intake.announced.ID_LIMIT", 2)
+    monkeypatch.setattr("worker.counters.intake.announced.MAX_BYTES", 2 * OVERHEAD_BYTES + 4 * getsizeof("a"))
     metrics = Metrics()
     sums = announced(metrics)
-    sums.add({"a": 1, "b": 1, "c": 5})
+    sums.add({"long" * 60: 1, "a": 1, "b": 1, "c": 5})
     sums.add({"a": 1, "d": 2})
-    assert sums.copy(["a", "b", "c", "d"], 1) == {"a": 2, "b": 1}
-    assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 7
+    assert sums.copy(sums.ids(), 1) == {"a": 2, "b": 1}
+    assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 8
+    written = uuid4()
+    sums.mark_sent(written, {"b": 1})
+    sums.resolve_sent(written)
+    sums.add({"d": 2})
+    assert sums.copy(sums.ids(), 1) == {"a": 2, "d": 2}
     sums.begin(2)
-    assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 10
+    assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 12

@@ -131,6 +131,7 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Back
         announced=Announced(metrics),
         quarantine=Quarantine(clock),
         keys=stores.keys,
+        redis=stores.redis,
         database=stores.database,
     )
     if not settings.listens:

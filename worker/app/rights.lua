@@ -10,7 +10,7 @@ if not redis.acl_check_cmd then return false end
 
 local denied = {}
 local commands = {
-  {'PING'}, {'INFO'}, {'SCAN', '0'}, {'TYPE', KEYS[1]}, {'EXISTS', KEYS[1]}, {'GET', KEYS[1]}, {'MGET', KEYS[1], KEYS[3]},
+  {'PING'}, {'INFO'}, {'SCAN', '0'}, {'TYPE', KEYS[1]}, {'STRLEN', KEYS[3]}, {'EXISTS', KEYS[1]}, {'GET', KEYS[1]}, {'MGET', KEYS[1], KEYS[3]},
   {'SET', KEYS[1], ''}, {'SET', KEYS[2], ''}, {'DEL', KEYS[2]}, {'DECRBY', KEYS[3], '1'}, {'DEL', KEYS[3]},
   {'EVALSHA', '', '1', KEYS[1]}, {'PUBLISH', ARGV[1], ''},
 }

@@ -11,6 +11,7 @@ DEFAULT_PREFIX = "vod:views:"
 # Every key of the worker that is not a counter begins with this.
 OWN_KEYS = "viewer-worker:"
 MAX_COUNTER = 2**63 - 1
+NOT_A_COUNT = "the value is not a whole number from 0 to 2^63-1"
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
 _GLOB = re.compile(rb"([*?\[\]\\^-])")
 

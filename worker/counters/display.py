@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
+from worker.counters.long_values import split_by_length
 from worker.db.counters.count_source import VIEWS
 from worker.db.counters.reads import Shown, Stored, Top, TopEntry, read_top, read_totals
 
@@ -50,7 +51,10 @@ class Display:
         keys = self._stores.keys
         # Redis first: a flush in between is then seen on both sides, and the ledger says what it took. In the other
         # order it could be seen on neither.
-        raw, *values = await self._stores.redis.read([keys.marker, *map(keys.counter, ids)])
+        counters = list(map(keys.counter, ids))
+        readable, _ = await split_by_length(self._stores.redis, counters)
+        raw, *found = await self._stores.redis.read([keys.marker, *readable])
+        values = dict(zip(readable, found, strict=True))
         marker = None if raw is None else Marker.parse(raw)
         lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
         database = self._stores.database
@@ -58,7 +62,7 @@ class Display:
             storable = list(filter(database.can_store, ids))
             totals = await read_totals(tx, storable, self._stores.source_row.name, lineage, settled)
         stored = [totals.get(vod_id, Stored(vod_id)) for vod_id in ids]
-        return [self._shown(total, value) for total, value in zip(stored, values, strict=True)]
+        return [self._shown(total, values.get(key)) for total, key in zip(stored, counters, strict=True)]
 
     def _shown(self, stored: Stored, value: bytes | None) -> Shown:
         value_now = (parse_count(value) if value is not None else 0) or 0

@@ -119,7 +119,7 @@ class FlushLoop:
         When `draining`, flush the known ids before the sweep: there may not be time for all.
         """
         total = Flushed()
-        self._backlog.add_announced()
+        await self._backlog.add_announced()
         if draining and self._backlog.pending:
             outcome = await self._flush_pending()
             if not isinstance(outcome, Flushed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.contract.keys import parse_count
+from worker.contract.keys import NOT_A_COUNT, parse_count
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -14,19 +14,17 @@ if TYPE_CHECKING:
     from worker.counters.intake.quarantine import Quarantine
     from worker.redis.client import RedisClient
 
-LONG_VALUE = 100
-
 
 @dataclass(slots=True)
 class Reading:
-    """`counted`: id → views to flush, above zero. `unusable`: id → bytes of a value that is not a count.
+    """`counted`: id → views to flush, above zero. `unusable`: ids with a value that is not a count.
 
     `absent`: ids without a string value. They were settled or reset since they were found, or have another type.
     """
 
     marker: bytes | None
     counted: dict[str, int] = field(default_factory=dict)
-    unusable: dict[str, int] = field(default_factory=dict)
+    unusable: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
 
@@ -47,18 +45,15 @@ class CounterReader:
             if value is None:
                 reading.absent.append(vod_id)
             elif count is None:
-                reading.unusable[vod_id] = len(value)
+                reading.unusable.append(vod_id)
             elif count > 0:
                 reading.counted[vod_id] = count
         return reading
 
     async def report(self, reading: Reading, announced: Collection[str]) -> None:
         """Quarantine what cannot be counted. Announced ids need not have a counter. Raises RedisUnavailable."""
-        for vod_id, size in reading.unusable.items():
-            # A value far too long for a number is not fetched again each time.
-            self._quarantine.report(
-                self._keys.counter(vod_id), "the value is not a whole number from 0 to 2^63-1", rest=size > LONG_VALUE
-            )
+        for vod_id in reading.unusable:
+            self._quarantine.report(self._keys.counter(vod_id), NOT_A_COUNT)
         absent = [self._keys.counter(vod_id) for vod_id in reading.absent if vod_id not in announced]
         for key, kind in zip(absent, await self._redis.types_of(absent) if absent else (), strict=True):
             if kind not in ("none", "string"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from sys import getsizeof
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,8 +12,10 @@ if TYPE_CHECKING:
 
     from worker.observability.metrics import Metrics
 
-# About 30 MB. Views of further ids are dropped, and measured.
-ID_LIMIT = 200_000
+# Views of further ids are dropped, and measured.
+MAX_BYTES = 64 * 2**20
+# What an id takes besides its text, which is in memory twice: as an id with a sum, and as a pending id.
+OVERHEAD_BYTES = 300
 
 
 class Announced:
@@ -28,6 +31,7 @@ class Announced:
         self._metrics = metrics
         self._epoch: int | None = None
         self._sums: dict[str, int] = {}
+        self._bytes = 0
         self._sent: tuple[UUID, Mapping[str, int]] | None = None
         self.ended = asyncio.Event()
 
@@ -50,14 +54,16 @@ class Announced:
             self.resolve_sent(None)
         self._metrics.announced_dropped.inc(sum(self._sums.values()))
         self._sums = {}
+        self._bytes = 0
 
     def add(self, views: Mapping[str, int]) -> None:
         sums = self._sums
         for vod_id, count in views.items():
             if vod_id in sums:
                 sums[vod_id] += count
-            elif len(sums) < ID_LIMIT:
+            elif self._bytes + (size := _size(vod_id)) <= MAX_BYTES:
                 sums[vod_id] = count
+                self._bytes += size
             else:
                 self._metrics.announced_dropped.inc(count)
 
@@ -84,3 +90,8 @@ class Announced:
                 self._sums[vod_id] = left
             else:
                 del self._sums[vod_id]
+                self._bytes -= _size(vod_id)
+
+
+def _size(vod_id: str) -> int:
+    return 2 * getsizeof(vod_id) + OVERHEAD_BYTES

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from worker.contract.ids import InvalidId
+from worker.contract.keys import NOT_A_COUNT
+from worker.counters.long_values import split_by_length
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -15,9 +18,11 @@ if TYPE_CHECKING:
     from worker.counters.intake.pending import Pending, Sweep
     from worker.counters.intake.quarantine import Quarantine
     from worker.db.session import Database
+    from worker.redis.client import RedisClient
 
 # A sweep that finds more lets them be flushed before it goes on.
 PENDING_LIMIT = 50_000
+PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +34,19 @@ class Backlog:
     announced: Announced
     quarantine: Quarantine
     keys: Keys
+    redis: RedisClient
     database: Database
 
-    def add_announced(self) -> None:
-        """Add the ids that messages announced."""
-        self._add(map(self.keys.counter, self.announced.ids()))
+    async def add_announced(self) -> None:
+        """Add the ids that messages announced. Raises RedisUnavailable."""
+        await self._add(map(self.keys.counter, self.announced.ids()))
 
     async def sweep_pages(self) -> AsyncIterator[None]:
         """Sweep if it is due; adds what it finds, and yields after each page. Raises RedisUnavailable."""
         if not self.sweep.is_due:
             return
         async for page in self.sweep.pages():
-            self._add(page)
+            await self._add(page)
             yield
         self.quarantine.next_sweep()
 
@@ -53,11 +59,17 @@ class Backlog:
         self.pending.clear()
         self.sweep.request()
 
-    def _add(self, keys: Iterable[bytes]) -> None:
+    async def _add(self, keys: Iterable[bytes]) -> None:
+        rested = (key for key in keys if not self.quarantine.skip(key))
+        while page := list(itertools.islice(rested, PAGE)):
+            countable, long = await split_by_length(self.redis, page)
+            for key in long:
+                self.quarantine.report(key, NOT_A_COUNT)
+            self._add_countable(countable)
+
+    def _add_countable(self, keys: Iterable[bytes]) -> None:
         ids = []
         for key in keys:
-            if self.quarantine.skip(key):
-                continue
             try:
                 ids.append(self._storable(self.keys.vod_id(key)))
             except InvalidId as error:

@@ -24,7 +24,6 @@ GRANT SELECT                 ON viewer_worker_schema TO viewer_worker;
 GRANT SELECT, INSERT, UPDATE ON view_counts          TO viewer_worker;
 GRANT SELECT, INSERT, UPDATE ON view_counts_hourly   TO viewer_worker;
 -- The ledger is written once, and deleted when it is older than VIEW_LEDGER_RETENTION.
-GRANT SELECT, INSERT, DELETE ON view_count_deltas    TO viewer_worker;
 GRANT SELECT, INSERT, DELETE ON view_count_flushes   TO viewer_worker;
 -- One row for each source: the lease, and the lock that flushes take.
 GRANT SELECT, INSERT, UPDATE ON view_count_sources   TO viewer_worker;

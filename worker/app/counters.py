@@ -18,6 +18,7 @@ from worker.counters.flush.settle import Settler
 from worker.counters.flush.totals import TotalsChannel
 from worker.counters.flush.trial import Trial
 from worker.counters.forget import Forgetting
+from worker.counters.history import RollUp
 from worker.counters.intake.announced import Announced
 from worker.counters.intake.backlog import Backlog
 from worker.counters.intake.messages import MessageSummer
@@ -89,6 +90,7 @@ def build_counters(
         lease=lease,
         backlog=backlog,
         flusher=flusher,
+        roll_up=RollUp(database, settings.view_source_name, metrics, clock),
         standby=Standby(stores, flusher.recovery.agreement),
         batch_size=batch_size,
         interval=settings.batch_interval_ms / 1000,

@@ -40,10 +40,10 @@ class Display:
         """The `limit` most-viewed ids of the window, counted in whole hours."""
         async with self._limit.turn():
             async with self._stores.database.transaction() as tx:
-                since, ranked = await read_top(tx, window, limit)
+                since, as_of, ranked = await read_top(tx, window, limit)
             totals = await self._look_up([entry.vod_id for entry in ranked])
         entries = [TopEntry(entry.vod_id, entry.views, now.views) for entry, now in zip(ranked, totals, strict=True)]
-        return Top(since, entries)
+        return Top(since, as_of, entries)
 
     async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
         if not ids:

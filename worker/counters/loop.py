@@ -17,6 +17,7 @@ from worker.runtime.waiting import wait_first
 if TYPE_CHECKING:
     from worker.counters.flush.batch_size import BatchSize
     from worker.counters.flush.flusher import Flusher
+    from worker.counters.history import RollUp
     from worker.counters.intake.backlog import Backlog
     from worker.counters.standby import Standby
     from worker.db.lease import Lease
@@ -46,6 +47,7 @@ class FlushLoop:
         lease: Lease[int],
         backlog: Backlog,
         flusher: Flusher,
+        roll_up: RollUp,
         standby: Standby,
         batch_size: BatchSize,
         interval: float,
@@ -57,6 +59,7 @@ class FlushLoop:
         self._lease = lease
         self._backlog = backlog
         self._flusher = flusher
+        self._roll_up = roll_up
         self._standby = standby
         self._batch_size = batch_size
         self._interval = interval
@@ -114,7 +117,7 @@ class FlushLoop:
         self._wake.set()
 
     async def cycle(self, *, draining: bool = False) -> FlushOutcome:
-        """Sweep if it is due, then flush until nothing is pending. Raises Unavailable.
+        """Sweep if it is due, flush until nothing is pending, then bring the history up to date. Raises Unavailable.
 
         When `draining`, flush the known ids before the sweep: there may not be time for all.
         """
@@ -133,7 +136,15 @@ class FlushLoop:
                     return outcome
                 total += outcome
         outcome = await self._flush_pending()
-        return total + outcome if isinstance(outcome, Flushed) else outcome
+        if not isinstance(outcome, Flushed):
+            return outcome
+        await self._roll_up.catch_up(self._is_calm)
+        return total + outcome
+
+    def _is_calm(self) -> bool:
+        """Views to flush come before the history."""
+        self._status.expect_beat(VIEW_COUNTS, within=STEP_LIMIT_S)
+        return not self._wake.is_set()
 
     async def _flush_pending(self) -> FlushOutcome:
         """Flush until nothing is pending, then flush nothing: that compares Redis with Postgres, and confirms that the
@@ -143,6 +154,8 @@ class FlushLoop:
             self._status.expect_beat(VIEW_COUNTS, within=STEP_LIMIT_S)
             ids = pending.oldest(self._batch_size.keys)
             began = self._clock.monotonic()
+            if ids:
+                self._roll_up.may_be_behind()
             outcome = await self._flusher.flush(ids)
             if not isinstance(outcome, Flushed):
                 return outcome
@@ -219,6 +232,7 @@ class FlushLoop:
             self._seen = None
         # The former holder of the lease knew what was pending; this worker does not.
         self._backlog.restart()
+        self._roll_up.may_be_behind()
         return held
 
     async def _look_on(self) -> None:

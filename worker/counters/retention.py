@@ -20,13 +20,13 @@ log = get_logger(__name__)
 
 LOOP = "retention"
 PERIOD_S = 600.0
-# One transaction: with the usual hundred keys a flush, ten thousand rows.
-FLUSHES_AT_ONCE = 100
+# Of one transaction.
+FLUSHES_AT_ONCE = 1000
 BEAT_S = 120.0
 
 
 class Retention:
-    """Every ten minutes, the holder of the lease deletes flushes that are settled and older than `age`.
+    """Every ten minutes, the holder of the lease deletes flushes older than `age` that are settled and in the history.
 
     A Redis restored from a snapshot older than that can no longer be brought up to date: it is a hold then.
     """
@@ -59,7 +59,8 @@ class Retention:
                 row = await self._stores.source_row.read(tx)
                 at_once = 0
                 if row is not None:
-                    at_once = await self._stores.ledger.prune(tx, row.settled_id, self._age, FLUSHES_AT_ONCE)
+                    done = min(row.settled_id - 1, row.rolled_up_id)
+                    at_once = await self._stores.ledger.prune(tx, done, self._age, FLUSHES_AT_ONCE)
             pruned += at_once
             if at_once < FLUSHES_AT_ONCE:
                 break

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 RIGHTS = {
     "view_counts": ("SELECT", "INSERT", "UPDATE"),
-    "view_count_deltas": ("SELECT", "INSERT", "DELETE"),
     "view_counts_hourly": ("SELECT", "INSERT", "UPDATE"),
     "view_count_flushes": ("SELECT", "INSERT", "DELETE"),
     "view_count_sources": ("SELECT", "INSERT", "UPDATE"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
+    CheckConstraint,
     Column,
     DateTime,
     Identity,
@@ -35,20 +37,6 @@ view_counts = Table(
     Column("imported", BigInteger),
 )
 
-# The ledger: what each flush took. It is the write-ahead log of what is still to be subtracted in Redis.
-view_count_deltas = Table(
-    "view_count_deltas",
-    metadata,
-    Column("flushed_at", _timestamp, nullable=False, server_default=func.now()),
-    Column("source", Text, nullable=False),
-    Column("flush_id", BigInteger, nullable=False),
-    Column("vod_id", Text, nullable=False),
-    Column("counted", BigInteger, nullable=False),
-    Column("announced", BigInteger, nullable=False),
-    Column("views", BigInteger, nullable=False),
-    Index("view_count_deltas_flush_idx", "source", "flush_id"),
-)
-
 view_counts_hourly = Table(
     "view_counts_hourly",
     metadata,
@@ -58,6 +46,7 @@ view_counts_hourly = Table(
     PrimaryKeyConstraint("vod_id", "bucket"),
 )
 
+# The ledger: what each flush took. It is the write-ahead log of what is still to be subtracted in Redis.
 view_count_flushes = Table(
     "view_count_flushes",
     metadata,
@@ -70,7 +59,18 @@ view_count_flushes = Table(
     # The sum over many ids can exceed a bigint.
     Column("views", Numeric, nullable=False),
     Column("worker_id", Text, nullable=False),
+    # One element for each id, in the same order. The view `view_count_deltas` shows them as rows.
+    Column("vod_ids", ARRAY(Text), nullable=False),
+    Column("counted", ARRAY(BigInteger), nullable=False),
+    Column("announced", ARRAY(BigInteger), nullable=False),
+    # What was added to `view_counts.views`.
+    Column("changes", ARRAY(BigInteger), nullable=False),
     PrimaryKeyConstraint("source", "flush_id"),
+    CheckConstraint(
+        "cardinality(vod_ids) = keys AND cardinality(counted) = keys AND cardinality(announced) = keys "
+        "AND cardinality(changes) = keys",
+        name="view_count_flushes_complete",
+    ),
 )
 
 view_count_sources = Table(
@@ -90,6 +90,8 @@ view_count_sources = Table(
     Column("lease_until", _timestamp),
     # When a marker last named the last flush. By the database's clock.
     Column("agreed_at", _timestamp),
+    # The last flush whose views are in `view_counts_hourly`.
+    Column("rolled_up_id", BigInteger, nullable=False, server_default="0"),
 )
 
 # Lineages before the one in `view_count_sources`, whose data set may return with its marker.

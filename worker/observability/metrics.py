@@ -106,6 +106,13 @@ class Metrics(_Family):
         self.marker_losses = self._counter(
             "view_count_marker_losses_total", "Markers that were lost in Redis and created again, by evidence."
         )
+        self.history_behind_seconds = self._gauge(
+            "view_count_history_behind_seconds",
+            "Age of the oldest flush that is not in the hourly history; 0 while all are.",
+        )
+        self.history_failures = self._counter(
+            "view_count_history_failures_total", "Updates of the hourly history that ended in an error."
+        )
         self.pending_keys = self._gauge("view_count_pending_keys", "Counter keys found and not flushed yet.")
         self.oldest_pending_seconds = self._gauge(
             "view_count_oldest_pending_seconds", "Seconds since the oldest pending key was found."

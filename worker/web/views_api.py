@@ -61,7 +61,7 @@ class ViewsApi:
             raise BadRequest(f"limit: expected a number from 1 to {MAX_LIMIT}")
         top = await self._numbers.top(window, int(limit))
         entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
-        return {"since": format_time(top.since), "top": entries}
+        return {"since": format_time(top.since), "asOf": format_time(top.as_of), "top": entries}
 
 
 def _views(shown: Shown) -> dict[str, Any]:

@@ -5,11 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, column, func, select, union_all
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Integer,
+    Interval,
+    Text,
+    Uuid,
+    any_,
+    bindparam,
+    cast,
+    column,
+    func,
+    select,
+    union_all,
+)
 
 from worker.db.read_limit import read_settings
 from worker.db.tables import (
-    view_count_deltas,
+    view_count_flushes,
     view_count_lineages,
     view_count_sources,
     view_counts,
@@ -26,7 +40,7 @@ if TYPE_CHECKING:
 _SETTINGS = read_settings()
 
 _ids = bindparam("ids", type_=ARRAY(Text))
-_total, _delta = view_counts.c, view_count_deltas.c
+_total, _flush = view_counts.c, view_count_flushes.c
 _this, _lineage = bindparam("source", type_=Text), bindparam("lineage", type_=Uuid)
 _last = union_all(
     *(
@@ -36,11 +50,17 @@ _last = union_all(
 ).scalar_subquery()
 # Flushes of its lineage after the marker: what they took is in the totals, and was still in the counters when those
 # were read.
+_taken = (
+    func.unnest(_flush.vod_ids, _flush.counted)
+    .table_valued(column("vod_id", Text), column("counted", BigInteger), name="taken")
+    .render_derived()
+)
 _unsettled = (
-    select(_delta.vod_id, func.sum(_delta.counted).label("counted"))
-    .where(_delta.source == _this, _delta.vod_id == any_(_ids))
-    .where(_delta.flush_id > bindparam("settled", type_=BigInteger), _delta.flush_id <= _last)
-    .group_by(_delta.vod_id)
+    select(_taken.c.vod_id, func.sum(_taken.c.counted).label("counted"))
+    .select_from(view_count_flushes.join(_taken, _taken.c.vod_id == any_(_ids)))
+    .where(_flush.source == _this)
+    .where(_flush.flush_id > bindparam("settled", type_=BigInteger), _flush.flush_id <= _last)
+    .group_by(_taken.c.vod_id)
     .subquery("unsettled")
 )
 _asked = func.unnest(_ids).table_valued(column("vod_id", Text), name="asked").render_derived()
@@ -66,6 +86,15 @@ TOP = (
     .group_by(_hour.vod_id)
     .order_by(_views.desc(), _hour.vod_id)
     .limit(bindparam("at_most", type_=Integer))
+)
+
+
+# All flushes before this time are in the history.
+_as_of = (
+    select(func.coalesce(func.min(_flush.flushed_at), func.now()))
+    .select_from(view_count_sources.join(view_count_flushes, _flush.source == view_count_sources.c.source))
+    .where(_flush.flush_id == view_count_sources.c.rolled_up_id + 1)
+    .scalar_subquery()
 )
 
 
@@ -103,7 +132,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class TopEntry:
-    """`views` is the number since the start of the window, as of the last flush; `total` is the number to show now."""
+    """`views` is the number since the start of the window, as far as `as_of`; `total` is the number to show now."""
 
     vod_id: str
     views: int
@@ -112,7 +141,10 @@ class TopEntry:
 
 @dataclass(frozen=True, slots=True)
 class Top:
+    """All flushes before `as_of` are counted."""
+
     since: datetime
+    as_of: datetime
     entries: list[TopEntry]
 
 
@@ -128,9 +160,12 @@ async def read_totals(
     return {row.vod_id: Stored(*row) for row in rows}
 
 
-async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, list[Ranked]]:
-    """The start of the window and the most-viewed ids since. The history is hourly: the first hour counts in full."""
+async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, datetime, list[Ranked]]:
+    """The start of the window, the end of the history, and the most-viewed ids between them.
+
+    The history is hourly: the first hour counts in full.
+    """
     await tx.execute(_SETTINGS)
-    since = (await tx.execute(select(_since), {"window": window})).scalar_one()
+    since, as_of = (await tx.execute(select(_since, _as_of), {"window": window})).one()
     rows = await tx.execute(TOP, {"window": window, "at_most": limit})
-    return since, [Ranked(row.vod_id, int(row.views)) for row in rows]
+    return since, as_of, [Ranked(row.vod_id, int(row.views)) for row in rows]

@@ -41,7 +41,8 @@ class SourceState:
     `settled_id`: the last flush that is known to be settled. `data_set_id`: the Redis data set at that time (its
     `master_replid` and the key prefix). `refused`: a marker that did not belong to this database. `announced_nonce`:
     the nonce of the last flush that wrote sums of messages. `agreed_minutes_ago`: whole minutes since a marker last
-    named the last flush, by the database's clock; None if none ever did.
+    named the last flush, by the database's clock; None if none ever did. `rolled_up_id`: the last flush that is in the
+    history.
     """
 
     lineage: UUID | None
@@ -54,6 +55,7 @@ class SourceState:
     lease_holder: str | None
     lease_epoch: int
     agreed_minutes_ago: int | None
+    rolled_up_id: int = 0
 
 
 # A row that was just inserted.
@@ -84,6 +86,7 @@ _COLUMNS = (
     _row.lease_holder,
     _row.lease_epoch,
     cast(func.floor(func.extract("epoch", NOW - _row.agreed_at) / 60), BigInteger),
+    _row.rolled_up_id,
 )
 _this = _row.source == bindparam("name")
 

@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ARRAY, BigInteger, Integer, Interval, Text, Uuid, any_, bindparam, cast, column, func, select, union_all
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Integer,
+    Interval,
+    Text,
+    Uuid,
+    any_,
+    bindparam,
+    cast,
+    column,
+    func,
+    select,
+    union_all,
+)
 
 from worker.db.read_limit import read_settings
 from worker.db.tables import (

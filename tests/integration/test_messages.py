@@ -372,11 +372,15 @@ async def test_messages_left_at_a_stop_are_a_gap_and_the_stop_is_not_clean(
     monkeypatch.setattr("worker.redis.listener.UNSUBSCRIBE_S", 0.1)
     async with Proxy(world.redis_url) as proxy:
         worker = world.worker(REDIS_URL=proxy.url, SHUTDOWN_TIMEOUT="200ms" if fault == "backlog" else "1m")
-        with pytest.raises(NotDrained):
+
+        async def listen_until_the_stop() -> None:
             async with worker.listening():
                 if fault == "silence":
                     proxy.mode = Mode.DROP_ANSWERS
                 await make_backlog(world, monkeypatch)
+
+        with pytest.raises(NotDrained):
+            await listen_until_the_stop()
         assert worker.counters.backlog.announced.ended.is_set()
         assert sums(worker) < 1500
         assert worker.metric("view_count_subscription_gaps_total") == 1

@@ -143,12 +143,6 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "number of deltas not compared with the header",
-        "worker/db/counters/ledger.py",
-        "        if len(rows) != keys:\n            return None\n",
-        "",
-    ),
-    Mutant(
         "a restart from an AOF counts as an empty start",
         "worker/redis/client.py",
         'and (facts.get("aof_enabled") == 0 or facts.get("aof_base_size") == 0)',

@@ -24,6 +24,7 @@ from tests.support.records import Records, make_document
 from tests.support.tls import Certificates, TlsFront
 from tests.support.world import CliWorker, InProcessWorker, World
 from worker import SyncViewProducer, ViewProducer
+from worker.db.counters.history import History
 from worker.db.counters.ledger import Ledger
 from worker.db.rights import RIGHTS, STREAM_RIGHTS, TICKET_RIGHTS, rights_on_records
 from worker.db.schema import VERSION_TABLE
@@ -43,7 +44,7 @@ async def world(guarded: GuardedServers) -> AsyncIterator[World]:
 
 
 async def use_every_right(worker: InProcessWorker, world: World) -> None:
-    """Do everything that the worker does with its tables: lease, creation of the marker, flush, replay, retention.
+    """Do everything that the worker does with its tables: lease, creation of the marker, flush, history, replay, retention.
 
     And change to another Redis and back.
     """
@@ -68,7 +69,8 @@ async def use_every_right(worker: InProcessWorker, world: World) -> None:
     await world.redis.set(world.keys.marker, marker.encode())
     await worker.counters.loop.cycle()
     async with worker.database.transaction() as tx:
-        await Ledger("default", "me").prune(tx, settled_id=3, age=timedelta(0), at_most=100)
+        await History("default").roll_up(tx, at_most=100)  # if the loop could not
+        await Ledger("default", "me").prune(tx, done_id=2, age=timedelta(0), at_most=100)
     await worker.counters.lease.release()
 
 
@@ -231,10 +233,10 @@ async def test_missing_right_is_named_and_waited_for(world: World, start: Start)
 
 
 async def test_check_names_the_missing_rights(world: World, start: Start) -> None:
-    await world.sql.execute("REVOKE DELETE ON view_count_deltas FROM viewer_worker")
+    await world.sql.execute("REVOKE DELETE ON view_count_flushes FROM viewer_worker")
     await world.redis.execute_command("ACL SETUSER viewer-worker -decrby -del")
     findings = await check(world, start)
-    assert findings["schema"] == ("failure", "this role lacks DELETE on view_count_deltas")
+    assert findings["schema"] == ("failure", "this role lacks DELETE on view_count_flushes")
     assert findings["redis rights"] == ("failure", "the user may not run DECRBY, DEL on the worker's keys and channels")
 
     await world.sql.execute(f"REVOKE ALL ON {VERSION_TABLE} FROM viewer_worker")

@@ -36,7 +36,7 @@ async def on_hold(request: pytest.FixtureRequest, world: World) -> World:
             await world.redis.rpush(world.keys.marker, "x")
         case "pruned ledger":
             await world.redis.set(world.keys.marker, first_marker.encode())
-            await world.sql.execute("DELETE FROM view_count_deltas; DELETE FROM view_count_flushes")
+            await world.sql.execute("DELETE FROM view_count_flushes")
     await world.redis.incrby(world.prefix + "a", 3)
     await world.redis.incrby(world.prefix + "b", 1)
     assert isinstance(await worker.cycle(), Hold)
@@ -111,9 +111,7 @@ async def test_without_a_hold_there_is_nothing_to_adopt(world: World) -> None:
 async def test_recreated_database_is_a_hold_before_its_first_run(world: World) -> None:
     await world.view("a", 5)
     await world.worker().cycle()
-    await world.sql.execute(
-        "TRUNCATE view_counts, view_count_deltas, view_counts_hourly, view_count_flushes, view_count_sources"
-    )
+    await world.sql.execute("TRUNCATE view_counts, view_counts_hourly, view_count_flushes, view_count_sources")
     await world.view("a", 2)
     adoption = world.worker().counters.adoption
     situation = await adoption.look()

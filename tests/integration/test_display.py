@@ -183,15 +183,17 @@ async def test_queries_use_their_indexes(world: World) -> None:
     )
     await world.sql.execute(
         """
-        INSERT INTO view_count_deltas (source, flush_id, vod_id, counted, announced, views)
-        SELECT 'default', f, 'vod_' || n, 1, 0, 1 FROM generate_series(1, 1000) f, generate_series(1, 100) n
+        INSERT INTO view_count_flushes
+        SELECT 'default', f, now(), gen_random_uuid(), gen_random_uuid(), 100, 100, 'a worker',
+               array_agg('vod_' || n), array_agg(1), array_agg(0), array_agg(1)
+        FROM generate_series(1, 1000) f, generate_series(1, 100) n GROUP BY f
         """
     )
-    await world.sql.execute("ANALYZE view_counts, view_counts_hourly, view_count_deltas")
+    await world.sql.execute("ANALYZE view_counts, view_counts_hourly, view_count_flushes")
     ids = [f"vod_{number}" for number in range(100)]
     plan = await explain(world, TOTALS, ids=ids, source="default", lineage=uuid4(), settled=900)
     assert "view_counts_pkey" in plan
-    assert "view_count_deltas_flush_idx" in plan
+    assert "view_count_flushes_pkey" in plan
     assert "Seq Scan" not in plan
     plan = await explain(world, TOP, window=timedelta(hours=24), at_most=10)
     assert "view_counts_hourly_bucket_brin" in plan

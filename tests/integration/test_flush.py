@@ -173,8 +173,7 @@ async def test_flush_number_that_a_database_used_twice_is_detected(world: World)
     await world.redis.set(world.prefix + "b", 3)
     lost = await worker.counters.flusher.committer.commit(["a"])
     assert isinstance(lost, Committed)
-    await world.sql.execute("DELETE FROM view_counts; DELETE FROM view_count_deltas; DELETE FROM view_counts_hourly")
-    await world.sql.execute("DELETE FROM view_count_flushes")
+    await world.sql.execute("DELETE FROM view_counts; DELETE FROM view_count_flushes; DELETE FROM view_counts_hourly")
     await world.sql.execute("UPDATE view_count_sources SET last_flush_id = 0, last_nonce = $1", first_marker.nonce)
     again = await worker.counters.flusher.committer.commit(["b"])
     assert isinstance(again, Committed)
@@ -302,7 +301,7 @@ async def test_marker_that_does_not_match_is_a_hold(world: World, damage: str, c
             await world.redis.set(world.keys.marker, Marker(marker.lineage, 1, marker.lineage).encode())
         case "pruned ledger":
             await world.redis.set(world.keys.marker, first_marker.encode())
-            await world.sql.execute("DELETE FROM view_count_deltas")
+            await world.sql.execute("DELETE FROM view_count_flushes")
         case "wrong predecessor":
             await world.redis.set(world.keys.marker, Marker(marker.lineage, 0, marker.lineage).encode())
     await world.view("vod_1", 2)

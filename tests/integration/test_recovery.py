@@ -277,9 +277,8 @@ async def test_database_restored_to_an_older_state_is_a_hold_that_names_what_is_
         await world.view("a")
         await worker.cycle()
     await world.sql.execute("DELETE FROM view_count_flushes WHERE flush_id > 1")
-    await world.sql.execute("DELETE FROM view_count_deltas WHERE flush_id > 1")
     await world.sql.execute(
-        "UPDATE view_count_sources SET last_flush_id = $1, last_nonce = $2, settled_id = $3",
+        "UPDATE view_count_sources SET last_flush_id = $1, last_nonce = $2, settled_id = $3, rolled_up_id = $1",
         older["last_flush_id"],
         older["last_nonce"],
         older["settled_id"],
@@ -295,7 +294,6 @@ async def test_retention_keeps_what_a_marker_may_need(world: World) -> None:
         await world.view("a")
         await worker.cycle()
     await world.sql.execute("UPDATE view_count_flushes SET flushed_at = flushed_at - interval '2 days'")
-    await world.sql.execute("UPDATE view_count_deltas SET flushed_at = flushed_at - interval '2 days'")
     await world.sql.execute("UPDATE view_count_sources SET settled_id = 4")
     assert await worker.counters.retention.prune() == 3  # flush 5 may not be settled, and 4 is its predecessor
     left = await world.sql.fetch("SELECT flush_id FROM view_count_flushes ORDER BY 1")

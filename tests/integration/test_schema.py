@@ -103,7 +103,6 @@ async def test_time_columns_have_brin_indexes_without_timescaledb(database: Data
     await sql.close()
     assert [row["indexname"] for row in found] == [
         "chunk_requests_time_brin",
-        "view_count_deltas_flushed_at_brin",
         "view_counts_hourly_bucket_brin",
         "view_events_time_brin",
     ]

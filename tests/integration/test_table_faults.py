@@ -26,9 +26,9 @@ DEFERRED = REFUSE_ALL.replace("TRIGGER t BEFORE", "CONSTRAINT TRIGGER t AFTER").
     ("fault", "repair"),
     [
         ("ALTER TABLE view_counts ADD tenant text NOT NULL", "ALTER TABLE view_counts DROP tenant"),
-        ("ALTER TABLE view_count_deltas ADD tenant text NOT NULL", "ALTER TABLE view_count_deltas DROP tenant"),
+        ("ALTER TABLE view_count_flushes ADD tenant text NOT NULL", "ALTER TABLE view_count_flushes DROP tenant"),
         ("ALTER TABLE view_counts ADD CONSTRAINT c CHECK (views < 0)", "ALTER TABLE view_counts DROP CONSTRAINT c"),
-        (REFUSE_ALL.format("view_counts_hourly"), "DROP TRIGGER t ON view_counts_hourly"),
+        (REFUSE_ALL.format("view_count_flushes"), "DROP TRIGGER t ON view_count_flushes"),
         (DEFERRED.format("view_counts"), "DROP TRIGGER t ON view_counts"),
     ],
     ids=["a column that must not be NULL", "the same in the ledger", "constraint", "trigger", "deferred trigger"],

@@ -41,7 +41,6 @@ TARGET = {"VIEW_TARGET_TABLE": "Vod", "VIEW_TARGET_KEY": "id", "VIEW_TARGET_COLU
 WITH_A_ROW = ["a", "b"]
 OWN_TABLES = (
     "view_counts",
-    "view_count_deltas",
     "view_counts_hourly",
     "view_count_flushes",
     "view_count_sources",
@@ -499,7 +498,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     async def _flushed_from(self, data_set: DataSet, up_to: int = 2**62) -> Counter[str]:
         """What flushes took from the counters of this Redis."""
         rows = await self.world.sql.fetch(
-            "SELECT vod_id, sum(counted)::bigint AS n FROM view_count_deltas JOIN view_count_flushes "
+            "SELECT vod_id, sum(d.counted)::bigint AS n FROM view_count_deltas d JOIN view_count_flushes "
             "USING (source, flush_id) WHERE flush_id <= $1 AND worker_id = ANY($2) GROUP BY 1",
             up_to,
             list(data_set.workers),

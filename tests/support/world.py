@@ -217,10 +217,16 @@ class World:
         """Check that totals, ledger, history and headers agree. They do so at any moment."""
         wrong = await self.sql.fetch(
             """
-            SELECT vod_id, t.views, l.views AS ledger, h.views AS hourly
+            WITH history AS (
+                SELECT vod_id, views FROM view_counts_hourly
+                UNION ALL
+                SELECT vod_id, views FROM view_count_deltas NATURAL JOIN view_count_sources
+                WHERE flush_id > rolled_up_id
+            )
+            SELECT vod_id, t.views, l.views AS ledger, h.views AS history
             FROM (SELECT vod_id, views - coalesce(imported, 0) AS views FROM view_counts) t
             FULL JOIN (SELECT vod_id, sum(views)::bigint AS views FROM view_count_deltas GROUP BY 1) l USING (vod_id)
-            FULL JOIN (SELECT vod_id, sum(views)::bigint AS views FROM view_counts_hourly GROUP BY 1) h USING (vod_id)
+            FULL JOIN (SELECT vod_id, sum(views)::bigint AS views FROM history GROUP BY 1) h USING (vod_id)
             WHERE coalesce(t.views, 0) <> coalesce(l.views, 0) OR coalesce(t.views, 0) <> coalesce(h.views, 0)
             """
         )

@@ -85,7 +85,6 @@ class FlushLoop:
         self._status.expect_beat(VIEW_COUNTS, within=STEP_LIMIT_S)
         while not stop.is_set():
             if await self._wait_for_lease(stop):
-                self._wake.clear()
                 delay = await self._guarded_cycle()
                 if self._lets_others_try:
                     await self._yield_lease(stop)
@@ -122,6 +121,7 @@ class FlushLoop:
         When `draining`, flush the known ids before the sweep: there may not be time for all.
         """
         total = Flushed()
+        self._wake.clear()
         await self._backlog.add_announced()
         if draining and self._backlog.pending:
             outcome = await self._flush_pending()

@@ -86,7 +86,7 @@ def _rolling_up() -> Update:
     ).cte("added")
     return (
         update(view_count_sources)
-        .where(_source.source == name, _source.rolled_up_id == rolled_up, upto.c.flush_id.is_not(None))
+        .where(_source.source == name, _source.rolled_up_id == rolled_up, upto.c.flush_id > _source.rolled_up_id)
         .values(rolled_up_id=upto.c.flush_id)
         .returning(_source.rolled_up_id)
         .add_cte(added)

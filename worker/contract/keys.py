@@ -46,6 +46,11 @@ class Keys:
         history = f"{replid}/{self.database}" if self.database else replid
         return f"{history} {self.prefix.decode(errors='backslashreplace')}"
 
+    @property
+    def missing_counter(self) -> bytes:
+        """The name of a counter that nobody has: no id contains NUL."""
+        return self.prefix + b"\x00"
+
     def counter(self, vod_id: str) -> bytes:
         return self.prefix + vod_id.encode()
 

@@ -9,6 +9,7 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from redis.sentinel import Sentinel
@@ -29,10 +30,29 @@ def connect(
     """
     options = _options(address, timeout, connect_timeout, AsyncRetry(NoBackoff(), 0))
     if address.master is None:
-        return aioredis.Redis(**_place(address), **options), []
+        return _pack_fast(aioredis.Redis(**_place(address), **options)), []
     asked = {"socket_timeout": connect_timeout, "retry": AsyncRetry(NoBackoff(), 0)}
     sentinel = AsyncSentinel(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
-    return sentinel.master_for(address.master), sentinel.sentinels
+    return _pack_fast(sentinel.master_for(address.master)), sentinel.sentinels
+
+
+class _PacksInC:
+    """Part of a connection: the library uses the C code of hiredis to pack commands in its blocking connections only.
+
+    Its Python code takes several times as long for a command with thousands of arguments.
+    """
+
+    _serializer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        packed: list[bytes] = self._serializer.pack(*args)
+        return packed
+
+
+def _pack_fast(client: aioredis.Redis) -> aioredis.Redis:
+    pool: Any = client.connection_pool
+    pool.connection_class = type("Connection", (_PacksInC, pool.connection_class), {})
+    return client
 
 
 def connect_blocking(

@@ -39,7 +39,9 @@ class Settler:
         counters = [self._keys.counter(vod_id) for vod_id in deltas]
         amounts = [b"%d" % taken for taken in deltas.values()]
         reply = await self._redis.run(
-            SETTLE, [self._keys.marker, *counters], [before.encode(), settled.encode(), *amounts]
+            SETTLE,
+            [self._keys.marker, self._keys.missing_counter, *counters],
+            [before.encode(), settled.encode(), *amounts],
         )
         if reply[0] == b"moved":
             log.warning("settle found another marker", flush_id=settled.flush_id)

@@ -60,9 +60,9 @@ class Backlog:
         self.sweep.request()
 
     async def _add(self, keys: Iterable[bytes]) -> None:
-        rested = (key for key in keys if not self.quarantine.skip(key))
-        while page := list(itertools.islice(rested, PAGE)):
-            countable, long = await split_by_length(self.redis, page)
+        rest = iter(keys)
+        while page := list(itertools.islice(rest, PAGE)):
+            countable, long = await split_by_length(self.redis, self.quarantine.without_resting(page))
             for key in long:
                 self.quarantine.report(key, NOT_A_COUNT)
             self._add_countable(countable)

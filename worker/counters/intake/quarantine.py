@@ -11,6 +11,8 @@ from worker.observability.printable import excerpt
 from worker.observability.throttle import Throttle
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
@@ -40,7 +42,7 @@ class Quarantine:
     def report(self, key: bytes, reason: str, *, rest: bool = False) -> None:
         """Remember that `key` was left as it is; logged once an hour, for the first hundred keys.
 
-        With `rest`, the key is costly to look at: `skip` it for ten minutes.
+        With `rest`, the key is costly to look at: it rests for ten minutes.
         """
         key = key[:REMEMBERED_BYTES]
         if rest:
@@ -52,8 +54,13 @@ class Quarantine:
         if self._throttle.allows(key):
             log.warning("counter quarantined", key=excerpt(key), reason=reason)
 
-    def skip(self, key: bytes) -> bool:
-        """True when `key` rests; it is then reported again."""
+    def without_resting(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """The keys that do not rest. Those that do are reported again."""
+        if not self._resting:  # this is cheaper than a look-up for each
+            return keys
+        return [key for key in keys if not self._skip(key)]
+
+    def _skip(self, key: bytes) -> bool:
         reason = self._resting.get(key[:REMEMBERED_BYTES])
         if reason is None:
             return False

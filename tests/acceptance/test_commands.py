@@ -20,6 +20,7 @@ import pytest
 from tests.support.forked import run_forked
 from tests.support.guarded import on_guarded_servers, on_open_and_guarded_servers
 from tests.support.world import CliWorker, World, clean_environment
+from worker.contract.keys import Keys
 from worker.dev.servers import ValkeyServer, free_port
 
 Start = Callable[..., CliWorker]
@@ -280,6 +281,30 @@ async def test_check_reports_problems_and_their_fixes(valkey: ValkeyServer, data
         assert findings["redis persistence"]["level"] == "warning"
         assert findings["marker"]["found"] == "the marker in Redis cannot be read"
         assert "viewer-worker adopt" in findings["marker"]["remedy"]
+
+
+async def test_check_warns_of_what_exactness_does_not_cover(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world, World(valkey.url, database_url) as unrelated:
+        nested = Keys(world.prefix.encode() + b"eu:")
+        for keys in (nested, unrelated.keys):
+            await world.redis.set(keys.marker, "of another source")
+        await world.redis.config_set("replica-read-only", "no")
+        await world.redis.config_set("aof-use-rdb-preamble", "no")
+        done = await run_cli("check", "--json", **world.environment)
+        assert done.returncode == 0, done.stdout
+        warnings = {found["name"]: found for found in json.loads(done.stdout) if found["level"] == "warning"}
+        assert set(warnings) == {"redis replicas", "redis AOF base", "redis prefixes"}
+        assert "BGREWRITEAOF" in warnings["redis AOF base"]["remedy"]
+        overlap = f"{world.prefix} and the prefix of another source overlap: {world.prefix}eu:"
+        assert warnings["redis prefixes"]["found"] == overlap
+        inner = await run_cli("check", **world.environment | {"VIEW_KEY_PREFIX": nested.prefix.decode() + "de:"})
+        assert f"overlap: {world.prefix}eu:\n" in inner.stdout
+
+        await world.redis.delete(nested.marker)
+        await world.redis.execute_command("ACL SETUSER default -config")
+        done = await run_cli("check", "--json", **world.environment)
+        assert [found["name"] for found in json.loads(done.stdout) if found["level"] != "ok"] == []
+        assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
 
 
 def test_check_continues_when_a_server_is_unreachable() -> None:

@@ -17,6 +17,11 @@ def test_marker_key_is_derived_from_the_prefix() -> None:
     assert not KEYS.marker.startswith(KEYS.prefix)
 
 
+def test_prefixes_are_nested_where_one_begins_with_the_other() -> None:
+    for other, nested in ((b"vod:", True), (b"vod:views:eu:", True), (b"vod:views:", False), (b"vod:likes:", False)):
+        assert KEYS.nested_prefix(Keys(other).marker) == (other if nested else None)
+
+
 @given(st.text(min_size=1).filter(lambda text: "\x00" not in text and len(text.encode()) <= 256))
 def test_every_valid_id_survives_the_conversion_to_a_key_and_back(vod_id: str) -> None:
     assert KEYS.vod_id(KEYS.counter(vod_id)) == vod_id

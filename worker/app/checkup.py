@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from worker.contract.keys import MARKER_PATTERN, OWN_KEYS
 from worker.db.counters.ledger import Flush, Ledger
 from worker.db.counters.source_row import SourceRow
 from worker.db.positions import StreamPosition
 from worker.db.rights import STREAM_RIGHTS, TICKET_RIGHTS, missing_rights, missing_tables, rights_on_records
 from worker.db.schema import GRANT, read_schema, read_versions
 from worker.errors import DatabaseRefused, SchemaNotCurrent, TargetUnusable, Unavailable
+from worker.observability.printable import excerpt
+from worker.redis.client import AOF_PREAMBLE
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from worker.contract.keys import Keys
     from worker.counters.adopt import Adoption
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 RIGHTS = LuaScript.load(Path(__file__).with_name("rights.lua"))
 OLDEST_REDIS = (6, 2)
 OLDEST_POSTGRES = 150_000
+READ_ONLY = "replica-read-only"
 # Name of the check that writes.
 WRITING = "postgres writing"
 
@@ -157,8 +162,11 @@ async def check_streams(adjustments: Iterable[Adjustment]) -> list[Finding]:
 async def check_redis(redis: RedisClient, keys: Keys, used: RedisNames) -> list[Finding]:
     """Check Redis. Raises RedisUnavailable."""
     facts = await redis.info()
-    rights = await _rights(redis, keys, used)
-    return [_redis_version(facts), _role(facts), *rights, _eviction(facts), _persistence(facts)]
+    rights, settings = await _rights(redis, keys, used), {}
+    if rights.may_read_settings:
+        settings = {name: await redis.setting(name) for name in (READ_ONLY, AOF_PREAMBLE)}
+    found = [_redis_version(facts), _role(facts), *rights.findings, _eviction(facts), _persistence(facts)]
+    return [*found, *_replicas(facts, settings), *_aof_base(facts, settings), *await _prefixes(redis, keys)]
 
 
 def shared_channel(channel: str) -> Finding:
@@ -168,18 +176,31 @@ def shared_channel(channel: str) -> Finding:
     return Finding("view channel", Level.WARNING, found, remedy)
 
 
-async def _rights(redis: RedisClient, keys: Keys, used: RedisNames) -> list[Finding]:
+@dataclass(frozen=True, slots=True)
+class _Rights:
+    """`may_read_settings`: asking nevertheless would add an entry to Redis's ACL LOG."""
+
+    findings: list[Finding]
+    may_read_settings: bool
+
+
+async def _rights(redis: RedisClient, keys: Keys, used: RedisNames) -> _Rights:
     asked = (keys.marker, keys.probe, keys.counter("check"), *(stream.encode() for stream in used.streams))
     names_only = (used.totals_channel, used.message_channel, *used.appended)
-    denied: list[bytes] | None = await redis.run(RIGHTS, asked, [name.encode() for name in names_only])
-    if denied is None:
-        return []
+    reply = await redis.run(RIGHTS, asked, [name.encode() for name in names_only])
+    if reply is None:
+        return _Rights([], may_read_settings=True)
+    denied, may_read_settings = reply
+    return _Rights([_denied(denied)], may_read_settings=bool(may_read_settings))
+
+
+def _denied(denied: list[bytes]) -> Finding:
     if not denied:
-        return [Finding("redis rights", Level.OK, "the user may run all commands that the worker needs")]
+        return Finding("redis rights", Level.OK, "the user may run all commands that the worker needs")
     names = ", ".join(sorted({name.decode() for name in denied}))
     cause = f"the user may not run {names} on the worker's keys and channels"
     remedy = "Grant the rights of the user in deploy/redis/users.acl."
-    return [Finding("redis rights", Level.FAILURE, cause, remedy)]
+    return Finding("redis rights", Level.FAILURE, cause, remedy)
 
 
 def _redis_version(facts: dict[str, Any]) -> Finding:
@@ -214,6 +235,41 @@ def _persistence(facts: dict[str, Any]) -> Finding:
         ", snapshots are taken" if facts.get("rdb_last_save_time") and facts.get("rdb_saves") else ""
     )
     return Finding("redis persistence", Level.WARNING, saved, remedy)
+
+
+def _replicas(facts: dict[str, Any], settings: Mapping[str, str | None]) -> list[Finding]:
+    """A master does not report what its replicas allow. But its own setting is that of the replica it may become."""
+    if facts.get("slave_read_only") != 0 and settings.get(READ_ONLY) != "no":
+        return []
+    remedy = "Views that are recorded on a replica are lost. Set it to yes on each server that may become a replica."
+    return [Finding("redis replicas", Level.WARNING, f"{READ_ONLY} is no", remedy)]
+
+
+def _aof_base(facts: dict[str, Any], settings: Mapping[str, str | None]) -> list[Finding]:
+    if not facts.get("aof_enabled") or settings.get(AOF_PREAMBLE) != "no":
+        return []
+    remedy = (
+        "If Redis loses its data, it cannot prove that it started empty, and flushing is on hold. Set it to yes, then "
+        "run BGREWRITEAOF: with yes and the old AOF, a copy of Redis may be counted twice."
+    )
+    return [Finding("redis AOF base", Level.WARNING, f"{AOF_PREAMBLE} is no", remedy)]
+
+
+async def _prefixes(redis: RedisClient, keys: Keys) -> list[Finding]:
+    """Sources on this Redis and database whose keys overlap with ours, as far as they have a marker."""
+    nested: set[bytes] = set()
+    async with aclosing(redis.scan(MARKER_PATTERN)) as pages:
+        async for page in pages:
+            nested |= {other for marker in page if (other := keys.nested_prefix(marker)) is not None}
+    if not nested:
+        return []
+    names = ", ".join(excerpt(other) for other in sorted(nested))
+    found = f"{excerpt(keys.prefix)} and the prefix of another source overlap: {names}"
+    remedy = (
+        "Either source counts the views of the longer prefix, and at times both do. Use prefixes of which none begins "
+        f"with another. If a prefix is no longer used, delete its marker ({OWN_KEYS}settled:…)."
+    )
+    return [Finding("redis prefixes", Level.WARNING, found, remedy)]
 
 
 async def check_agreement(adoption: Adoption) -> list[Finding]:

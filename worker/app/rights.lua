@@ -4,7 +4,8 @@
 -- KEYS[1] marker   KEYS[2] probe   KEYS[3] a counter   KEYS[4…] streams, if used
 -- ARGV[1] channel of totals   ARGV[2] channel of messages, or ''   ARGV[3…] streams to which it appends
 --
--- Returns the names of the denied commands; false if the server cannot check them (before Redis 7).
+-- Returns the names of the denied commands, and 1 if the user may read settings, which the worker does not need; false
+-- if the server cannot check them (before Redis 7).
 
 if not redis.acl_check_cmd then return false end
 
@@ -27,4 +28,6 @@ for i = 3, #ARGV do table.insert(commands, {'XADD', ARGV[i], '*', '', ''}) end
 for _, command in ipairs(commands) do
   if not redis.acl_check_cmd(unpack(command)) then table.insert(denied, command[1]) end
 end
-return denied
+-- Raises where the server has no CONFIG.
+local exists, allowed = pcall(redis.acl_check_cmd, 'CONFIG', 'GET', '')
+return {denied, exists and allowed and 1 or 0}

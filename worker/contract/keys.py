@@ -12,6 +12,9 @@ DEFAULT_PREFIX = "vod:views:"
 OWN_KEYS = "viewer-worker:"
 MAX_COUNTER = 2**63 - 1
 NOT_A_COUNT = "the value is not a whole number from 0 to 2^63-1"
+_MARKERS = f"{OWN_KEYS}settled:".encode()
+# The SCAN pattern that matches the markers of all prefixes.
+MARKER_PATTERN = _MARKERS + b"*"
 _CANONICAL = re.compile(rb"0|[1-9][0-9]{0,18}")
 _GLOB = re.compile(rb"([*?\[\]\\^-])")
 
@@ -28,7 +31,7 @@ class Keys:
 
     @property
     def marker(self) -> bytes:
-        return f"{OWN_KEYS}settled:".encode() + self.prefix
+        return _MARKERS + self.prefix
 
     @property
     def probe(self) -> bytes:
@@ -38,6 +41,15 @@ class Keys:
     def pattern(self) -> bytes:
         """The SCAN pattern that matches every counter; special characters in the prefix are escaped."""
         return _GLOB.sub(rb"\\\1", self.prefix) + b"*"
+
+    def nested_prefix(self, marker: bytes) -> bytes | None:
+        """The prefix of `marker`, if it begins with this prefix and goes on, or this one with it; else None.
+
+        The counters of the longer prefix are then counters of both.
+        """
+        other = marker.removeprefix(_MARKERS)
+        nested = other != self.prefix and (other.startswith(self.prefix) or self.prefix.startswith(other))
+        return other if nested else None
 
     def data_set_id(self, replid: str | None) -> str | None:
         """The id of a data set: its replication history, its database number and the prefix. None if Redis hides it."""

@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 3.0
 # Keys that one SCAN reads: about a millisecond of Redis's time.
 SCAN_COUNT = 1000
 REPLID_LENGTH = 40
+AOF_PREAMBLE = "aof-use-rdb-preamble"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,19 @@ class RedisClient:
             by_its_aof=facts.get("aof_enabled") != 0,
         )
 
-    async def writes_a_base(self) -> bool:
-        """Whether its AOF begins with a snapshot, which is the default. False if Redis does not report it."""
+    async def setting(self, name: str) -> str | None:
+        """A setting of the server, such as `yes`. None if Redis does not report it."""
         async with self._pool.errors():
             try:
-                found: dict[Any, Any] = await self._redis.config_get("aof-use-rdb-preamble")
+                found: dict[Any, Any] = await self._redis.config_get(name)
             except ResponseError:
-                return False
-        return not {"yes", b"yes"}.isdisjoint(found.values())
+                return None
+        value = next(iter(found.values()), None)
+        return value.decode() if isinstance(value, bytes) else value
+
+    async def writes_a_base(self) -> bool:
+        """Whether its AOF begins with a snapshot, which is the default. False if Redis does not report it."""
+        return await self.setting(AOF_PREAMBLE) == "yes"
 
     async def info(self) -> dict[str, Any]:
         """All of INFO, parsed."""

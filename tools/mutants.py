@@ -38,6 +38,8 @@ TESTS = (
     "tests/integration/test_encoding.py",
     "tests/integration/test_total_import.py",
     "tests/integration/test_display.py",
+    "tests/integration/test_history.py",
+    "tests/integration/test_forget.py",
     "tests/property",
 )
 
@@ -109,8 +111,8 @@ MUTANTS = (
     Mutant(
         "settle subtracts more than the counter has",
         "worker/counters/flush/settle.lua",
-        "      if value ~= '0' then table.insert(take, {KEYS[i], value}) end\n      table.insert(zero, KEYS[i])\n",
-        "      table.insert(take, {KEYS[i], taken})\n      if value == taken then table.insert(zero, KEYS[i]) end\n",
+        "      table.insert(clamped, i - 2)\n      table.insert(emptied, i)\n",
+        "      table.insert(clamped, i - 2)\n      table.insert(reduced, i)\n",
     ),
     Mutant(
         "a flush reuses the last nonce",
@@ -133,7 +135,7 @@ MUTANTS = (
     Mutant(
         "settle writes before it has read everything",
         "worker/counters/flush/settle.lua",
-        "      table.insert(take, {KEYS[i], taken})\n    else",
+        "      table.insert(reduced, i)\n    else",
         "      redis.call('DECRBY', KEYS[i], taken)\n    else",
     ),
     Mutant(
@@ -252,9 +254,39 @@ MUTANTS = (
     ),
     Mutant(
         "retention deletes unsettled flushes",
-        "worker/db/counters/ledger.py",
-        ', _flush.flush_id < bindparam("settled"))',
-        ', bindparam("settled") >= 0)',
+        "worker/counters/retention.py",
+        "min(row.settled_id - 1, row.rolled_up_id)",
+        "row.rolled_up_id",
+    ),
+    Mutant(
+        "retention passes the history",
+        "worker/counters/retention.py",
+        "min(row.settled_id - 1, row.rolled_up_id)",
+        "row.settled_id - 1",
+    ),
+    Mutant(
+        "the history is written without the lock of the source row",
+        "worker/db/counters/history.py",
+        ".where(_this).with_for_update()\n_NAMES",
+        ".where(_this)\n_NAMES",
+    ),
+    Mutant(
+        "the history does not move rolled_up_id in its transaction",
+        "worker/db/counters/history.py",
+        "        .values(rolled_up_id=upto.c.flush_id)",
+        "        .values(rolled_up_id=_source.rolled_up_id)",
+    ),
+    Mutant(
+        "rolled_up_id is not compared",
+        "worker/db/counters/history.py",
+        ".where(_flush.source == name, _flush.flush_id > rolled_up)",
+        ".where(_flush.source == name, rolled_up >= 0)",
+    ),
+    Mutant(
+        "forget leaves other sources out of the history",
+        "worker/counters/forget.py",
+        "for source in await all_sources(tx):",
+        "for source in [source_row.name]:",
     ),
     Mutant(
         "lease epoch not checked under the lock",

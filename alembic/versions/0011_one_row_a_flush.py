@@ -15,21 +15,17 @@ down_revision = "0010"
 branch_labels = None
 depends_on = None
 
-# A flush without all of its rows was useless to settle from: it is left out, which is a hold as it was before.
+ARRAYS = {"vod_ids": sa.Text, "counted": sa.BigInteger, "announced": sa.BigInteger, "changes": sa.BigInteger}
 CARRY_OVER = """
-INSERT INTO view_count_flushes
-    (source, flush_id, flushed_at, nonce, prev_nonce, keys, views, worker_id, vod_ids, counted, announced, changes)
-SELECT f.source, f.flush_id, f.flushed_at, f.nonce, f.prev_nonce, f.keys, f.views, f.worker_id,
-       d.vod_ids, d.counted, d.announced, d.changes
-FROM flushes_before f CROSS JOIN LATERAL (
-    SELECT count(*) AS keys,
-           array_agg(vod_id ORDER BY vod_id) AS vod_ids, array_agg(counted ORDER BY vod_id) AS counted,
-           array_agg(announced ORDER BY vod_id) AS announced, array_agg(views ORDER BY vod_id) AS changes
+UPDATE view_count_flushes f SET (vod_ids, counted, announced, changes) = (
+    SELECT array_agg(vod_id ORDER BY vod_id), array_agg(counted ORDER BY vod_id),
+           array_agg(announced ORDER BY vod_id), array_agg(views ORDER BY vod_id)
     FROM view_count_deltas d
     WHERE d.source = f.source AND d.flush_id = f.flush_id AND d.flushed_at = f.flushed_at
-) d
-WHERE d.keys = f.keys AND d.keys > 0
+)
 """
+# A flush without all of its rows cannot be settled from: it was a hold, and is one without its row, too.
+DROP_INCOMPLETE = "DELETE FROM view_count_flushes WHERE vod_ids IS NULL OR cardinality(vod_ids) <> keys"
 DELTAS = """
 CREATE VIEW view_count_deltas AS
 SELECT f.flushed_at, f.source, f.flush_id, d.vod_id, d.counted, d.announced, d.views
@@ -56,31 +52,18 @@ ON CONFLICT (vod_id, bucket) DO UPDATE SET views = view_counts_hourly.views + ex
 def upgrade() -> None:
     op.add_column("view_count_sources", sa.Column("rolled_up_id", sa.BigInteger, nullable=False, server_default="0"))
     op.execute("UPDATE view_count_sources SET rolled_up_id = last_flush_id")
-    op.rename_table("view_count_flushes", "flushes_before")
-    op.execute("ALTER INDEX view_count_flushes_pkey RENAME TO flushes_before_pkey")
-    op.create_table(
-        "view_count_flushes",
-        sa.Column("source", sa.Text, nullable=False),
-        sa.Column("flush_id", sa.BigInteger, nullable=False),
-        sa.Column("flushed_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
-        sa.Column("nonce", sa.Uuid, nullable=False),
-        sa.Column("prev_nonce", sa.Uuid, nullable=False),
-        sa.Column("keys", sa.Integer, nullable=False),
-        sa.Column("views", sa.Numeric, nullable=False),
-        sa.Column("worker_id", sa.Text, nullable=False),
-        sa.Column("vod_ids", sa.ARRAY(sa.Text), nullable=False),
-        sa.Column("counted", sa.ARRAY(sa.BigInteger), nullable=False),
-        sa.Column("announced", sa.ARRAY(sa.BigInteger), nullable=False),
-        sa.Column("changes", sa.ARRAY(sa.BigInteger), nullable=False),
-        sa.PrimaryKeyConstraint("source", "flush_id"),
-        sa.CheckConstraint(
-            "cardinality(vod_ids) = keys AND cardinality(counted) = keys AND cardinality(announced) = keys "
-            "AND cardinality(changes) = keys",
-            name="view_count_flushes_complete",
-        ),
-    )
+    for column, element in ARRAYS.items():
+        op.add_column("view_count_flushes", sa.Column(column, sa.ARRAY(element)))
     op.execute(CARRY_OVER)
-    op.drop_table("flushes_before")
+    op.execute(DROP_INCOMPLETE)
+    for column in ARRAYS:
+        op.alter_column("view_count_flushes", column, nullable=False)
+    op.create_check_constraint(
+        "view_count_flushes_complete",
+        "view_count_flushes",
+        "cardinality(vod_ids) = keys AND cardinality(counted) = keys AND cardinality(announced) = keys "
+        "AND cardinality(changes) = keys",
+    )
     op.drop_table("view_count_deltas")
     op.execute(DELTAS)
 
@@ -102,6 +85,6 @@ def downgrade() -> None:
     op.execute(CARRY_BACK)
     op.execute(ROLL_UP)
     op.drop_constraint("view_count_flushes_complete", "view_count_flushes")
-    for column in ("vod_ids", "counted", "announced", "changes"):
+    for column in ARRAYS:
         op.drop_column("view_count_flushes", column)
     op.drop_column("view_count_sources", "rolled_up_id")

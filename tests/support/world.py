@@ -237,9 +237,8 @@ class World:
                 SELECT f.flush_id, f.keys, f.views, f.prev_nonce,
                        lag(f.flush_id, 1, 0::bigint) OVER w AS before,
                        lag(f.nonce) OVER w AS nonce_before,
-                       (SELECT count(*) FROM view_count_deltas d WHERE d.flush_id = f.flush_id) AS rows,
-                       (SELECT sum(d.views) FROM view_count_deltas d WHERE d.flush_id = f.flush_id) AS sum
-                FROM view_count_flushes f WINDOW w AS (ORDER BY f.flush_id)
+                       cardinality(f.vod_ids) AS rows, (SELECT sum(change) FROM unnest(f.changes) change) AS sum
+                FROM view_count_flushes f WINDOW w AS (PARTITION BY f.source ORDER BY f.flush_id)
             ) x
             WHERE flush_id <> before + 1 OR keys <> rows OR views <> sum OR (prev_nonce <> nonce_before AND NOT $1)
             """,

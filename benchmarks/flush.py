@@ -2,24 +2,35 @@
 
 All contenders move the same counters from the same Redis to the same Postgres (embedded servers), in turn, for several
 rounds. Compare the ratios within a round: absolute speeds vary with the load of the machine. The naive implementations
-lose views when they are killed between GETDEL and COMMIT.
+lose views when they are killed between GETDEL and COMMIT. The ceiling is the worker's own statements in a bare loop,
+without anything that makes them safe. The history, which naive implementations do not have, is measured apart.
+
+`KEYS=1000000 ROUNDS=1` measures a large backlog. The memory is that of this process: `make bench` runs each size in its
+own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import redis.asyncio as aioredis
 
 from worker.app.counters import build_counters
+from worker.counters.flush.marker import Marker
+from worker.counters.flush.settle import SETTLE
+from worker.counters.flush.totals import TotalsChannel
 from worker.db import schema
+from worker.db.counters.ledger import Flush, Ledger
 from worker.db.session import Database
 from worker.dev.servers import PostgresServer, ValkeyServer
 from worker.observability.logs import configure_logs
@@ -29,9 +40,11 @@ from worker.redis.client import RedisClient
 from worker.runtime.clock import SystemClock
 from worker.settings.environment import load_settings
 
-KEYS = 20_000
-ROUNDS = 5
+KEYS = int(os.environ.get("KEYS", "20000"))
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
 PREFIX = "vod:views:"
+BATCH = 5000
+LEDGER = "view_count_flushes"
 UPSERT = (
     "INSERT INTO naive (vod_id, views) VALUES ($1, $2) "
     "ON CONFLICT (vod_id) DO UPDATE SET views = naive.views + excluded.views"
@@ -53,7 +66,7 @@ async def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def compare(redis_url: str, database_url: str) -> None:
+async def compare(redis_url: str, database_url: str) -> None:  # noqa: C901
     settings = load_settings(environ={"REDIS_URL": redis_url, "DATABASE_URL": database_url})
     database, client = Database(settings.database), RedisClient(settings.redis)
     await schema.upgrade(database)
@@ -62,20 +75,46 @@ async def compare(redis_url: str, database_url: str) -> None:
     await counters.loop.cycle()
     redis, sql = aioredis.from_url(redis_url), await asyncpg.connect(database_url)
     await sql.execute("CREATE TABLE naive (vod_id text PRIMARY KEY, views bigint NOT NULL)")
+    roll_up, history_s, memory_mib, ledger = counters.loop._roll_up, [], [], Ledger("ceiling", "bench")
+    nonces, totals = [uuid4()], TotalsChannel(client, settings.view_totals_channel)
+    wal_bytes: dict[str, float] = {}
 
     async def ours() -> None:
+        counters.loop._is_calm = lambda: False  # type: ignore[method-assign]
         counters.loop.sweep_soon()
         await counters.loop.cycle()
+        memory_mib.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    async def add_to_history() -> None:
+        began = time.perf_counter()
+        await roll_up.catch_up(lambda: True)
+        history_s.append(time.perf_counter() - began)
+
+    async def ceiling() -> None:
+        marker = Marker(nonces[0], len(nonces), nonces[-1])
+        await redis.set("ceiling", marker.encode())
+        async for keys in pages(BATCH):
+            values = await client.read(keys)
+            counted = {
+                key.decode()[len(PREFIX) :]: int(value) for key, value in zip(keys, values, strict=True) if value
+            }
+            flush = Flush(len(nonces), uuid4(), nonces[-1], counted)
+            async with database.transaction() as tx:
+                changes = await ledger.record(tx, flush)
+            nonces.append(flush.nonce)
+            after = marker.after(flush)
+            amounts = [b"%d" % count for count in counted.values()]
+            await client.run(SETTLE, [b"ceiling", b"none", *keys], [marker.encode(), after.encode(), *amounts])
+            await totals.publish(flush.flush_id, changes)
+            marker = after
 
     async def batched() -> None:
-        keys = [key async for key in redis.scan_iter(match=PREFIX + "*", count=1000)]
-        for first in range(0, len(keys), 500):
-            some = sorted(keys[first : first + 500])
+        async for keys in pages(500):
             pipeline = redis.pipeline(transaction=False)
-            for key in some:
+            for key in keys:
                 pipeline.getdel(key)
             values = await pipeline.execute()
-            rows = [(key.decode()[len(PREFIX) :], int(value)) for key, value in zip(some, values, strict=True)]
+            rows = [(key.decode()[len(PREFIX) :], int(value)) for key, value in zip(keys, values, strict=True)]
             await sql.executemany(UPSERT, rows)
 
     async def one_by_one() -> None:
@@ -83,22 +122,41 @@ async def compare(redis_url: str, database_url: str) -> None:
             value = await redis.getdel(key)
             await sql.execute(UPSERT, key.decode()[len(PREFIX) :], int(value))
 
+    async def pages(size: int) -> AsyncIterator[list[bytes]]:
+        keys = [key async for key in redis.scan_iter(match=PREFIX + "*", count=1000)]
+        for first in range(0, len(keys), size):
+            yield sorted(keys[first : first + size])
+
     contenders: dict[str, Callable[[], Awaitable[None]]] = {
         "viewer-worker": ours,
+        "its statements in a bare loop": ceiling,
         "GETDEL + executemany": batched,
-        "GETDEL + upsert, one by one": one_by_one,
     }
+    if KEYS <= 100_000:
+        contenders["GETDEL + upsert, one by one"] = one_by_one
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, contender in contenders.items():
-            await redis.mset({f"{PREFIX}vod_{number:06}": 3 for number in range(KEYS)})
+            for first in range(0, KEYS, 10_000):
+                some = range(first, min(first + 10_000, KEYS))
+                await redis.mset({f"{PREFIX}vod_{number:07}": 3 for number in some})
+            before = await sql.fetchval("SELECT pg_current_wal_insert_lsn()")
             began = time.perf_counter()
             await contender()
             rates[name].append(KEYS / (time.perf_counter() - began))
+            wal = await sql.fetchval("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), $1)::bigint", before)
+            wal_bytes[name] = wal / KEYS
+            if contender is ours:
+                await add_to_history()
     print(f"{KEYS:,} counters, median of {ROUNDS} rounds; ratio: viewer-worker / contender, per round")
     for name, measured in rates.items():
         ratio = statistics.median(a / b for a, b in zip(rates["viewer-worker"], measured, strict=True))
-        print(f"  {name:<28} {statistics.median(measured):>9,.0f} counters/s   {ratio:5.2f}")
+        rate = f"{statistics.median(measured):>9,.0f} counters/s"
+        print(f"  {name:<30} {rate}   {ratio:5.2f}   {wal_bytes[name]:5.0f} bytes of WAL a counter")
+    share = statistics.median(history_s) / (KEYS / statistics.median(rates["viewer-worker"]))
+    print(f"  the history behind it takes {share:.0%} of the time of the flushes")
+    size = await sql.fetchval(f"SELECT pg_total_relation_size('{LEDGER}') / (SELECT sum(keys) FROM {LEDGER})")
+    print(f"  ledger: {size:.1f} MB for a million counters flushed; peak memory of the worker {memory_mib[0]:.0f} MiB")
     await redis.aclose()
     await sql.close()
     await client.close()

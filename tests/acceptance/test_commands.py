@@ -236,6 +236,7 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
         "redis eviction",
         "redis persistence",
         "marker",
+        "history",
     ]
 
 

@@ -44,7 +44,7 @@ async def world(guarded: GuardedServers) -> AsyncIterator[World]:
 
 
 async def use_every_right(worker: InProcessWorker, world: World) -> None:
-    """Do everything that the worker does with its tables: lease, creation of the marker, flush, history, replay, retention.
+    """Do everything that the worker does with its tables: lease, marker, flush, replay, history, retention.
 
     And change to another Redis and back.
     """

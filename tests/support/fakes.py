@@ -21,7 +21,8 @@ class FakeNumbers:
         return [Shown(vod_id, views=len(vod_id), pending=1, stored=len(vod_id) - 1) for vod_id in ids]
 
     async def top(self, window: timedelta, limit: int) -> Top:
-        return Top(datetime(2024, 1, 1, tzinfo=UTC) - window, [TopEntry("a", 5, 7)] * limit)
+        now = datetime(2024, 1, 1, tzinfo=UTC)
+        return Top(now - window, now, [TopEntry("a", 5, 7)] * limit)
 
 
 class FakeRecords:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from worker.contract.keys import MARKER_PATTERN, OWN_KEYS
+from worker.db.counters.history import History
 from worker.db.counters.ledger import Flush, Ledger
 from worker.db.counters.source_row import SourceRow
 from worker.db.positions import StreamPosition
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 RIGHTS = LuaScript.load(Path(__file__).with_name("rights.lua"))
 OLDEST_REDIS = (6, 2)
+# A worker that has nothing else to do adds a flush to the history at once.
+HISTORY_LIMIT_S = 60.0
 OLDEST_POSTGRES = 150_000
 READ_ONLY = "replica-read-only"
 # Name of the check that writes.
@@ -270,6 +273,17 @@ async def _prefixes(redis: RedisClient, keys: Keys) -> list[Finding]:
         f"with another. If a prefix is no longer used, delete its marker ({OWN_KEYS}settled:…)."
     )
     return [Finding("redis prefixes", Level.WARNING, found, remedy)]
+
+
+async def check_history(database: Database, source: str) -> list[Finding]:
+    """Check that the hourly history follows the flushes. Raises DatabaseUnavailable."""
+    async with database.transaction() as tx:
+        flushes, age = await History(source).behind(tx)
+    if age <= HISTORY_LIMIT_S:
+        return [Finding("history", Level.OK, "up to date")]
+    found = f"lacks the last {flushes} flushes, since {age:.0f} s"
+    remedy = "Totals are right; `top` is behind. It waits while views are pending, or the worker's log has the cause."
+    return [Finding("history", Level.WARNING, found, remedy)]
 
 
 async def check_agreement(adoption: Adoption) -> list[Finding]:

@@ -15,6 +15,7 @@ from worker.app.checkup import (
     Level,
     RedisNames,
     check_agreement,
+    check_history,
     check_postgres,
     check_record_tables,
     check_redis,
@@ -185,6 +186,7 @@ async def check(settings: Settings) -> list[Finding]:
         if not failed & AGREEMENT_NEEDS:
             counters = _build(settings, database, redis)
             findings += await _look("marker", check_agreement(counters.adoption))
+            findings += await _look("history", check_history(database, settings.view_source_name))
             adjustments = make_adjustments(settings, database, redis)
             tables = check_record_tables(database, settings.records, takes_tickets=settings.stores_messages)
             findings += await _look(POSTGRES, tables)

@@ -32,7 +32,7 @@ def top(
             return await counters.display.top(since, limit)
 
     found = run_async(look())
-    typer.echo(f"since {found.since:%Y-%m-%d %H:%M} UTC\n")
+    typer.echo(f"from {found.since:%Y-%m-%d %H:%M} to {found.as_of:%Y-%m-%d %H:%M:%S} UTC\n")
     if not found.entries:
         typer.echo("no views")
         return

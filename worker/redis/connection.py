@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import hiredis
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
-from redis.connection import HiredisRespSerializer
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from redis.sentinel import Sentinel
@@ -42,11 +42,9 @@ class _PacksInC:
     Its Python code takes several times as long for a command with thousands of arguments.
     """
 
-    _serializer = HiredisRespSerializer()
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        packed: list[bytes] = self._serializer.pack(*args)
-        return packed
+    def pack_command(self, name: str | bytes, *args: Any) -> list[bytes]:
+        words = name.split() if isinstance(name, bytes) else name.encode().split()  # such as SCRIPT LOAD
+        return [hiredis.pack_command((*words, *args))]
 
 
 def _pack_fast(client: aioredis.Redis) -> aioredis.Redis:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+VERY_QUICK_S = 0.05
 QUICK_S = 0.5
 SLOW_S = 2.0
 
 
 class BatchSize:
-    """Between `smallest` and `largest` keys: doubled while there is a backlog and flushes are quick, halved when slow.
+    """Between `smallest` and `largest` keys: more while there is a backlog and flushes are quick, fewer when slow.
 
     A small transaction holds its locks briefly and repeats little work when it fails; a large one carries a backlog
     faster. Below `smallest` only after a timeout: where the time does not depend on the number of keys, fewer keys
@@ -24,7 +25,7 @@ class BatchSize:
         if seconds > SLOW_S:
             self._reduce(max(self._smallest, self.keys // 2))
         elif left > self.keys and seconds < QUICK_S:
-            self.keys = min(self._largest, self.keys * 2)
+            self.keys = min(self._largest, self.keys * (2 if seconds > VERY_QUICK_S else 8))
         elif left <= self._smallest:
             self._reduce(self._smallest)
 

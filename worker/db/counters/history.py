@@ -31,6 +31,7 @@ MAX_FLUSHES = 10_000
 _flush, _source, _hour = view_count_flushes.c, view_count_sources.c, view_counts_hourly.c
 _this = _source.source == bindparam("name")
 _LOCK = select(_source.rolled_up_id, _source.last_flush_id, *SETTINGS).where(_this).with_for_update()
+_POSITIONS = select(_source.rolled_up_id, _source.last_flush_id).where(_this)
 _NAMES = select(_source.source).order_by(_source.source)
 # Of the first flush that is not in the history yet.
 _AGE = (
@@ -124,6 +125,14 @@ class History:
             return None
         age = (await tx.execute(_AGE, {**name, "rolled_up": rolled_up})).scalar()
         return None if age is None else float(age)
+
+    async def behind(self, tx: AsyncConnection) -> tuple[int, float]:
+        """How many flushes are not in the history yet, and the age of the oldest of them in seconds."""
+        row = (await tx.execute(_POSITIONS, {"name": self._name})).one_or_none()
+        if row is None or row.rolled_up_id == row.last_flush_id:
+            return 0, 0.0
+        age = (await tx.execute(_AGE, {"name": self._name, "rolled_up": row.rolled_up_id})).scalar()
+        return row.last_flush_id - row.rolled_up_id, float(age or 0)
 
     async def skip(self, tx: AsyncConnection) -> None:
         """Leave out the flushes up to the last one. Its caller has locked the source row."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 UNIT_TESTS = tuple(
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "tests" / "unit").glob("test_*.py"))
-    if path.name not in ("test_docs.py", "test_settings.py", "test_mutants.py")
+    if path.name not in ("test_docs.py", "test_settings.py", "test_mutants.py", "test_log_events.py")
 )
 # Fast, deterministic tests first. The property test finds what they miss.
 TESTS = (
@@ -267,8 +267,8 @@ MUTANTS = (
     Mutant(
         "the history is written without the lock of the source row",
         "worker/db/counters/history.py",
-        ".where(_this).with_for_update()\n_NAMES",
-        ".where(_this)\n_NAMES",
+        ".where(_this).with_for_update()\n_POSITIONS",
+        ".where(_this)\n_POSITIONS",
     ),
     Mutant(
         "the history does not move rolled_up_id in its transaction",
@@ -683,7 +683,7 @@ def _fail(tests: Iterable[str], mutant: Mutant | None = None) -> bool:
     """Run the tests on a copy, with the mistake if there is one. True when one fails."""
     with tempfile.TemporaryDirectory(prefix="viewer-worker-mutant-") as name:
         copy = Path(name)
-        for part in ("worker", "tests", "alembic", "alembic.ini", "pyproject.toml"):
+        for part in ("worker", "tests", "alembic", "proto", "alembic.ini", "pyproject.toml"):
             source = ROOT / part
             if source.is_dir():
                 shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))

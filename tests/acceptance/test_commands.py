@@ -123,7 +123,7 @@ async def test_migrate_creates_the_tables_and_status_reports_it(empty_database_u
     assert "no tables" in status.stdout
     assert "Run: viewer-worker migrate" in status.stderr
     done = await run_cli("migrate", DATABASE_URL=empty_database_url)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0010")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "migrated to 0011")
     again = await run_cli("migrate", DATABASE_URL=empty_database_url)
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "nothing to do")
     assert (await run_cli("migrate", "--status", DATABASE_URL=empty_database_url)).returncode == 0
@@ -214,7 +214,7 @@ def test_wheel_contains_the_migrations(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0010"]
+    assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0011"]
 
 
 @on_open_and_guarded_servers

@@ -165,7 +165,8 @@ def test_dev_reports_an_exact_result_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout
-    assert "EXACT: each view counted once; 900 ids compared, worker killed once." in done.stdout
+    assert "EXACT: INCRed views (900 ids compared), stream entries and gRPC calls; worker killed once." in done.stdout
+    assert len(re.findall(r"\d missed, none (counted|stored) twice$", done.stdout, re.MULTILINE)) == 2
     ids = dict(re.findall(r"^  (INCR and PUBLISH|INCR only|PUBLISH only) +(\d+)", done.stdout, re.MULTILINE))
     assert ids == {"INCR and PUBLISH": "600", "INCR only": "300", "PUBLISH only": "100"}
 

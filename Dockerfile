@@ -12,7 +12,7 @@ COPY requirements.lock requirements-build.lock ./
 RUN pip --python /opt/viewer-worker/bin/python install --no-compile --only-binary :all: --require-hashes -r requirements.lock \
     && pip install --require-hashes -r requirements-build.lock
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml PACKAGE.md LICENSE ./
 COPY alembic alembic
 COPY worker worker
 # Bytecode that is not compared with its source: that goes by dates, which not every way of copying an image keeps.

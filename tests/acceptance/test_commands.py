@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -166,7 +167,8 @@ def test_dev_reports_an_exact_result_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout
-    assert "EXACT: each view counted once; 900 ids compared, worker killed once." in done.stdout
+    assert "EXACT: INCRed views (900 ids compared), stream entries and gRPC calls; worker killed once." in done.stdout
+    assert len(re.findall(r"\d missed, none (counted|stored) twice$", done.stdout, re.MULTILINE)) == 2
     ids = dict(re.findall(r"^  (INCR and PUBLISH|INCR only|PUBLISH only) +(\d+)", done.stdout, re.MULTILINE))
     assert ids == {"INCR and PUBLISH": "600", "INCR only": "300", "PUBLISH only": "100"}
 
@@ -215,6 +217,23 @@ def test_wheel_contains_the_migrations(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "worker" / "__init__.py"), "0011"]
+
+
+def test_links_work_on_a_package_index_and_in_the_source_distribution(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (packed,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    root = tmp_path / packed.name.removesuffix(".tar.gz")
+    _, _, shown = (root / "PKG-INFO").read_text().partition("\n\n")
+    assert shown.startswith("# viewer-worker")
+    assert re.findall(r"\]\((?!https://)", shown) == [], "an index has none of our files"
+    documents = [*root.glob("*.md"), *(root / "docs").rglob("*.md"), root / "deploy" / "README.md"]
+    assert len(documents) > 30
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.relative_to(root)} → {target}"
 
 
 @on_open_and_guarded_servers

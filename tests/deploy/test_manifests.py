@@ -88,6 +88,22 @@ def test_compose_services_are_read_only_and_unprivileged(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
+def test_one_compose_service_builds_the_image_that_the_others_wait_for() -> None:
+    services = compose()["services"]
+    (builder,) = (name for name, service in services.items() if "build" in service)
+    users = {name for name, service in services.items() if service["image"] == services[builder]["image"]} - {builder}
+    assert users == {"worker"}
+    for name in users:
+        assert services[name]["pull_policy"] == "never"
+        assert builder in starts_after(name)
+
+
+def starts_after(name: str) -> set[str]:
+    """All services that a service of the Compose file waits for."""
+    direct = set(compose()["services"][name].get("depends_on", ()))
+    return direct.union(*map(starts_after, direct))
+
+
 @pytest.mark.parametrize("manifest", WORKLOADS, ids=lambda path: path.name)
 def test_worker_in_kubernetes_is_read_only_and_unprivileged(manifest: Path) -> None:
     pod = load(manifest)["spec"]["template"]["spec"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 from prometheus_client import Metric
@@ -40,13 +41,14 @@ def test_reference_lists_every_table_with_its_columns() -> None:
 
 def test_links_between_documents_point_to_files_that_exist() -> None:
     root = DOCS.parent
-    documents = [root / "README.md", root / "CONTRIBUTING.md", root / "deploy" / "README.md", *DOCS.rglob("*.md")]
-    for document in documents:
+    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md")
+    for document in [*(root / name for name in names), *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} → {target}"
 
 
-DOCUMENTS = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
+FRONT = [DOCS.parent / name for name in ("README.md", "PACKAGE.md", "CONTRIBUTING.md")]
+DOCUMENTS = [*FRONT, *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
 
 
 def code_in(document: Path) -> str:
@@ -90,3 +92,21 @@ def test_every_make_target_in_the_documents_exists() -> None:
     for document in (path for path in DOCUMENTS if path.suffix == ".md"):
         named = set(re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", code_in(document), re.MULTILINE))
         assert {first or second for first, second in named} <= targets, document.name
+
+
+def test_documents_name_the_packaged_version_and_its_extras() -> None:
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    named = 0
+    for document in filter(Path.is_file, DOCUMENTS):
+        text = document.read_text()
+        for version in re.findall(r"viewer[-_]worker[-:](\d+\.\d+\.\d+)", text):
+            assert version == project["version"], document
+        for listed in re.findall(r"viewer-worker\[([a-z,]+)\]", text):
+            assert set(listed.split(",")) <= extras, document
+            named += 1
+    assert named > 3
+    releases = re.findall(
+        r"^## \[(\d[^]]*)\] - \d{4}-\d\d-\d\d$", (DOCS.parent / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert releases[0] == project["version"]

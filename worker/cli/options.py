@@ -24,7 +24,7 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     from worker.settings.environment import load_settings, misspelt, read_dotenv
 
     settings = load_settings(env_file, log_level=log_level)
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_level, settings.log_format)
     for name, setting in misspelt({**os.environ, **read_dotenv(env_file)}).items():
         get_logger(__name__).warning("unknown variable", name=name, did_you_mean=setting)
     return settings

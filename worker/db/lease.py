@@ -7,6 +7,7 @@ the row's token, which every takeover changes, in the same transaction.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from dataclasses import dataclass
 from datetime import timedelta
@@ -279,7 +280,7 @@ class Lease(Generic[T]):
         self._is_yielding = pause
         async with self._database.transaction() as tx:
             await self._row.release_lease(tx, self._worker_id)
-        self._become(None, "lease released")
+        self._become(None, released=True)
 
     async def release_or_expire(self, *, pause: bool = False) -> None:
         """As `release`, if it is held. A failure is only logged: the lease expires."""
@@ -295,7 +296,7 @@ class Lease(Generic[T]):
         self._is_paused = False
         self._wake.set()
 
-    def _become(self, token: T | None, event: str = "lease lost") -> None:
+    def _become(self, token: T | None, *, released: bool = False) -> None:
         if token == self.token:
             # Kept, or another worker's: what comes next is news.
             self._is_yielding = False
@@ -305,9 +306,12 @@ class Lease(Generic[T]):
             self._held.discard(self)
         else:
             self._held.add(self)
-        # A worker that waits for a stream, or is on hold, takes and releases the lease at each look.
-        write = log.debug if self._is_yielding else log.info
-        shown = str(before if token is None else token)
-        write("lease taken" if token is not None else event, loop=self._loop, token=shown)
+        log.log(
+            # A worker that waits for a stream, or is on hold, takes and releases the lease at each look.
+            logging.DEBUG if self._is_yielding else logging.INFO,
+            "lease taken" if token is not None else "lease released" if released else "lease lost",
+            loop=self._loop,
+            token=str(before if token is None else token),
+        )
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()

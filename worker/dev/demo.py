@@ -16,7 +16,6 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from rich.console import Console
 from rich.control import Control
-from rich.markup import escape
 from rich.segment import ControlType
 from sqlalchemy import any_, bindparam, select
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
@@ -29,6 +28,7 @@ from worker.db.session import Database
 from worker.db.tables import view_counts
 from worker.dev.process import WorkerProcess
 from worker.dev.records import Records, count_events, make_records
+from worker.dev.report import Line, Views, event_line, print_report
 from worker.dev.servers import PostgresServer, Server, ValkeyServer
 from worker.dev.servers_only import locked
 from worker.dev.viewers import Audience, Reported, Viewers
@@ -71,7 +71,7 @@ class Demo:
         """Run the demo. Returns True when it passed.
 
         That is: in Postgres, each INCRed id has exactly the views sent and no other id has more than were sent; nothing
-        is pending; and the worker ended with exit code 0.
+        is pending; each record has the row that it must have; and the worker ended with exit code 0.
 
         Raises ViewerWorkerError.
         """
@@ -103,11 +103,9 @@ class Demo:
             self._print("Traffic stopped. Waiting until the worker has flushed the rest, then stopping it (SIGTERM) …")
             await self._drained(client, database, records)
             code = worker.stop()
-            pending = await self._pending(client)
-            views_exact = self._report(viewers, before, await self._totals(database), pending, worker.kills, code)
-            self._console.print(f"\n  {'records':<18}{'':>7}{'sent':>12}{'in Postgres':>14}")
-            events_exact = self._report_events(viewers, await count_events(database, began))
-            return await self._report_records(records, database) and events_exact and views_exact
+            lines = await self._report(viewers, before, database, client, records, await count_events(database, began))
+            unconfirmed = viewers.indeterminate.total()
+            return print_report(self._console, lines, unconfirmed, worker.kills, code)
 
     async def _watch(
         self, viewers: Viewers, database: Database, client: aioredis.Redis, worker: WorkerProcess, before: Counter[str]
@@ -141,73 +139,26 @@ class Demo:
                 return
             await asyncio.sleep(0.1)
 
-    async def _report_records(self, records: list[Records], database: Database) -> bool:
-        all_exact = True
-        for each in records:
-            found = await each.find(database)
-            result = f"[bold green]EXACT[/]: {each.kind.promise}" if each.expected.sent else "nothing was sent"
-            if found.wrong:
-                result = f"[bold red]DIFFERENT[/]: {found.wrong:,} rows"
-            self._print_records(each.kind.pipeline, each.expected.sent, found.rows, result)
-            all_exact = all_exact and not found.wrong
-        return all_exact
-
-    def _report_events(self, viewers: Viewers, rows: Counter[str]) -> bool:
-        """Each message is at most one row."""
-        ids = viewers.ids(Reported.BOTH, Reported.PUBLISH)
-        sent = Counter({vod_id: viewers.sent[vod_id] for vod_id in ids})
-        twice = (rows - sent).total()
-        result = f"[bold red]DIFFERENT[/]: {twice:,} rows too many"
-        if not twice:
-            result = f"[bold green]EXACT[/]: no message is two rows; {(sent - rows).total():,} were missed"
-        self._print_records("view_events", sent.total(), rows.total(), result)
-        return not twice
-
-    def _print_records(self, pipeline: str, sent: int, rows: int, result: str) -> None:
-        self._console.print(f"  {pipeline:<25}{sent:>12,}{rows:>14,}   {result}")
-
-    def _report(
+    async def _report(
         self,
         viewers: Viewers,
         before: Counter[str],
-        stored: Counter[str],
-        pending: Counter[str],
-        kills: int,
-        code: int,
-    ) -> bool:
-        exact, best_effort = viewers.ids(Reported.BOTH, Reported.INCR), viewers.ids(Reported.PUBLISH)
-        wrong = {}
-        for vod_id in viewers.reported_by:
-            least = before[vod_id] + viewers.acknowledged[vod_id]
-            most = least + viewers.indeterminate[vod_id]
-            if stored[vod_id] > most or (stored[vod_id] < least and vod_id in exact):
-                wrong[vod_id] = (least, stored[vod_id])
-        gained = stored - before
-        self._console.print()
-        self._console.print(f"  {'':<18}{'ids':>7}{'sent':>12}{'in Postgres':>14}{'pending':>10}")
-        for reported in Reported:
-            ids = viewers.ids(reported)
-            sent, found, left = (_of(counter, ids) for counter in (viewers.acknowledged, gained, pending))
-            self._console.print(f"  {reported.value:<18}{len(ids):>7,}{sent:>12,}{found:>14,}{left:>10,}")
-        if viewers.indeterminate:
-            self._console.print(f"  {'unconfirmed':<25}{viewers.indeterminate.total():>12,}  (may be counted or not)")
-        for vod_id, (expected, found) in list(wrong.items())[:10]:
-            self._console.print(f"  [red]{escape(vod_id)}: expected {expected:,}, found {found:,}[/]")
-        self._console.print()
-        killed = "worker killed " + ("once" if kills == 1 else f"{kills} times")
-        if wrong or pending or code:
-            self._console.print(
-                f"[bold red]DIFFERENT[/]: ids that differ: {len(wrong)} of {len(viewers.reported_by):,}; "
-                f"{killed}, last exit code {code}."
-            )
-            return False
-        compared = f"{len(exact):,} {'id' if len(exact) == 1 else 'ids'} compared"
-        self._console.print(f"[bold green]EXACT[/]: each view counted once; {compared}, {killed}.")
-        missed = _of(viewers.acknowledged, best_effort) - _of(gained, best_effort)
-        self._console.print(
-            f"Messages are delivered at most once; views that were only published and missed: {missed:,}."
+        database: Database,
+        client: aioredis.Redis,
+        records: list[Records],
+        events: Counter[str],
+    ) -> list[Line]:
+        stored = await self._totals(database)
+        stored.subtract(before)
+        views = Views(
+            viewers.reported_by, viewers.acknowledged, viewers.indeterminate, stored, await self._pending(client)
         )
-        return True
+        published = {vod_id: viewers.sent[vod_id] for vod_id in viewers.ids(Reported.BOTH, Reported.PUBLISH)}
+        return [
+            *views.lines(),
+            event_line(Counter(published), events),
+            *[each.line(await each.find(database)) for each in records],
+        ]
 
     async def _totals(self, database: Database) -> Counter[str]:
         ids = bindparam("ids", list(self._audience.ids), type_=ARRAY(TEXT))

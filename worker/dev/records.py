@@ -14,6 +14,7 @@ import grpc
 from redis.exceptions import RedisError
 from sqlalchemy import BigInteger, ColumnElement, DateTime, String, cast, column, func, select, table
 
+from worker.dev.report import Line
 from worker.rpc.analytics.v1.analytics_pb2 import LogMetricsRequest, LogMetricsResponse
 from worker.rpc.service import METHOD, SERVICE
 
@@ -182,6 +183,12 @@ class Records:
         query = select(kind.key, kind.value).select_from(table(kind.pipeline)).where(mine)
         async with database.transaction() as tx:
             return self.expected.compare([(key, value) for key, value in await tx.execute(query)])
+
+    def line(self, found: Found) -> Line:
+        """The line of the report."""
+        result = f"[bold green]EXACT[/]: {self.kind.promise}" if self.expected.sent else "nothing was sent"
+        wrong = (f"{found.wrong:,} {'row' if found.wrong == 1 else 'rows'} missing or wrong",) if found.wrong else ()
+        return Line(self.kind.pipeline, None, self.expected.sent, found.rows, result, wrong)
 
 
 class StreamRecords(Records):

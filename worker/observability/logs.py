@@ -1,28 +1,35 @@
-"""Structured logs: JSON lines, or readable lines on a terminal. The libraries' own loggers go the same way."""
+"""Structured logs: JSON lines, or readable lines. The libraries' own loggers go the same way."""
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import structlog
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor
 
+LogFormat = Literal["auto", "json", "console"]
 
-def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
-    """Send all logs of the process to `stream`: console lines when it is a terminal, else one JSON object a line.
 
-    Logs go to stderr; stdout is for what a command prints.
+def configure_logs(level: str, log_format: LogFormat = "auto", stream: TextIO = sys.stderr) -> None:
+    """Send all logs of the process to `stream`: as console lines, or as one JSON object a line, in UTF-8.
+
+    `auto`: console lines if `stream` is a terminal, else JSON. Logs go to stderr; stdout is for what a command prints.
     """
     terminal = stream.isatty()
+    console = terminal if log_format == "auto" else log_format == "console"
     shared: list[Processor] = [structlog.stdlib.add_log_level]
-    if terminal:
+    if console:
         shared.append(structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False))
     else:
         shared += [structlog.stdlib.add_logger_name, structlog.processors.TimeStamper(fmt="iso", utc=True)]
+        if isinstance(stream, io.TextIOWrapper):
+            # JSON is UTF-8 whatever the locale. Lone surrogates cannot be encoded; their escape is valid in JSON.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -31,7 +38,7 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_last_steps(terminal))
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_last_steps(console, colors=terminal))
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -41,13 +48,14 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 
-def _last_steps(terminal: bool) -> list[Processor]:
+def _last_steps(console: bool, *, colors: bool) -> list[Processor]:
     strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    if terminal:
+    if console:
         # No local variables in tracebacks: they may hold passwords.
         plain = structlog.dev.plain_traceback
-        return [strip, structlog.dev.ConsoleRenderer(exception_formatter=plain)]
-    return [strip, structlog.processors.format_exc_info, _first_things_first, structlog.processors.JSONRenderer()]
+        return [strip, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+    to_json = structlog.processors.JSONRenderer(ensure_ascii=False)
+    return [strip, structlog.processors.format_exc_info, _first_things_first, to_json]
 
 
 def _first_things_first(_logger: object, _method: str, event: EventDict) -> EventDict:

@@ -28,6 +28,7 @@ from worker.contract.urls import MASK, mask_url
 from worker.db.address import DatabaseAddress, parse_database_url
 from worker.db.counters.count_source import CountSource
 from worker.db.target.names import TargetNames, parse_target
+from worker.observability.logs import LogFormat
 from worker.pipelines.model import RecordType
 from worker.pipelines.records import RECORD_TYPES
 from worker.pipelines.records.metrics import METRICS
@@ -94,8 +95,12 @@ def _size(value: object) -> object:
 Size = Annotated[int, BeforeValidator(_size)]
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 def _level(value: object) -> object:
-    level = value.lower() if isinstance(value, str) else value
+    level = _lower(value)
     return "warning" if level == "warn" else level
 
 
@@ -164,6 +169,7 @@ class CoreSettings(DatabaseSettings):
     health_check_host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", min_length=1)  # noqa: S104
     health_grace: Duration = Field(timedelta(seconds=30))
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_level)] = Field("info")
+    log_format: Annotated[LogFormat, BeforeValidator(_lower)] = Field("auto")
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))
 
     view_key_prefix: Annotated[str, AfterValidator(_key_prefix)] = Field(DEFAULT_PREFIX)

@@ -54,10 +54,22 @@ class Settler:
         return True
 
     def _report(self, settled: Marker, counters: list[bytes], *, left_out: list[int], clamped: list[int]) -> None:
-        for event, positions in (
-            ("settle left out counters that do not hold a count", left_out),
-            ("settle found counters below what was flushed", clamped),
-        ):
-            if positions:
-                some = [excerpt(counters[position - 1]) for position in positions[:5]]
-                log.warning(event, flush_id=settled.flush_id, keys=len(positions), some=some)
+        flush_id = settled.flush_id
+        if left_out:
+            log.warning(
+                "settle left out counters that do not hold a count",
+                flush_id=flush_id,
+                keys=len(left_out),
+                some=_some(counters, left_out),
+            )
+        if clamped:
+            log.warning(
+                "settle found counters below what was flushed",
+                flush_id=flush_id,
+                keys=len(clamped),
+                some=_some(counters, clamped),
+            )
+
+
+def _some(counters: list[bytes], positions: list[int]) -> list[str]:
+    return [excerpt(counters[position - 1]) for position in positions[:5]]

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.records import Records
 from tests.support.world import SYNCHRONISE_AT_ONCE, World, database_url_for
@@ -24,6 +25,10 @@ from worker.dev.servers import PostgresServer, ValkeyServer
 
 # Tests call over gRPC from a process that also starts others.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+# How long examples take depends on what else the machine does.
+settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,8 @@ end
 
 -- The first call of each kind of write changes nothing, in case this kind is refused.
 redis.call('SET', KEYS[1], ARGV[1])
-if #reduced > 0 then redis.call('DECRBY', KEYS[reduced[1]], 0) end
+local any = reduced[1] or emptied[1]
+if any then redis.call('DECRBY', KEYS[any], 0) end
 local deletes = type(redis.pcall('DEL', KEYS[2])) == 'number'
 for first = 1, #emptied, 1000 do
   local keys = {}

@@ -373,3 +373,24 @@ async def test_check_includes_the_table_of_the_application(world: World) -> None
     done = await run_cli("check", **world.environment | TARGET)
     assert done.returncode == 0, done.stdout
     assert "Vod.viewCount fits" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "shown"),
+    [(">&-", 0, b""), ("2>&-", 0, b"LOG_LEVEL=info"), ("<&- >&- 2>&-", 0, b""), ("2>&- LOG_LEVEL=loud", 78, b"")],
+)
+def test_streams_may_be_closed(redirection: str, code: int, shown: bytes) -> None:
+    *closed, last = redirection.split()
+    setting = last if "=" in last else ""
+    shell = f"{setting} exec {sys.executable} -m worker config {' '.join(closed if setting else [*closed, last])}"
+    done = subprocess.run(["/bin/sh", "-c", shell], env=clean_environment(), capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, b"")
+    assert shown in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "koi8-r", "cp1252"])
+def test_terminal_may_have_another_encoding(encoding: str) -> None:
+    environment = clean_environment() | {"PYTHONIOENCODING": encoding, "VIEW_KEY_PREFIX": "видео…日本:"}
+    done = subprocess.run([sys.executable, "-m", "worker", "config"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"VIEW_KEY_PREFIX=" in done.stdout

@@ -161,6 +161,12 @@ async def test_healthcheck_asks_the_running_worker(world: World, start: Start) -
     assert "alive" in done.stdout
 
 
+def test_healthcheck_asks_the_usual_port_where_kubernetes_sets_the_variable() -> None:
+    done = cli("healthcheck", HEALTH_CHECK_PORT="tcp://10.96.12.5:80", HEALTH_CHECK_HOST="127.0.0.2")
+    assert done.returncode in (0, 1)  # a worker may be running there
+    assert "127.0.0.2:3003" in done.stderr or "alive" in done.stdout
+
+
 def test_dev_reports_an_exact_result_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -161,6 +161,10 @@ def test_at_sign_may_be_in_the_password_and_in_the_query(
     assert f":{password}@" not in mask_url(url)
 
 
+def test_password_that_looks_like_a_place_with_a_query_is_never_shown() -> None:
+    assert mask_url("postgresql://u:one@two/three?four=five@h/db") == "postgresql://***"
+
+
 @pytest.mark.parametrize("parameter", ["password", "sslpassword"])
 def test_secret_in_a_parameter_is_never_shown(parameter: str) -> None:
     url = f"postgresql://h/db?application_name=app&{parameter}=hunter2"

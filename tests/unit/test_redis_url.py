@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from worker.contract.urls import mask_url
 from worker.redis.address import RedisAddress, SentinelLogin, parse_redis_url
 from worker.redis.connection import connect
 
@@ -64,6 +65,11 @@ def test_sentinels_are_asked_with_tls_where_redis_is_unless_the_url_says_otherwi
     assert encrypted("redis+sentinel://h/m?sentinel_tls=true&ssl_cert_reqs=none") == (False, True)
     redis, sentinel = asked(parse_redis_url("rediss+sentinel://h/m?ssl_ca_certs=/ca.pem"))
     assert redis["ssl_ca_certs"] == sentinel["ssl_ca_certs"] == "/ca.pem"
+
+
+def test_password_of_the_sentinels_is_never_shown() -> None:
+    url = f"{SENTINELS}?sentinel_username=watcher&sentinel_password=hunter2"
+    assert "hunter2" not in mask_url(url) + repr(parse_redis_url(url))
 
 
 def test_url_wins_over_the_settings_for_the_sentinels() -> None:

@@ -66,8 +66,8 @@ def _redis_url(value: SecretStr) -> SecretStr:
 
 
 def _host(value: str) -> str:
-    if "://" in value or "@" in value:
-        raise ValueError("only the name or address of a host")
+    if "://" in value or "@" in value or "," in value:
+        raise ValueError("only the name or address of one host")
     return value.removeprefix("[").removesuffix("]")
 
 

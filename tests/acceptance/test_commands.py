@@ -163,6 +163,12 @@ async def test_healthcheck_asks_the_running_worker(world: World, start: Start) -
     assert "alive" in done.stdout
 
 
+def test_healthcheck_asks_the_usual_port_where_kubernetes_sets_the_variable() -> None:
+    done = cli("healthcheck", HEALTH_CHECK_PORT="tcp://10.96.12.5:80", HEALTH_CHECK_HOST="127.0.0.2")
+    assert done.returncode in (0, 1)  # a worker may be running there
+    assert "127.0.0.2:3003" in done.stderr or "alive" in done.stdout
+
+
 def test_dev_reports_an_exact_result_after_a_kill(tmp_path: Path) -> None:
     done = cli("dev", "--for", "4s", "--rate", "500", "--data", str(tmp_path / "dev"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -418,3 +424,24 @@ async def test_check_includes_the_table_of_the_application(world: World) -> None
     done = await run_cli("check", **world.environment | TARGET)
     assert done.returncode == 0, done.stdout
     assert "Vod.viewCount fits" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "shown"),
+    [(">&-", 0, b""), ("2>&-", 0, b"LOG_LEVEL=info"), ("<&- >&- 2>&-", 0, b""), ("2>&- LOG_LEVEL=loud", 78, b"")],
+)
+def test_streams_may_be_closed(redirection: str, code: int, shown: bytes) -> None:
+    *closed, last = redirection.split()
+    setting = last if "=" in last else ""
+    shell = f"{setting} exec {sys.executable} -m worker config {' '.join(closed if setting else [*closed, last])}"
+    done = subprocess.run(["/bin/sh", "-c", shell], env=clean_environment(), capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, b"")
+    assert shown in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "koi8-r", "cp1252"])
+def test_terminal_may_have_another_encoding(encoding: str) -> None:
+    environment = clean_environment() | {"PYTHONIOENCODING": encoding, "VIEW_KEY_PREFIX": "видео…日本:"}
+    done = subprocess.run([sys.executable, "-m", "worker", "config"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"VIEW_KEY_PREFIX=" in done.stdout

@@ -351,3 +351,15 @@ async def test_db_group_with_a_password_file_and_verified_tls(
     once = start(environment, "run", "--once")
     assert await once.wait() == 0, once.log
     await world.assert_exact()
+
+
+async def test_certificate_is_verified_against_the_authorities_of_the_system(
+    guarded: GuardedServers, world: World, start: Start
+) -> None:
+    url = world.environment["DATABASE_URL"].partition("?")[0]
+    environment = world.environment | {"DATABASE_URL": f"{url}?sslrootcert=system"}
+    refused = start(environment, "run", "--once")
+    assert await refused.wait() == 69
+    assert "certificate verify failed" in refused.log
+    once = start(environment | {"SSL_CERT_FILE": str(guarded.authority)}, "run", "--once")
+    assert await once.wait() == 0, once.log

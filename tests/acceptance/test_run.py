@@ -67,6 +67,22 @@ async def test_incr_is_in_postgres_within_one_interval(world: World, start: Star
     assert await worker.wait() == 0
 
 
+async def test_service_links_and_parameters_of_other_drivers_are_logged_and_do_not_stop_the_worker(
+    world: World, start: Start
+) -> None:
+    links = {"DB_PORT": "tcp://10.96.12.3:5432", "REDIS_PORT": "tcp://10.96.12.4:6379", "GRPC_PORT": "tcp://10.0.0.1:1"}
+    url = f"{world.environment['DATABASE_URL']}?connection_limit=1&channel_binding=require&keepalives=1"
+    worker = start(world.environment | links | {"DATABASE_URL": url, "DB_SSL_MODE": "of another program"}, "run")
+    await worker.wait_for_log("marker created")
+    noted = {line["event"]: line["names"] for line in map(json.loads, worker.log.splitlines()) if "names" in line}
+    assert noted == {
+        "not settings but the addresses of Kubernetes services": list(links),
+        "ignored parameters of DATABASE_URL": ["connection_limit", "channel_binding", "keepalives"],
+    }
+    worker.terminate()
+    assert await worker.wait() == 0
+
+
 @on_open_and_guarded_servers
 @pytest.mark.parametrize("point", ["before COMMIT", "between COMMIT and settle", "after settle"])
 async def test_worker_killed_during_a_flush_counts_each_view_once(world: World, start: Start, point: str) -> None:

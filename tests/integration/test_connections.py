@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -23,13 +24,13 @@ from worker.db import schema
 from worker.db.address import parse_database_url
 from worker.db.session import Database
 from worker.dev.servers import Server, ValkeyServer, free_port
-from worker.errors import DatabaseRefused, DatabaseUnavailable, RedisUnavailable
+from worker.errors import DatabaseRefused, DatabaseUnavailable, RedisUnavailable, ViewNotRecorded
 from worker.redis.address import parse_redis_url
 from worker.redis.client import RedisClient
 
 
 class Sentinel(Server):
-    """Watches one Redis under the name `mymaster`."""
+    """Watches one Redis under the name `mymaster`. Its own user `watcher` has the password `sentinel-secret`."""
 
     def __init__(self, folder: Path, watched: ValkeyServer) -> None:
         super().__init__(folder)
@@ -37,6 +38,7 @@ class Sentinel(Server):
         self._config = folder / "sentinel.conf"
         self._config.write_text(
             f"port {self.port}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {watched.port} 1\n"
+            "user default off\nuser watcher on >sentinel-secret allchannels +@all\n"
         )
 
     @property
@@ -63,11 +65,42 @@ def sentinel(valkey: ValkeyServer) -> Iterator[Sentinel]:
 async def test_redis_is_found_through_sentinel_even_if_one_sentinel_is_down(
     valkey: ValkeyServer, sentinel: Sentinel, database_url: str
 ) -> None:
+    login = "sentinel_username=watcher&sentinel_password=sentinel-secret"
     async with World(valkey.url, database_url) as world:
         await world.view("vod_1", 3)
-        await world.worker(REDIS_URL=sentinel.url).cycle()
+        settings = {"SENTINEL_USERNAME": "watcher", "SENTINEL_PASSWORD": "sentinel-secret"}
+        await world.worker(REDIS_URL=sentinel.url, **settings).cycle()
         await world.assert_exact()
-        await assert_both_producers_record(sentinel.url, world)
+        await assert_both_producers_record(f"{sentinel.url}?{login}", world)
+
+
+@pytest.mark.parametrize(
+    ("ending", "message", "remedy"),
+    [
+        ("", "refuses the log-in: ", "SENTINEL_PASSWORD"),
+        ("?sentinel_username=watcher&sentinel_password=hunter2", "refuses the log-in: ", "SENTINEL_PASSWORD"),
+        (
+            "other?sentinel_username=watcher&sentinel_password=sentinel-secret",
+            "knows no master 'mymasterother', but mymaster",
+            "the name of the master",
+        ),
+    ],
+)
+async def test_refusal_of_a_sentinel_is_reported_in_words(
+    sentinel: Sentinel, ending: str, message: str, remedy: str
+) -> None:
+    client = RedisClient(parse_redis_url(sentinel.url + ending))
+    with pytest.raises(RedisUnavailable) as caught:
+        await client.probe()
+    assert f"127.0.0.1:{sentinel.port} {message}" in str(caught.value)
+    assert remedy in caught.value.remedy
+    assert "hunter2" not in str(caught.value)
+    await client.close()
+    with (
+        SyncViewProducer(sentinel.url + ending, timeout=5, raise_errors=True) as producer,
+        pytest.raises(ViewNotRecorded, match=re.escape(message)),
+    ):
+        await asyncio.to_thread(producer.record, "a")
 
 
 async def assert_both_producers_record(url: str, world: World) -> None:
@@ -274,8 +307,9 @@ async def test_sixty_streams_have_two_connections_each(redis_url: str) -> None:
     await client.close()
 
 
-async def test_schema_of_a_prisma_url_is_the_search_path(redis_url: str, empty_database_url: str) -> None:
-    url = f"{empty_database_url}?schema=Views&connection_limit=5&pgbouncer=true"
+@pytest.mark.parametrize("pooler", ["", "&pgbouncer=true"])
+async def test_schema_of_a_prisma_url_is_the_search_path(redis_url: str, empty_database_url: str, pooler: str) -> None:
+    url = f"{empty_database_url}?schema=Views&connection_limit=5{pooler}"
     async with World(redis_url, empty_database_url) as world:
         await world.sql.execute('CREATE SCHEMA "Views"')
         worker = world.worker(DATABASE_URL=url)
@@ -283,3 +317,48 @@ async def test_schema_of_a_prisma_url_is_the_search_path(redis_url: str, empty_d
         await world.view("a", 3)
         await worker.cycle()
         assert await world.sql.fetchval('SELECT views FROM "Views".view_counts') == 3
+
+
+@pytest.mark.parametrize(("pooler", "sent"), [("", True), ("&pgbouncer=true", False)])
+async def test_session_behind_a_pooler_does_not_begin_with_a_search_path(
+    database_url: str, pooler: str, sent: bool
+) -> None:
+    """PgBouncer refuses a session that asks for a setting which it does not track."""
+    async with Proxy(database_url) as proxy:
+        database = Database(
+            parse_database_url(f"{proxy.url}?schema=public&keepalives=1&statement_cache_size=0{pooler}")
+        )
+        assert await one(database) == 1
+        start = next(request for request in proxy.requests if b"application_name" in request)
+        assert (b"search_path" in start) is sent
+        assert b"keepalives" not in start
+        assert b"statement_cache_size" not in start
+        await database.close()
+
+
+async def test_hosts_are_tried_in_order_until_one_accepts_writes(
+    database_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.db.session.CONNECT_TIMEOUT_S", 3.0)
+    credentials, _, place = database_url.removeprefix("postgresql://").rpartition("@")
+    server, _, name = place.partition("/")
+    dead = f"127.0.0.1:{free_port()}"
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        hosts = f"{dead},127.0.0.1:{silent.getsockname()[1]},{server}"
+        database = Database(parse_database_url(f"postgresql://{credentials}@{hosts}/{name}"))
+        assert await one(database) == 1
+        await database.close()
+
+    admin = await asyncpg.connect(postgres_url)
+    await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    url = f"postgresql://{credentials}@{dead},{server}/{name}"
+    database, reading = (Database(parse_database_url(it)) for it in (url, f"{url}?target_session_attrs=any"))
+    with pytest.raises(DatabaseUnavailable, match=f"{dead}: .+; .+: it does not accept writes"):
+        await one(database)
+    assert await one(reading) == 1
+    await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    assert await one(database) == 1
+    for opened in (database, reading, admin):
+        await opened.close()

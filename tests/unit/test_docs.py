@@ -10,9 +10,13 @@ from prometheus_client import Metric
 from typer.main import get_command
 
 from worker.cli import cli
+from worker.db.address import parse_database_url
+from worker.db.parameters import HONOURED
 from worker.db.tables import metadata
 from worker.observability.metrics import Metrics
 from worker.pipelines.records import RECORD_TYPES
+from worker.redis.address import SENTINEL_OPTIONS, TLS_OPTIONS
+from worker.settings.environment import load_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 DEPLOY = DOCS.parent / "deploy"
@@ -110,3 +114,52 @@ def test_documents_name_the_packaged_version_and_its_extras() -> None:
         r"^## \[(\d[^]]*)\] - \d{4}-\d\d-\d\d$", (DOCS.parent / "CHANGELOG.md").read_text(), re.MULTILINE
     )
     assert releases[0] == project["version"]
+
+
+PROVIDERS = {
+    "Neon",
+    "Supabase",
+    "Amazon RDS and Aurora",
+    "Cloud SQL",
+    "Azure",
+    "Amazon ElastiCache",
+    "Upstash",
+    "Heroku",
+}
+MANAGED = DOCS / "how-to" / "managed-services.md"
+
+
+def test_every_url_of_a_provider_is_accepted_as_it_is() -> None:
+    titles_and_texts = re.split(r"^## (.+)$", MANAGED.read_text(), flags=re.MULTILINE)[1:]
+    sections = dict(zip(titles_and_texts[::2], titles_and_texts[1::2], strict=True))
+    assert set(sections) > PROVIDERS
+    for title, text in sections.items():
+        found = re.findall(r"^(DATABASE_URL|REDIS_URL)='(.+)'$", text, re.MULTILINE)
+        assert found, title
+        for name, url in found:
+            settings = load_settings(environ={name: url})
+            assert "secret" not in settings.redacted()[name], url
+            if name == "DATABASE_URL":
+                assert settings.database.ignored == (), url
+                assert not settings.database.session, url
+            else:
+                assert settings.redis.tls, url
+
+
+def test_parameters_that_the_page_calls_ignored_or_mapped_are() -> None:
+    tails = {
+        "sslmode=require&channel_binding=require": ("channel_binding",),
+        "pgbouncer=true&connection_limit=1": ("connection_limit",),
+        "supa=base-pooler.x": ("supa",),
+    }
+    text = MANAGED.read_text()
+    for tail, ignored in tails.items():
+        assert f"{tail}`" in text
+        assert parse_database_url(f"postgresql://u:p@h/db?{tail}").ignored == ignored
+
+
+def test_reference_names_the_parameters_that_have_an_effect() -> None:
+    text = (DOCS / "reference" / "settings.md").read_text()
+    named = set(re.findall(r"`([\w-]+)", text.partition("## DATABASE_URL")[2].partition("## REDIS_URL")[0]))
+    assert named >= HONOURED
+    assert {*TLS_OPTIONS, *SENTINEL_OPTIONS} <= set(re.findall(r"`(\w+)`", text.partition("## REDIS_URL")[2]))

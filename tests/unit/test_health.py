@@ -169,3 +169,13 @@ async def test_client_that_never_reads_does_not_delay_the_close(status: Status, 
     await asyncio.sleep(0.5)
     await asyncio.wait_for(server.close(), 10)
     writer.transport.abort()
+
+
+async def test_any_address_of_ipv6_serves_both_families(health: Health) -> None:
+    server = WebServer(health, [], Metrics().registry, "::", 0)
+    await server.start()
+    port = int(server.url.rpartition(":")[2])
+    for host in ("127.0.0.1", "::1"):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.close()
+    await server.close()

@@ -227,7 +227,7 @@ def test_import_loads_the_redis_library_and_few_modules_of_the_worker() -> None:
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     own = ["contract", "contract.ids", "contract.keys", "contract.message", "contract.urls", "errors", "observability"]
     own += ["observability.throttle", "producer", "producer.client", "producer.transaction", "redis", "redis.address"]
-    own += ["redis.connection", "redis.errors", "redis.pool", "runtime", "runtime.clock"]
+    own += ["redis.connection", "redis.errors", "redis.pool", "redis.sentinel", "runtime", "runtime.clock"]
     assert done.stdout.strip() == f"['worker'] {[f'worker.{name}' for name in own]}"
 
 

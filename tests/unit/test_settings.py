@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from worker.contract.durations import format_duration, parse_duration
 from worker.errors import InvalidSettings
-from worker.settings.environment import load_settings
+from worker.settings.environment import load_settings, service_links
 from worker.settings.model import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +61,9 @@ def test_defaults_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
 def test_every_scheme_of_a_postgres_url_is_accepted(scheme: str) -> None:
     address = load(DATABASE_URL=f"{scheme}://u:p%40ss@db:5433/app?sslmode=require&sslrootcert=/ca.pem").database
-    assert (address.user, address.password, address.host) == ("u", "p@ss", "db")
-    assert (address.port, address.name) == (5433, "app")
-    assert address.options == "sslmode=require&sslrootcert=%2Fca.pem"
+    assert (address.user, address.password, address.hosts) == ("u", "p@ss", (("db", 5433),))
+    assert address.name == "app"
+    assert address.driver == {"sslmode": "require", "sslrootcert": "/ca.pem"}
 
 
 def test_password_that_was_not_encoded_still_works() -> None:
@@ -80,16 +80,19 @@ def test_target_settings_belong_together_and_its_key_is_not_its_total() -> None:
 
 def test_url_of_a_prisma_application_works_unchanged() -> None:
     url = "postgresql://u:p@db/app?schema=My App&connection_limit=5&pool_timeout=2&pgbouncer=true&sslmode=require"
-    assert load(DATABASE_URL=url).database.options == "search_path=%22My+App%22&sslmode=require"
+    address = load(DATABASE_URL=url).database
+    assert (address.session, address.driver) == ({"search_path": '"My App"'}, {"sslmode": "require"})
+    assert address.pooled
+    assert address.ignored == ("connection_limit", "pool_timeout")
     assert load(LOG_LEVEL="WARN").log_level == "warning"
 
 
 def test_db_group_is_used_only_without_database_url() -> None:
     address = load(DB_HOST="db.internal").database
-    assert (address.user, address.password, address.host) == ("postgres", "postgres", "db.internal")
-    assert (address.port, address.name) == (5432, "stock_scanner")
-    assert address.options == "sslmode=disable"
-    assert load(DB_HOST="db.internal", DATABASE_URL="postgresql://u@other/x").database.host == "other"
+    assert (address.user, address.password, address.name) == ("postgres", "postgres", "stock_scanner")
+    assert address.hosts == (("db.internal", 5432),)
+    assert address.driver == {"sslmode": "disable"}
+    assert load(DB_HOST="db.internal", DATABASE_URL="postgresql://u@other/x").database.place == "other:5432"
 
 
 def test_redis_urls_are_parsed() -> None:
@@ -189,7 +192,7 @@ def test_environment_wins_over_env_file_and_flags_win_over_both(tmp_path: Path) 
 CANARY = "c4n4ry/@:%#"
 
 
-@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL", "DB_PASSWORD"])
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL", "DB_PASSWORD", "REDIS_PASSWORD", "SENTINEL_PASSWORD"])
 @pytest.mark.parametrize(
     "form",
     [
@@ -224,7 +227,7 @@ def test_env_example_lists_every_variable_with_its_default() -> None:
     listed = dict(re.findall(r"^#?([A-Z0-9_]+)=(.*)$", text, re.MULTILINE))
     assert list(listed) == [name.upper() for name in Settings.model_fields]
     settings = load_settings(environ={name: value for name, value in listed.items() if value})
-    default = load(DATABASE_URL=listed["DATABASE_URL"], DB_HOST=listed["DB_HOST"])
+    default = load(DATABASE_URL=listed["DATABASE_URL"])
     for field in Settings.model_fields:
         if not field.startswith("db_"):
             assert getattr(settings, field) == getattr(default, field), field
@@ -238,11 +241,11 @@ def test_reference_lists_every_variable() -> None:
 def test_database_group_of_the_environment_wins_over_a_url_in_the_file(tmp_path: Path) -> None:
     env_file = tmp_path / ".env"
     env_file.write_text("DATABASE_URL=postgresql://me@in-the-file/app\nBATCH_SIZE=7\n")
-    assert load_settings(env_file, {}).database.host == "in-the-file"
+    assert load_settings(env_file, {}).database.place == "in-the-file:5432"
     settings = load_settings(env_file, {"DB_HOST": "in-the-environment"})
-    assert (settings.database.host, settings.batch_size) == ("in-the-environment", 7)
+    assert (settings.database.place, settings.batch_size) == ("in-the-environment:5432", 7)
     both = {"DB_HOST": "group", "DATABASE_URL": "postgresql://me@url/app"}
-    assert load_settings(env_file, both).database.host == "url"
+    assert load_settings(env_file, both).database.place == "url:5432"
 
 
 @pytest.mark.parametrize(
@@ -285,3 +288,81 @@ def test_the_channel_of_view_events_needs_a_connection_of_its_own() -> None:
     few = {"DB_MAX_CONNECTIONS": "3", "DB_MAX_IDLE_CONNS": "3"}
     assert "4 or more" in problem(PIPELINES="view_counts,view_events", **few)
     assert load(PIPELINES="view_counts", **few).db_max_connections == 3
+
+
+def test_redis_group_is_used_only_without_redis_url(tmp_path: Path) -> None:
+    address = load(REDIS_HOST="cache", REDIS_PASSWORD="p@:/#w", REDIS_DB="3").redis
+    assert (address.hosts, address.password, address.database) == ((("cache", 6379),), "p@:/#w", 3)
+    assert load(REDIS_PORT="7000").redis.hosts == (("localhost", 7000),)
+    assert load(REDIS_HOST="cache", REDIS_URL="redis://other").redis.hosts == (("other", 6379),)
+    assert load(REDIS_HOST="cache", REDIS_URL="").redis.hosts == (("cache", 6379),)
+    shown = load(REDIS_HOST="cache", REDIS_PASSWORD="hunter2").redacted()
+    assert (shown["REDIS_URL"], shown["REDIS_PASSWORD"]) == ("redis://:***@cache:6379", "***")
+    env_file = tmp_path / ".env"
+    env_file.write_text("REDIS_URL=redis://in-the-file\n")
+    assert load_settings(env_file, {"REDIS_HOST": "in-the-environment"}).redis.hosts[0][0] == "in-the-environment"
+
+
+def test_sentinels_have_settings_for_their_login() -> None:
+    login = load(
+        REDIS_URL="redis+sentinel://:pw@a/m", SENTINEL_USERNAME="u", SENTINEL_PASSWORD="p", SENTINEL_TLS="true"
+    ).redis
+    assert (login.sentinel.user, login.sentinel.password, login.sentinel_tls) == ("u", "p", True)
+
+
+SERVICE_LINKS = {
+    "DB_PORT": "tcp://10.96.12.3:5432",
+    "REDIS_PORT": "tcp://10.96.12.4:6379",
+    "HEALTH_CHECK_PORT": "tcp://10.96.12.5:3003",
+    "GRPC_PORT": "udp://10.96.12.6:50051",
+}
+
+
+def test_address_that_kubernetes_sets_for_a_service_is_not_a_setting(tmp_path: Path) -> None:
+    assert load(**SERVICE_LINKS) == load()
+    assert service_links(SERVICE_LINKS) == ["DB_PORT", "REDIS_PORT", "HEALTH_CHECK_PORT", "GRPC_PORT"]
+    assert load(DB_HOST="db", **SERVICE_LINKS).database.place == "db:5432"
+    env_file = tmp_path / ".env"
+    env_file.write_text("DATABASE_URL=postgresql://me@in-the-file/app\nHEALTH_CHECK_PORT=4000\n")
+    settings = load_settings(env_file, SERVICE_LINKS)
+    assert (settings.database.place, settings.health_check_port) == ("in-the-file:5432", 4000)
+
+
+def test_group_is_not_validated_where_the_url_decides(tmp_path: Path) -> None:
+    group = {"DB_PORT": "http", "DB_SSL_MODE": "on", "DB_PASSWORD_FILE": str(tmp_path / "missing"), "REDIS_DB": "x"}
+    urls = {"DATABASE_URL": "postgresql://u@h/x", "REDIS_URL": "redis://h"}
+    assert load(**group, **urls) == load(**urls)
+    env_file = tmp_path / ".env"
+    env_file.write_text("".join(f"{name}={value}\n" for name, value in group.items()))
+    assert load_settings(env_file, urls).database.place == "h:5432"
+    del group["DB_PASSWORD_FILE"]
+    assert "DB_PORT=" in problem(**group)
+
+
+@pytest.mark.parametrize("written", ["\ufeff{}\r\n", '"{}"\n', "'{}'", '\ufeff"{}"', " {} \n"])
+def test_byte_order_mark_and_quotes_around_a_url_in_a_file_do_not_count(tmp_path: Path, written: str) -> None:
+    for name, url in (("DATABASE_URL", "postgresql://u:p@db/app"), ("REDIS_URL", "redis://:p@cache/1")):
+        (tmp_path / name).write_bytes(written.format(url).encode())
+    files = {f"{name}_FILE": str(tmp_path / name) for name in ("DATABASE_URL", "REDIS_URL")}
+    plain = load(DATABASE_URL="postgresql://u:p@db/app", REDIS_URL="redis://:p@cache/1")
+    assert load(**files) == plain
+    quoted = load(DATABASE_URL="'postgresql://u:p@db/app'", REDIS_URL='"redis://:p@cache/1"')
+    assert (quoted.database, quoted.redis) == (plain.database, plain.redis)
+    assert quoted.redacted() == plain.redacted()
+
+
+def test_password_in_a_file_loses_its_byte_order_mark_and_keeps_its_quotes(tmp_path: Path) -> None:
+    (tmp_path / "password").write_bytes('\ufeff"p"\n'.encode())
+    assert load(DB_HOST="h", DB_PASSWORD_FILE=str(tmp_path / "password")).database.password == '"p"'
+
+
+def test_host_may_have_the_brackets_of_a_url() -> None:
+    settings = load(HEALTH_CHECK_HOST="[::]", DB_HOST="[::1]")
+    assert (settings.health_check_host, settings.database.place) == ("::", "[::1]:5432")
+
+
+def test_unknown_parameter_of_the_url_stops_the_start_and_is_named() -> None:
+    message = problem(DATABASE_URL="postgresql://u:hunter2@h/db?surprise=1")
+    assert message.startswith("DATABASE_URL='postgresql://***'")
+    assert "unknown parameter 'surprise'" in message
+    assert "hunter2" not in message

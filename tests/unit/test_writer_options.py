@@ -171,8 +171,21 @@ def test_without_a_url_the_group_counts(environment: pytest.MonkeyPatch) -> None
     environment.setenv("DATABASE_URL", "")
     environment.setenv("DB_HOST", "db.example")
     assert read().database.place == "db.example:5432"
-    environment.setenv("DB_PORT", "tcp://10.0.0.1:5432")
+    environment.setenv("DB_PORT", "tcp://10.0.0.1:5432")  # set by Kubernetes for a service `db`
+    assert read().database.place == "db.example:5432"
+    environment.setenv("DB_PORT", "http")
     assert list(problems()) == ["DB_PORT"]
+
+
+def test_parameters_of_the_url_that_have_no_effect_are_logged_once(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setenv("DATABASE_URL", f"{URL}?connection_limit=1&channel_binding=require")
+    with caplog.at_level("INFO", logger="worker.inprocess.options"):
+        read()
+    (record,) = caplog.records
+    assert "connection_limit" in record.getMessage()
+    assert "channel_binding" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ async def run(settings: Settings) -> bool:
             redis=settings.redacted()["REDIS_URL"],
             postgres=settings.redacted()["DATABASE_URL"],
         )
+        if settings.database.ignored:
+            log.info("ignored parameters of DATABASE_URL", names=list(settings.database.ignored))
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         loops = _make_loops(settings, database, redis, counters, status, metrics)
         loops |= build_pipelines(settings, database, redis, status, metrics).loops()

@@ -9,6 +9,7 @@ import typer
 
 from worker.cli import adopt, dead_letters, dev, inspection, publish, run, streams, totals
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNAVAILABLE, fail
+from worker.cli.standard_streams import prepare_streams
 
 cli = typer.Typer(
     name="viewer-worker",
@@ -46,6 +47,7 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 def main() -> None:
     """Entry point. Prints errors that a user can fix on stderr, and sets the exit code."""
+    prepare_streams()
     from worker.errors import InvalidSettings, Unavailable, ViewerWorkerError
 
     try:

@@ -21,12 +21,15 @@ def read_settings(env_file: Path | None, log_level: str | None) -> Settings:
     import os
 
     from worker.observability.logs import configure_logs, get_logger
-    from worker.settings.environment import load_settings, misspelt, read_dotenv
+    from worker.settings.environment import load_settings, misspelt, read_dotenv, service_links
 
     settings = load_settings(env_file, log_level=log_level)
     configure_logs(settings.log_level, settings.log_format)
-    for name, setting in misspelt({**os.environ, **read_dotenv(env_file)}).items():
+    variables = {**read_dotenv(env_file), **os.environ}
+    for name, setting in misspelt(variables).items():
         get_logger(__name__).warning("unknown variable", name=name, did_you_mean=setting)
+    if links := service_links(variables):
+        get_logger(__name__).info("not settings but the addresses of Kubernetes services", names=links)
     return settings
 
 

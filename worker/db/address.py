@@ -3,71 +3,122 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
-from worker.contract.urls import MASK, split_url
-from worker.db.quoting import quote_identifier
+from worker.contract.urls import MASK, split_query, split_url
+from worker.db.parameters import SESSION, read_parameters
 
-SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg")
-PRISMA_OPTIONS = ("connection_limit", "connect_timeout", "pool_timeout", "socket_timeout", "pgbouncer", "sslaccept")
-SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_SCHEME = re.compile(r"postgres(?:ql)?(?:\+\w+)?")
+_BRACKETED = re.compile(r"\[(?P<host>[^\[\]]+)\](?::(?P<port>\d*))?")
+_PLAIN = re.compile(r"(?P<host>[^:\[\]]*)(?::(?P<port>\d*))?")
+DEFAULT_PORT = 5432
 
-
-_PLACE = re.compile(
-    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\[\]/:?]*))(?::(?P<port>\d*))?"
-    r"(?:/(?P<name>[^?]*))?(?:\?(?P<query>.*))?"
-)
+Host = tuple[str, int | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseAddress:
-    """`options` are libpq's options (sslmode, host=/socket, …) as a query string. None means libpq's default."""
+    """Where the database is and how to log in.
 
-    host: str | None
-    port: int | None
-    user: str | None
-    password: str | None = field(repr=False)
-    name: str | None
-    options: str
+    `hosts` are tried in order; one that begins with / is the folder of a socket, and a port of None is the default.
+    Without hosts, user or name, the driver uses libpq's defaults. `driver` has parameters for the log-in and TLS, under
+    libpq's names; `session` the settings that a session begins with. A `pooled` server does not take a search path as
+    one of them. `ignored` are the names of parameters in the URL that have no effect.
+    """
+
+    hosts: tuple[Host, ...] = ()
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    name: str | None = None
+    driver: Mapping[str, str] = field(default_factory=dict, repr=False)
+    session: Mapping[str, str] = field(default_factory=dict)
+    pooled: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
-        """Host (or the socket's folder) and port, for messages."""
-        host = self.host or dict(parse_qsl(self.options)).get("host", "localhost")
-        return f"{host}:{self.port or 5432}"
+        """Hosts (or the sockets' folders) and ports, for messages."""
+        return ", ".join(show_host(host) for host in self.hosts or (("localhost", None),))
 
     def redacted(self) -> str:
         """A URL without the password, safe to print."""
-        place = f"{quote(self.user or '')}:{MASK}@{self.host}:{self.port}/{quote(self.name or '')}"
-        return f"postgresql://{place}" + (f"?{self.options}" if self.options else "")
+        place = f"{quote(self.user or '')}:{MASK}@{self.place}/{quote(self.name or '')}"
+        return f"postgresql://{place}" + (f"?{urlencode(self.driver)}" if self.driver else "")
+
+
+def show_host(host: Host) -> str:
+    """As in a URL, with its port."""
+    name, port = host
+    return f"{f'[{name}]' if ':' in name and name[0] != '/' else name}:{port or DEFAULT_PORT}"
 
 
 def parse_database_url(text: str) -> DatabaseAddress:
-    """Parse a `postgres[ql]://` URL, including one with Prisma's options.
+    """Parse a URL as libpq and the drivers of other languages take it; `db.parameters` lists what it may have.
 
+    As in libpq, a parameter wins over the same part of the URL. Several hosts may be given, separated by commas. If
+    they are several, and the URL does not say which of them to use, the first that accepts writes is used.
     Raises ValueError that says what is wrong without quoting the URL.
     """
     parts = split_url(text)
-    if parts.scheme not in SCHEMES:
+    if not _SCHEME.fullmatch(parts.scheme):
         raise ValueError(f"the scheme must be postgresql, not {parts.scheme}")
-    place = _PLACE.fullmatch(parts.rest)
-    if place is None:
-        raise ValueError("expected host[:port]/database after the credentials")
-    port = int(place["port"]) if place["port"] else None
-    if port is not None and not 0 < port < 65536:
-        raise ValueError("the port must be a number from 1 to 65535")
-    options = _translate_prisma_options(parse_qsl(place["query"] or "", keep_blank_values=True))
-    for name, value in options:
-        if name == "sslmode" and value not in SSL_MODES:
-            raise ValueError(f"sslmode must be one of {', '.join(SSL_MODES)}")
-    host = place["ipv6"] or place["host"] or None
+    place, _, name = parts.place.partition("/")
+    parameters = read_parameters(split_query(parts.query))
+    given = dict(parameters.honoured)
+    hosts = _hosts(place, given.pop("host", None), given.pop("hostaddr", None), given.pop("port", None))
+    if len(hosts) > 1:
+        given.setdefault("target_session_attrs", "read-write")
     return DatabaseAddress(
-        host, port, parts.user, parts.password, unquote(place["name"] or "") or None, urlencode(options)
+        hosts=hosts,
+        user=given.pop("user", parts.user),
+        password=given.pop("password", parts.password),
+        name=given.pop("dbname", unquote(name) or None),
+        pooled=given.pop("pgbouncer", "false") == "true",
+        session={setting: given.pop(setting) for setting in SESSION if setting in given},
+        driver=given,
+        ignored=parameters.ignored,
     )
 
 
-def _translate_prisma_options(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Turn Prisma's `schema` into the search path and drop its pool options, which Postgres does not know."""
-    kept = [(name, value) for name, value in options if name not in PRISMA_OPTIONS]
-    return [("search_path", quote_identifier(value)) if name == "schema" else (name, value) for name, value in kept]
+def _hosts(place: str, names: str | None, addresses: str | None, ports: str | None) -> tuple[Host, ...]:
+    """The hosts of the URL, or those of its parameters `host` or `hostaddr`; `port` may have one for each, or for all.
+
+    A parameter `host` may have ports too, as some drivers write it.
+    """
+    found = [_host(text) for text in place.split(",")] if place else []
+    if named := addresses or names:
+        own_ports = [str(port) for _, port in found if port]
+        ports = ports or ",".join(own_ports)
+        found = [_bare_or_host(text) for text in named.split(",")]
+    if len(found) > 1 and not all(name for name, _ in found):
+        raise ValueError("one of the hosts is empty")
+    if ports:
+        numbers = [_port(text) for text in ports.split(",")]
+        if len(numbers) == 1:
+            numbers *= max(1, len(found))
+        if len(numbers) != max(1, len(found)):
+            raise ValueError("the parameter port must have one port, or one for each host")
+        found = [(name, port or own) for (name, own), port in zip(found or [("", None)], numbers, strict=True)]
+    return tuple((name or "localhost", port) for name, port in found if name or port)
+
+
+def _bare_or_host(text: str) -> Host:
+    """A folder or an IPv6 address has colons of its own."""
+    return (text, None) if text.startswith("/") or (text.count(":") > 1 and text[0] != "[") else _host(text)
+
+
+def _host(text: str) -> Host:
+    match = _BRACKETED.fullmatch(text) or _PLAIN.fullmatch(text)
+    if match is None:
+        raise ValueError("expected host[:port]/database after the credentials")
+    return unquote(match["host"]), _port(match["port"])
+
+
+def _port(text: str | None) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65536):
+        raise ValueError("the port must be a number from 1 to 65535")
+    return int(text)

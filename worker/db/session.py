@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import uuid4
 
-from sqlalchemy import URL, event
+from sqlalchemy import Connection, event, func, select
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from worker.db.connecting import connect
 from worker.db.encoding import can_encode
 from worker.db.errors import READ_ONLY, database_errors, sqlstate
 from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
@@ -34,6 +36,9 @@ CLOSE_TIMEOUT_S = 1.0
 KEPT_STATEMENTS = 100
 NO_SUCH_STATEMENT = "26000"
 GENERATION = "generation"
+# What PgBouncer says of a search path.
+UNSUPPORTED_AT_START = "unsupported startup parameter"
+POOLER_REMEDY = "DATABASE_URL leads to a pooler: add pgbouncer=true, so that the schema is set in each transaction."
 
 log = get_logger(__name__)
 
@@ -57,16 +62,17 @@ class Database:
         self._kept_statements = KEPT_STATEMENTS
         # Of the newest connection, which reports it when it is opened; None: none was opened yet.
         self.encoding: str | None = None
+        session = dict(address.session)
+        self._search_path = session.pop("search_path", None) if address.pooled else None
         self.engine: AsyncEngine = create_async_engine(
-            URL.create("postgresql+asyncpg", address.user, address.password, address.host, address.port, address.name),
+            "postgresql+asyncpg://",
             pool_size=pool_size,
             max_overflow=overflow,
             pool_recycle=int(recycle),
             pool_timeout=CONNECT_TIMEOUT_S,
             hide_parameters=True,
             connect_args={
-                # The driver reads libpq's options (sslmode, sslrootcert, host=/socket, …) from a DSN.
-                "dsn": f"postgresql://?{address.options}",
+                "async_creator_fn": partial(connect, address),
                 "timeout": CONNECT_TIMEOUT_S,
                 "command_timeout": command_timeout,
                 # Behind a transaction pooler, clients share a server connection, so statement names must be unique.
@@ -74,11 +80,13 @@ class Database:
                 # connection, under numbered names.
                 "statement_cache_size": 0,
                 "prepared_statement_name_func": lambda: f"vw_{uuid4().hex}",
-                "server_settings": {"application_name": "viewer-worker"},
+                "server_settings": {"application_name": "viewer-worker", **session},
             },
         )
         self._in_use: set[Any] = set()
         self._generation = 0
+        if self._search_path:
+            event.listen(self.engine.sync_engine, "begin", self._set_search_path)
         event.listen(self.engine.sync_engine, "do_connect", self._before_connect)
         event.listen(self.engine.sync_engine, "connect", self._after_connect)
         event.listen(self.engine.sync_engine, "checkout", self._refuse_given_up)
@@ -88,6 +96,10 @@ class Database:
 
     def _before_connect(self, _dialect: object, _record: object, _args: object, options: dict[str, object]) -> None:
         options["prepared_statement_cache_size"] = self._kept_statements
+
+    def _set_search_path(self, connection: Connection) -> None:
+        """A pooler refuses it at the start of a session, and the next transaction may get another session."""
+        connection.execute(select(func.set_config("search_path", self._search_path, True)))
 
     def _after_connect(self, connection: Any, entry: ConnectionPoolEntry) -> None:
         entry.info[GENERATION] = self._generation
@@ -142,6 +154,8 @@ class Database:
                 return await self.engine.connect()
         except (DatabaseUnavailable, DatabaseRefused) as error:
             remedy = error.remedy if isinstance(error, DatabaseUnavailable) else DatabaseUnavailable.remedy
+            if UNSUPPORTED_AT_START in str(error):
+                remedy = POOLER_REMEDY
             raise NotConnected(f"{self._address.place}: {error}", remedy) from error
 
     async def _stop_keeping_statements(self) -> None:

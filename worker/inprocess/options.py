@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import InvalidSettings, SettingProblem
+from worker.observability.logs import get_logger
 from worker.settings.environment import load_writer_settings
 
 if TYPE_CHECKING:
     from worker.db.address import DatabaseAddress
     from worker.pipelines.model import RecordType, Window
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,8 @@ class WriterOptions:
             named = {variable: name for name, variable in variables.items() if variable in given}
             problems = [SettingProblem(named.get(it.name, it.name), it.value, it.expected) for it in error.problems]
             raise InvalidSettings(problems) from None
+        if settings.database.ignored:
+            log.info("ignored parameters of DATABASE_URL", names=list(settings.database.ignored))
         buffer = settings.buffer(record)
         return cls(
             enabled=buffer.enabled,

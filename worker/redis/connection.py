@@ -8,13 +8,12 @@ import hiredis
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 
 from worker.redis.address import RedisAddress
+from worker.redis.sentinel import AsyncSentinels, Sentinels
 
 # The library's default, 100, is less than a worker with fifty streams needs.
 UNLIMITED = 2**31
@@ -28,12 +27,13 @@ def connect(
     `timeout` (seconds) limits each wait for Redis. With None the caller has to limit it. The number of connections is
     not limited: it follows from the streams, or from the producer's own limit.
     """
-    options = _options(address, timeout, connect_timeout, AsyncRetry(NoBackoff(), 0))
+    retry = AsyncRetry(NoBackoff(), 0)
+    options = _options(address, timeout, connect_timeout, retry)
     if address.master is None:
         return _pack_fast(aioredis.Redis(**_place(address), **options)), []
-    asked = {"socket_timeout": connect_timeout, "retry": AsyncRetry(NoBackoff(), 0)}
-    sentinel = AsyncSentinel(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
-    return _pack_fast(sentinel.master_for(address.master)), sentinel.sentinels
+    asked = _sentinel_options(address, connect_timeout, retry)
+    sentinels = AsyncSentinels(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
+    return _pack_fast(sentinels.master_for(address.master)), sentinels.sentinels
 
 
 class _PacksInC:
@@ -49,7 +49,8 @@ class _PacksInC:
 
 def _pack_fast(client: aioredis.Redis) -> aioredis.Redis:
     pool: Any = client.connection_pool
-    pool.connection_class = type("Connection", (_PacksInC, pool.connection_class), {})
+    kind = pool.connection_class
+    pool.connection_class = type(kind.__name__, (_PacksInC, kind), {})
     return client
 
 
@@ -57,13 +58,14 @@ def connect_blocking(
     address: RedisAddress, timeout: float, connect_timeout: float
 ) -> tuple[redis.Redis, list[redis.Redis]]:
     """`connect`, but for threads."""
-    options = _options(address, timeout, connect_timeout, Retry(NoBackoff(), 0))
+    retry = Retry(NoBackoff(), 0)
+    options = _options(address, timeout, connect_timeout, retry)
     if address.master is None:
         return redis.Redis(**_place(address), **options), []
-    asked = {"socket_timeout": connect_timeout, "retry": Retry(NoBackoff(), 0)}
-    sentinel = Sentinel(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
-    client: redis.Redis = sentinel.master_for(address.master)  # type: ignore[no-untyped-call]
-    return client, sentinel.sentinels
+    asked = _sentinel_options(address, connect_timeout, retry)
+    sentinels = Sentinels(list(address.hosts), sentinel_kwargs=asked, **options)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinels.master_for(address.master)  # type: ignore[no-untyped-call]
+    return client, sentinels.sentinels
 
 
 def _options(
@@ -74,9 +76,26 @@ def _options(
         "username": address.user,
         "password": address.password,
         "socket_timeout": timeout,
+        "max_connections": UNLIMITED,
+        **_tls(address, address.tls),
+        **_common(connect_timeout, retry),
+    }
+
+
+def _sentinel_options(address: RedisAddress, timeout: float, retry: Retry | AsyncRetry) -> dict[str, Any]:
+    return {
+        "username": address.sentinel.user,
+        "password": address.sentinel.password,
+        "socket_timeout": timeout,
+        **_tls(address, address.sentinel_tls),
+        **_common(timeout, retry),
+    }
+
+
+def _common(connect_timeout: float, retry: Retry | AsyncRetry) -> dict[str, Any]:
+    return {
         "socket_connect_timeout": connect_timeout,
         "retry": retry,
-        "max_connections": UNLIMITED,
         # Otherwise each connection sends CLIENT SETINFO, which needs a right and which older servers do not know.
         "driver_info": None,
         # With these notifications the pool hands out connections with unread data (another reply) or already closed.
@@ -84,11 +103,12 @@ def _options(
     }
 
 
+def _tls(address: RedisAddress, encrypt: bool) -> dict[str, Any]:
+    return {"ssl": True, **address.options} if encrypt else {}
+
+
 def _place(address: RedisAddress) -> dict[str, Any]:
     if address.unix_path is not None:
         return {"unix_socket_path": address.unix_path}
     host, port = address.hosts[0]
-    options: dict[str, Any] = dict(address.options)
-    if "ssl_check_hostname" in options:
-        options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
-    return {"host": host, "port": port, "ssl": address.tls, **options}
+    return {"host": host, "port": port}

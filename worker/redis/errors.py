@@ -6,13 +6,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker.errors import RedisUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SENTINEL_LOGIN = "Check SENTINEL_USERNAME and SENTINEL_PASSWORD: the Sentinels have a login of their own."
+SENTINEL_MASTER = "Check the Sentinels and the name of the master in REDIS_URL."
 ECHO = ", with args beginning with"
+
+
+class MasterNotFound(RedisConnectionError):
+    """No Sentinel leads to the master. `login_refused`: at least one of them refused user or password."""
+
+    def __init__(self, message: str, login_refused: bool) -> None:
+        super().__init__(message)
+        self.login_refused = login_refused
 
 
 @contextmanager
@@ -27,6 +38,8 @@ def redis_errors() -> Iterator[None]:
 
 def remedy_for(error: BaseException) -> str | None:
     """How an operator can fix it; None: the usual."""
+    if isinstance(error, MasterNotFound):
+        return SENTINEL_LOGIN if error.login_refused else SENTINEL_MASTER
     if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
         return "Give the user of REDIS_URL the right to run it; deploy/redis/users.acl has all that the worker needs."
     return "Check user and password in REDIS_URL." if isinstance(error, AuthenticationError) else None

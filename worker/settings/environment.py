@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dotenv import dotenv_values
 from pydantic import BaseModel, ValidationError
 
-from worker.contract.urls import MASK
+from worker.contract.urls import MASK, without_quotes
 from worker.errors import InvalidSettings, SettingProblem
-from worker.settings.model import DATABASE_GROUP, SECRETS, ConflictingSettings, Settings, writer_settings_of
+from worker.settings.model import ADDRESSES, PASSWORDS, SECRETS, ConflictingSettings, Settings, writer_settings_of
 
 if TYPE_CHECKING:
     from worker.pipelines.model import RecordType
@@ -26,6 +26,7 @@ M = TypeVar("M", bound=BaseModel)
 # application may use itself, is less similar to DB_USER.
 ALIKE = 0.87
 _SHORT_NUMBER = re.compile("[0-9]{1,9}")
+_SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://")
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -40,11 +41,7 @@ def load_settings(
         raise InvalidSettings([SettingProblem("--env-file", str(env_file), "an existing file")])
     dotenv = read_dotenv(env_file)
     given = {name: value for name, value in overrides.items() if value is not None}
-    nearer = _collect(os.environ if environ is None else environ, Settings)
-    further = _collect(dotenv, Settings)
-    if any(field in nearer for field in DATABASE_GROUP):
-        further.pop("database_url", None)  # it wins over the group only when both are in the same place
-    raw = further | nearer | given
+    raw = _read(Settings, [os.environ if environ is None else environ, dotenv], set(given)) | given
     _follow(raw, "batch_size", "batch_size_max", more=True)
     _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
     return _validate(Settings, raw)
@@ -56,11 +53,7 @@ def load_writer_settings(record: RecordType[Any], arguments: Mapping[str, Any]) 
     """
     model = writer_settings_of(record)
     given = {name.lower(): value for name, value in arguments.items()}
-    unread = set(given)
-    if "database_url" in given or os.environ.get("DATABASE_URL") or os.environ.get("DATABASE_URL_FILE"):
-        unread.update(DATABASE_GROUP)  # their names are not ours alone: Kubernetes sets DB_PORT for a service `db`
-    environ = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE").lower() not in unread}
-    return _validate(model, _collect(environ, model) | given)
+    return _validate(model, _read(model, [os.environ], set(given)) | given)
 
 
 def read_dotenv(env_file: Path | None) -> dict[str, str]:
@@ -88,6 +81,39 @@ def misspelt(names: Collection[str]) -> dict[str, str]:
     return {name: found[0] for name, found in sorted(alike.items()) if found}
 
 
+def service_links(names: Mapping[str, str]) -> list[str]:
+    """The settings that have no value because Kubernetes, or Docker, set their names for a service's address."""
+    return [field.upper() for field in Settings.model_fields if _is_service_link(field, names.get(field.upper()))]
+
+
+def _is_service_link(field: str, value: str | None) -> bool:
+    """For a service `db`, Kubernetes sets DB_PORT=tcp://10.96.12.3:5432 in every container of its namespace."""
+    return field.endswith("_port") and value is not None and _SERVICE_LINK.match(value) is not None
+
+
+def _read(model: type[BaseModel], places: Sequence[Mapping[str, str]], unread: set[str]) -> dict[str, str]:
+    """The variables of all places that are settings; the first place wins. `unread` are fields to skip.
+
+    A URL that is given, or was read before, overrules its group in the same place and in further ones: the group is not
+    read, because its names may be those of other programs. A group overrules a URL only in further places.
+    """
+    raw: dict[str, str] = {}
+    unread = unread.union(*(group for url, group in ADDRESSES.items() if url in unread))
+    for place in places:
+        for url, group in ADDRESSES.items():
+            if url not in unread and _is_given(url, place):
+                unread.update(group)
+            elif any(field not in unread and _is_given(field, place) for field in group):
+                unread.add(url)
+        raw = _collect(place, model, unread) | raw
+    return raw
+
+
+def _is_given(field: str, place: Mapping[str, str]) -> bool:
+    value = place.get(field.upper())
+    return bool(place.get(f"{field.upper()}_FILE") or (value and not _is_service_link(field, value)))
+
+
 def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
     """If the value given for one setting lies beyond the default of the other, use it for the other too."""
     value, default = raw.get(given, ""), Settings.model_fields[other].default
@@ -102,16 +128,22 @@ def _validate(model: type[M], raw: Mapping[str, Any]) -> M:
         raise InvalidSettings([_problem(dict(details), raw, model) for details in error.errors()]) from None
 
 
-def _collect(given: Mapping[str, str], model: type[BaseModel]) -> dict[str, str]:
+def _collect(given: Mapping[str, str], model: type[BaseModel], unread: Collection[str]) -> dict[str, str]:
     """The variables that are settings. An empty one without a default counts as unset."""
     raw: dict[str, str] = {}
     for field, info in model.model_fields.items():
+        if field in unread:
+            continue
         name = field.upper()
         value, path = given.get(name), given.get(f"{name}_FILE")
+        if _is_service_link(field, value):
+            value = None
         if path:
             if value:
                 raise InvalidSettings([SettingProblem(f"{name}_FILE", path, f"only one of {name} and {name}_FILE")])
             value = _read_file(f"{name}_FILE", path)
+            if field not in PASSWORDS:  # a password may have quotes
+                value = without_quotes(value)
             if value == "":
                 raise InvalidSettings([SettingProblem(f"{name}_FILE", path, "a non-empty file")])
         if value is not None and (value != "" or info.default is not None):
@@ -121,7 +153,7 @@ def _collect(given: Mapping[str, str], model: type[BaseModel]) -> dict[str, str]
 
 def _read_file(name: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        return Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSettings([SettingProblem(name, path, f"a readable text file ({type(error).__name__})")]) from None
 

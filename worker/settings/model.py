@@ -6,7 +6,6 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
-from urllib.parse import urlencode
 
 from pydantic import (
     AfterValidator,
@@ -68,9 +67,9 @@ def _redis_url(value: SecretStr) -> SecretStr:
 
 
 def _host(value: str) -> str:
-    if "://" in value or "@" in value:
-        raise ValueError("only the name or address of a host")
-    return value
+    if "://" in value or "@" in value or "," in value:
+        raise ValueError("only the name or address of one host")
+    return value.removeprefix("[").removesuffix("]")
 
 
 def _key_prefix(value: str) -> str:
@@ -142,12 +141,11 @@ class DatabaseSettings(BaseModel):
             return parse_database_url(self.database_url.get_secret_value())
         if any(value is not None for value in group):
             return DatabaseAddress(
-                host=self.db_host or "localhost",
-                port=self.db_port or 5432,
+                hosts=((self.db_host or "localhost", self.db_port or 5432),),
                 user=self.db_user or "postgres",
                 password=self.db_password.get_secret_value() if self.db_password else "postgres",
                 name=self.db_name or "stock_scanner",
-                options=urlencode({"sslmode": self.db_ssl_mode or "disable"}),
+                driver={"sslmode": self.db_ssl_mode or "disable"},
             )
         return parse_database_url(DEFAULT_DATABASE_URL)
 
@@ -160,6 +158,13 @@ class CoreSettings(DatabaseSettings):
     db_conn_max_lifetime: Duration = Field(timedelta(minutes=5))
 
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(SecretStr("redis://localhost:6379"))
+    redis_host: Annotated[str, AfterValidator(_host)] | None = Field(None)
+    redis_port: int | None = Field(None, ge=1, le=65535)
+    redis_password: SecretStr | None = Field(None)
+    redis_db: int | None = Field(None, ge=0)
+    sentinel_username: str | None = Field(None)
+    sentinel_password: SecretStr | None = Field(None)
+    sentinel_tls: bool | None = Field(None)
 
     batch_size: int = Field(100, ge=1, le=10_000)
     batch_size_max: int = Field(5000, ge=1, le=10_000)
@@ -266,7 +271,22 @@ class CoreSettings(DatabaseSettings):
 
     @property
     def redis(self) -> RedisAddress:
-        return parse_redis_url(self.redis_url.get_secret_value())
+        """`REDIS_URL`; else the `REDIS_*` group if any of it is set; else the documented default.
+
+        What the URL does not say of the Sentinels is in `SENTINEL_*`.
+        """
+        group = [getattr(self, field) for field in REDIS_GROUP]
+        if "redis_url" not in self.model_fields_set and any(value is not None for value in group):
+            return RedisAddress(
+                hosts=((self.redis_host or "localhost", self.redis_port or 6379),),
+                database=self.redis_db or 0,
+                password=self.redis_password.get_secret_value() if self.redis_password else None,
+            )
+        return parse_redis_url(self.redis_url.get_secret_value()).with_sentinel_login(
+            self.sentinel_username,
+            self.sentinel_password.get_secret_value() if self.sentinel_password else None,
+            self.sentinel_tls,
+        )
 
     @property
     def listens(self) -> bool:
@@ -300,9 +320,11 @@ class CoreSettings(DatabaseSettings):
         """Variable → effective value, safe to print: secrets are masked."""
         values = {name.upper(): _show(getattr(self, name)) for name in type(self).model_fields}
         values["BUFFER_MAX_BYTES"] = format_size(self.buffer_max_bytes)
-        values["DB_PASSWORD"] = MASK if self.db_password else ""
+        values |= {name.upper(): MASK if getattr(self, name) else "" for name in PASSWORDS}
         if self.database_url is None:
             values["DATABASE_URL"] = self.database.redacted()
+        if "redis_url" not in self.model_fields_set:
+            values["REDIS_URL"] = self.redis.redacted()
         return values
 
 
@@ -335,7 +357,12 @@ def writer_settings_of(record: RecordType[Any]) -> type[WriterSettings]:
 DEFAULT_DATABASE_URL = "postgresql://username:password@localhost:5432/streamix"
 # Together they are the database's address if DATABASE_URL is not set.
 DATABASE_GROUP = ("db_host", "db_port", "db_user", "db_password", "db_name", "db_ssl_mode")
-SECRETS = {"database_url", "redis_url", "db_password"}
+# And Redis's, if REDIS_URL is not set.
+REDIS_GROUP = ("redis_host", "redis_port", "redis_password", "redis_db")
+# Where both the URL and its group are set in the same place, the URL is used, and the group is not read.
+ADDRESSES = {"database_url": DATABASE_GROUP, "redis_url": REDIS_GROUP}
+PASSWORDS = ("db_password", "redis_password", "sentinel_password")
+SECRETS = {*ADDRESSES, *PASSWORDS}
 
 
 def _show(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from worker.web.answer import Answer
     from worker.web.health import Health
 
+# Of both families.
+ANY_ADDRESS = "::"
+BACKLOG = 128
 MAX_REQUEST_BYTES = 1024
 # Above this number the oldest connection is closed, so that idle clients cannot lock out a probe.
 MAX_CONNECTIONS = 200
@@ -59,9 +63,15 @@ class WebServer:
     async def start(self) -> None:
         """Listen. Raises OSError when the address is in use or not an address of this host."""
         await self._runner.setup()
-        self._listener = await asyncio.get_running_loop().create_server(
-            self._accept, self._host, self._port, reuse_address=True, backlog=128
-        )
+        create_server = asyncio.get_running_loop().create_server
+        if self._host == ANY_ADDRESS:
+            # The event loop would listen for IPv6 alone.
+            both = socket.create_server((self._host, self._port), family=socket.AF_INET6, dualstack_ipv6=True)
+            self._listener = await create_server(self._accept, sock=both, backlog=BACKLOG)
+        else:
+            self._listener = await create_server(
+                self._accept, self._host, self._port, reuse_address=True, backlog=BACKLOG
+            )
 
     async def close(self) -> None:
         if self._listener is not None:

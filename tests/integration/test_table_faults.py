@@ -50,6 +50,28 @@ async def test_table_that_refuses_every_id_fails_the_flush_and_quarantines_nobod
     await world.assert_exact()
 
 
+async def test_flush_fails_where_a_trigger_leaves_out_or_changes_a_row(world: World) -> None:
+    """The changes are matched to the ids by position."""
+    worker = world.worker()
+    await world.view_many(["a", "b", "c"])
+    await worker.cycle()
+    await world.view_many(["a", "b", "c"])
+    for action in ("RETURN NULL;", "NEW.vod_id = 'z'; RETURN NEW;"):
+        await world.sql.execute(
+            f"""
+            CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN IF NEW.vod_id = 'b' THEN {action} END IF; RETURN NEW; END $$;
+            CREATE TRIGGER t BEFORE INSERT ON view_counts FOR EACH ROW EXECUTE FUNCTION meddle();
+            """
+        )
+        with pytest.raises(TableRefused, match='"changes"'):
+            await worker.cycle()
+        assert await world.pending() == Counter(a=1, b=1, c=1)
+        await world.sql.execute("DROP FUNCTION meddle CASCADE")
+    await worker.cycle()
+    await world.assert_exact()
+
+
 async def test_source_row_lost_beside_its_flushes_quarantines_nobody(world: World) -> None:
     await world.view("a")
     await world.worker().cycle()

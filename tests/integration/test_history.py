@@ -140,6 +140,15 @@ async def test_new_holder_of_the_lease_continues_the_history(world: World) -> No
     await asyncio.gather(*running)
 
 
+async def test_worker_that_stands_by_does_not_measure_the_history(world: World) -> None:
+    worker, stop = world.worker(), asyncio.Event()
+    worker.counters.loop._roll_up.may_be_behind()
+    assert worker.metric("view_count_history_behind_seconds") > 0
+    stop.set()
+    assert not await worker.counters.loop._wait_for_lease(stop)
+    assert worker.metric("view_count_history_behind_seconds") == 0
+
+
 async def test_retention_keeps_flushes_that_are_not_in_the_history(world: World) -> None:
     worker = world.worker(VIEW_LEDGER_RETENTION="1d")
     await world.view("a")

@@ -43,6 +43,10 @@ class RollUp:
         if self._behind_since is None:
             self._behind_since = self._clock.monotonic()
 
+    def stand_by(self) -> None:
+        """Another worker keeps the history from now on."""
+        self._behind_since = None
+
     async def catch_up(self, is_calm: Callable[[], bool]) -> None:
         """Add flushes to the history until all are in it, or until `is_calm` is false.
 

@@ -223,6 +223,7 @@ class FlushLoop:
         """True as soon as the lease is held and both servers can be used; False when stopped before that."""
         if self._lease.is_usable:
             return True
+        self._roll_up.stand_by()
         looking = asyncio.create_task(self._look_on(), name="standby")
         try:
             held = await self._lease.wait(stop, VIEW_COUNTS, self._standing_by)
@@ -232,7 +233,8 @@ class FlushLoop:
             self._seen = None
         # The former holder of the lease knew what was pending; this worker does not.
         self._backlog.restart()
-        self._roll_up.may_be_behind()
+        if held:
+            self._roll_up.may_be_behind()
         return held
 
     async def _look_on(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.world import InProcessWorker, World
 from worker.counters.flush.outcome import Flushed
+from worker.counters.forget import Forgetting
 from worker.db.counters.history import History
 from worker.errors import DatabaseUnavailable
 
@@ -164,8 +165,11 @@ async def test_retention_keeps_flushes_that_are_not_in_the_history(world: World)
 
 
 async def test_forgotten_id_does_not_come_back_through_flushes_that_were_not_in_the_history(
-    world: World, redis_url: str, database_url: str
+    world: World, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def as_if_all_came_later(_: Forgetting) -> None: ...
+
+    monkeypatch.setattr(Forgetting, "_roll_up_in_steps", as_if_all_came_later)
     async with World(redis_url, database_url, prefix="other:", VIEW_SOURCE_NAME="other") as other:
         workers = world.worker(), other.worker()
         await flush_only(world, workers[0], "a", "a", "b")

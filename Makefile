@@ -50,6 +50,7 @@ mutants: $(VENV)/.tools ## Insert mistakes into a copy of the code, one at a tim
 
 bench: $(VENV)/.tools ## Measure flushing, receiving messages and recording views against naive implementations
 	@$(BIN)/python benchmarks/flush.py
+	@KEYS=1000000 ROUNDS=1 $(BIN)/python benchmarks/flush.py
 	@$(BIN)/python benchmarks/streams.py
 	@$(BIN)/python benchmarks/writer.py
 	@$(BIN)/python benchmarks/sessions.py

@@ -415,6 +415,13 @@ async def test_top_lists_the_most_viewed_ids(world: World) -> None:
     assert lines == [["views", "total", "id"], ["1,200", "1,234", "popular"], ["7", "7", "evil\\x1b[2J"]]
     assert (await run_cli("top", "--window", "soon", **world.environment)).returncode == 2
 
+    shown = await run_cli("history", "popular", **world.environment)
+    assert shown.returncode == 0, shown.stderr
+    assert [line.split()[2:] for line in shown.stdout.splitlines()[2:]] == [["1,200", "█" * 40]]
+    answer = json.loads((await run_cli("history", "popular", "--bucket", "day", "--json", **world.environment)).stdout)
+    assert [bucket["views"] for bucket in answer["buckets"]] == [1200]
+    assert "no views" in (await run_cli("history", "nobody", **world.environment)).stdout
+
 
 async def test_check_includes_the_table_of_the_application(world: World) -> None:
     done = await run_cli("check", **world.environment | TARGET)

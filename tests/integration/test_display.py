@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -138,6 +138,27 @@ async def test_top_counts_whole_hours_and_shows_current_totals(world: World) -> 
     assert (top.since.minute, top.since.second) == (0, 0)
     assert (await display.top(timedelta(hours=2), limit=1)).entries == [TopEntry("c", 50, 0)]
     assert (await world.worker().counters.display.top(timedelta(days=1), limit=2)).entries[0].vod_id == "c"
+
+
+async def test_history_adds_up_hours_and_days_in_utc(world: World) -> None:
+    await world.sql.execute("SET TIME ZONE 'Asia/Kolkata'")
+    rows = [
+        ("03-01 22", "a", 1),
+        ("03-01 23", "a", 2),
+        ("03-02 00", "a", 4),
+        ("03-02 00", "b", 8),
+        ("03-04 05", "a", 16),
+    ]
+    for hour, vod_id, views in rows:
+        begin = datetime.strptime(f"2024-{hour}", "%Y-%m-%d %H").replace(tzinfo=UTC)
+        await world.sql.execute("INSERT INTO view_counts_hourly VALUES ($1, $2, $3)", begin, vod_id, views)
+    history = world.worker().counters.display.history
+    first, last = datetime(2024, 3, 1, 23, 30, tzinfo=UTC), datetime(2024, 3, 2, 10, tzinfo=UTC)
+    _, hours = await history("a", "hour", first, last)
+    assert [(each.start.day, each.start.hour, each.views) for each in hours] == [(1, 23, 2), (2, 0, 4)]
+    _, days = await history("a", "day", first, datetime(2024, 3, 9, tzinfo=UTC))
+    assert [(each.start.day, each.start.hour, each.views) for each in days] == [(1, 0, 3), (2, 0, 4), (4, 0, 16)]
+    assert (await history("nobody", "day", first, last))[1] == []
 
 
 async def test_readers_do_not_use_up_the_connections_of_the_worker(world: World) -> None:

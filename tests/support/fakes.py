@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from worker.db.counters.reads import Shown, Top, TopEntry
+from worker.db.counters.reads import Bucket, Shown, Top, TopEntry
 
 
 class FakeNumbers:
@@ -23,6 +23,16 @@ class FakeNumbers:
     async def top(self, window: timedelta, limit: int) -> Top:
         now = datetime(2024, 1, 1, tzinfo=UTC)
         return Top(now - window, now, [TopEntry("a", 5, 7)] * limit)
+
+
+class FakeHistories:
+    """Has 3 views in the bucket in which the range begins. `asked` are the arguments of the last call."""
+
+    asked: tuple[object, ...] = ()
+
+    async def history(self, vod_id: str, bucket: str, first: datetime, last: datetime) -> tuple[datetime, list[Bucket]]:
+        self.asked = (vod_id, bucket, first, last)
+        return last, [Bucket(first, 3)]
 
 
 class FakeRecords:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import aiohttp
 import pytest
 from yarl import URL
 
-from tests.support.fakes import FakeNumbers
+from tests.support.fakes import FakeClock, FakeHistories, FakeNumbers
 from tests.support.http import get, serving
+from worker.contract.times import format_time
 from worker.errors import DatabaseUnavailable
+from worker.web.history_api import HistoryApi
 from worker.web.views_api import ViewsApi
+
+HISTORIES = FakeHistories()
+NOW = FakeClock().now()
 
 
 @pytest.fixture
@@ -22,7 +28,7 @@ def numbers() -> FakeNumbers:
 
 @pytest.fixture
 async def base(numbers: FakeNumbers) -> AsyncIterator[str]:
-    async with serving(ViewsApi(numbers).routes()) as url:
+    async with serving([*HistoryApi(HISTORIES, FakeClock()).routes(), *ViewsApi(numbers).routes()]) as url:
         yield url
 
 
@@ -40,6 +46,24 @@ async def base(numbers: FakeNumbers) -> AsyncIterator[str]:
 async def test_one_id_is_answered_with_its_views(base: str, path: str, vod_id: str) -> None:
     code, body = await get(f"{base}/v1/views/{path}")
     assert (code, body) == (200, {"vodId": vod_id, "views": len(vod_id), "pending": 1})
+
+
+async def test_history_of_an_id_is_answered_by_hour_or_day(base: str) -> None:
+    code, body = await get(f"{base}/v1/views/a%2Fb/history")
+    assert code == 200
+    begin = format_time(NOW - timedelta(days=1))
+    assert body == {
+        "vodId": "a/b",
+        "bucket": "hour",
+        "asOf": format_time(NOW),
+        "buckets": [{"time": begin, "views": 3}],
+    }
+    await get(f"{base}/v1/views/a/history?bucket=day")
+    assert HISTORIES.asked == ("a", "day", NOW - timedelta(days=30), NOW)
+    await get(f"{base}/v1/views/a/history?bucket=day&from=2024-01-01T00:00:00Z&to=2024-01-03T00:00:00Z")
+    assert HISTORIES.asked == ("a", "day", datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 3, tzinfo=UTC))
+    code, body = await get(f"{base}/v1/views/a%2Fhistory")
+    assert (code, body["vodId"]) == (200, "a/history")
 
 
 async def test_several_ids_are_answered_in_their_order_without_repeats(base: str) -> None:
@@ -65,6 +89,11 @@ async def test_top_lists_the_most_viewed_ids_of_a_window(base: str) -> None:
         ("/v1/views/a%00b", "NUL"),
         ("/v1/views/%ff", "not UTF-8"),
         ("/v1/views?ids=a,%C3", "not UTF-8"),
+        ("/v1/views/a/history?bucket=minute", "bucket: expected hour or day"),
+        ("/v1/views/a/history?from=soon", "from: expected"),
+        ("/v1/views/a/history?from=2024-01-02T00:00:00Z&to=2024-01-01T00:00:00Z", "not after"),
+        ("/v1/views/a/history?from=2020-01-01T00:00:00Z&to=2024-01-01T00:00:00Z", "1500 buckets"),
+        ("/v1/views/a/history?limit=1", "unknown parameter"),
         ("/v1/top?window=soon", "window: expected"),
         ("/v1/top?window=-1h", "window: expected"),
         ("/v1/top?limit=0", "limit: expected"),

@@ -23,6 +23,7 @@ from worker.runtime.clock import SystemClock
 from worker.runtime.monitor import Monitor
 from worker.runtime.supervisor import Loop, Supervisor
 from worker.web.health import Health
+from worker.web.history_api import HistoryApi
 from worker.web.records_api import RecordsApi
 from worker.web.server import WebServer
 from worker.web.views_api import ViewsApi
@@ -49,7 +50,11 @@ async def run(settings: Settings) -> bool:
         limit = ReadLimit()
         counters = build_counters(settings, database, redis, status, metrics, limit)
         health = Health(status, clock, __version__, settings.health_grace, counters.backlog.quarantine.listed)
-        routes = [*ViewsApi(counters.display).routes(), *RecordsApi(RecordReader(database, limit), clock).routes()]
+        routes = [
+            *HistoryApi(counters.display, clock).routes(),
+            *ViewsApi(counters.display).routes(),
+            *RecordsApi(RecordReader(database, limit), clock).routes(),
+        ]
         web = WebServer(health, routes, metrics.registry, settings.health_check_host, settings.health_check_port)
         # Closed after all loops have ended: it answers while they drain.
         resources.push_async_callback(web.close)

@@ -24,6 +24,7 @@ for command in (
     inspection.check,
     adopt.adopt,
     totals.top,
+    totals.history,
     totals.forget,
     streams.streams,
     publish.publish,

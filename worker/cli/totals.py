@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, fail
 from worker.cli.options import EnvFile, LogLevel, duration, plural, read_settings
 from worker.observability.printable import printable
+
+if TYPE_CHECKING:
+    from worker.db.counters.reads import Bucket
+
+BAR_WIDTH = 40
 
 
 def top(
@@ -39,6 +48,52 @@ def top(
     typer.echo(f"{'views':>12}  {'total':>12}  id")
     for entry in found.entries:
         typer.echo(f"{entry.views:>12,}  {entry.total:>12,}  {printable(entry.vod_id)}")
+
+
+class Buckets(StrEnum):
+    HOUR = "hour"
+    DAY = "day"
+
+
+def history(
+    vod_id: Annotated[str, typer.Argument(metavar="ID", help="The id.")],
+    bucket: Annotated[Buckets, typer.Option("--bucket", help="One line for each hour or day, in UTC.")] = Buckets.HOUR,
+    window: Annotated[
+        str,
+        typer.Option("--window", metavar="DURATION", help="How far back, such as 24h or 30d. [default: 24h or 30d]"),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    env_file: EnvFile = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Show when an id was viewed. Hours and days without views are left out."""
+    back = duration(window or ("24h" if bucket is Buckets.HOUR else "30d"))
+    settings = read_settings(env_file, log_level)
+    from worker.app import commands
+    from worker.contract.ids import decode_id
+    from worker.contract.times import format_time
+    from worker.runtime.event_loop import run_async
+
+    checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
+
+    async def look() -> tuple[datetime, Sequence[Bucket]]:
+        now = datetime.now(UTC)
+        async with commands.open_counters(settings) as counters:
+            return await counters.display.history(checked, bucket.value, now - back, now)
+
+    as_of, found = run_async(look())
+    if as_json:
+        buckets = [{"time": format_time(each.start), "views": each.views} for each in found]
+        answer = {"vodId": checked, "bucket": bucket.value, "asOf": format_time(as_of), "buckets": buckets}
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    typer.echo(f"{printable(checked)}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC\n")
+    if not found:
+        typer.echo("no views")
+    most = max((each.views for each in found), default=0)
+    for each in found:
+        bar = "█" * round(BAR_WIDTH * each.views / most)
+        typer.echo(f"{each.start:%Y-%m-%d %H:%M}  {each.views:>12,}  {bar}".rstrip())
 
 
 def import_(

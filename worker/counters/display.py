@@ -8,14 +8,15 @@ from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
 from worker.counters.long_values import split_by_length
 from worker.db.counters.count_source import VIEWS
-from worker.db.counters.reads import Shown, Stored, Top, TopEntry, read_top, read_totals
+from worker.db.counters.reads import Shown, Stored, Top, TopEntry, read_history, read_top, read_totals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import timedelta
+    from datetime import datetime, timedelta
 
     from worker.counters.stores import Stores
     from worker.db.counters.count_source import CountSource
+    from worker.db.counters.reads import Bucket
     from worker.db.read_limit import ReadLimit
 
 
@@ -44,6 +45,15 @@ class Display:
             totals = await self._look_up([entry.vod_id for entry in ranked])
         entries = [TopEntry(entry.vod_id, entry.views, now.views) for entry, now in zip(ranked, totals, strict=True)]
         return Top(since, as_of, entries)
+
+    async def history(
+        self, vod_id: str, bucket: str, first: datetime, last: datetime
+    ) -> tuple[datetime, Sequence[Bucket]]:
+        """As `read_history`."""
+        async with self._limit.turn(), self._stores.database.transaction() as tx:
+            if not self._stores.database.can_store(vod_id):
+                vod_id = ""  # nobody has it
+            return await read_history(tx, vod_id, bucket, first, last)
 
     async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
         if not ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,11 +11,13 @@ from aiohttp import web
 
 from worker.contract.durations import parse_duration
 from worker.contract.ids import decode_id
-from worker.contract.times import EPOCH, format_time, parse_time
+from worker.contract.times import EPOCH, format_time
 from worker.web.endpoint import BadRequest, NotFound, answering, read_pair, read_parameters, read_path
+from worker.web.time_range import EARLIEST, parse_range
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     from worker.runtime.clock import Clock
 
@@ -30,8 +32,6 @@ METRICS_RANGE = timedelta(hours=1)
 # No number of smaller values, in absolute terms, has a sum that a double cannot hold.
 SUMMABLE = 1e290
 _LATEST = re.compile("[0-9]{1,4}")
-_MILLISECONDS = re.compile("-?[0-9]{1,15}")
-_EARLIEST = datetime.min.replace(tzinfo=UTC)
 _VALUES = ("open", "high", "low", "close", "volume", "vwap")
 
 
@@ -71,16 +71,11 @@ class RecordsApi:
         if "latest" in parameters:
             bars = await self._records.latest_bars(symbol, _parse_latest(parameters))
         else:
-            bars = await self._records.bars(symbol, *self._parse_range(parameters, BARS_RANGE), MAX_BARS + 1)
+            bars = await self._records.bars(
+                symbol, *parse_range(parameters, BARS_RANGE, self._clock.now()), MAX_BARS + 1
+            )
         body = {"symbol": symbol, "bars": [_bar(row) for row in bars[:MAX_BARS]]}
         return body if len(bars) <= MAX_BARS else body | {"truncated": True}
-
-    def _parse_range(self, parameters: Mapping[str, str], default: timedelta) -> tuple[datetime, datetime]:
-        last = _parse_time(parameters, "to") or self._clock.now()
-        first = _parse_time(parameters, "from") or last - min(default, last - _EARLIEST)
-        if "to" in parameters and first > last:
-            raise BadRequest("from: expected a time that is not after `to`")
-        return first, last
 
     async def _session(self, request: web.Request) -> dict[str, Any]:
         session_id = decode_id(read_path(request), "session id")
@@ -95,7 +90,7 @@ class RecordsApi:
         raw_service, raw_metric = read_pair(request)
         service, metric = decode_id(raw_service, "service"), decode_id(raw_metric, "metric")
         parameters = read_parameters(request, ("from", "to", "bucket"))
-        first, last = self._parse_range(parameters, METRICS_RANGE)
+        first, last = parse_range(parameters, METRICS_RANGE, self._clock.now())
         body: dict[str, Any] = {"service": service, "metric": metric}
         if "bucket" in parameters:
             width = _parse_bucket(parameters["bucket"], first, last)
@@ -116,7 +111,7 @@ def _parse_bucket(text: str, first: datetime, last: datetime) -> timedelta:
     start = (first - EPOCH) // width
     if (last - EPOCH) // width - start >= MAX_BUCKETS:
         raise BadRequest(f"bucket: expected at most {MAX_BUCKETS} buckets between `from` and `to`")
-    if start * width < _EARLIEST - EPOCH:
+    if start * width < EARLIEST - EPOCH:
         raise BadRequest("bucket: expected a bucket that begins in the year 1 or later")
     return width
 
@@ -128,17 +123,6 @@ def _parse_latest(parameters: Mapping[str, str]) -> int:
     if _LATEST.fullmatch(latest) is None or not 1 <= int(latest) <= MAX_LATEST:
         raise BadRequest(f"latest: expected a number from 1 to {MAX_LATEST}")
     return int(latest)
-
-
-def _parse_time(parameters: Mapping[str, str], name: str) -> datetime | None:
-    text = parameters.get(name)
-    if text is None:
-        return None
-    try:
-        # In UTC, because with its offset it may lie beyond the calendar.
-        return parse_time(int(text) if _MILLISECONDS.fullmatch(text) else text).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise BadRequest(f"{name}: expected a time in RFC 3339 (a + is written %2B), or in milliseconds") from None
 
 
 def _bar(row: Mapping[str, Any]) -> dict[str, Any]:

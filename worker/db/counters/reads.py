@@ -98,6 +98,17 @@ _as_of = (
 )
 
 
+_bucket = func.date_trunc(bindparam("bucket", type_=Text), _hour.bucket, "UTC").label("start")
+HISTORY = (
+    select(_bucket, func.sum(_hour.views).label("views"))
+    .where(_hour.vod_id == bindparam("vod_id", type_=Text))
+    .where(_hour.bucket >= func.date_trunc(bindparam("bucket", type_=Text), bindparam("first"), "UTC"))
+    .where(_hour.bucket <= bindparam("last"))
+    .group_by(_bucket)
+    .order_by(_bucket)
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """An id's row in `view_counts`; all zeros if it has none.
@@ -148,6 +159,14 @@ class Top:
     entries: list[TopEntry]
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The views of an id that were flushed in the hour or day that begins at `start`."""
+
+    start: datetime
+    views: int
+
+
 async def read_totals(
     tx: AsyncConnection, ids: Sequence[str], source: str, lineage: UUID | None, settled: int
 ) -> dict[str, Stored]:
@@ -169,3 +188,16 @@ async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[
     since, as_of = (await tx.execute(select(_since, _as_of), {"window": window})).one()
     rows = await tx.execute(TOP, {"window": window, "at_most": limit})
     return since, as_of, [Ranked(row.vod_id, int(row.views)) for row in rows]
+
+
+async def read_history(
+    tx: AsyncConnection, vod_id: str, bucket: str, first: datetime, last: datetime
+) -> tuple[datetime, list[Bucket]]:
+    """The end of the history, and the buckets (`hour` or `day`, in UTC) from that of `first` to that of `last`.
+
+    Buckets without views are left out.
+    """
+    await tx.execute(_SETTINGS)
+    as_of = (await tx.execute(select(_as_of))).scalar_one()
+    rows = await tx.execute(HISTORY, {"vod_id": vod_id, "bucket": bucket, "first": first, "last": last})
+    return as_of, [Bucket(row.start, int(row.views)) for row in rows]

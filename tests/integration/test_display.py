@@ -63,6 +63,19 @@ async def test_number_is_exact_between_commit_and_settle(world: World) -> None:
     assert between == [Shown("a", views=7, pending=2, stored=5)]
 
 
+async def test_number_on_hold_is_not_called_exact(world: World) -> None:
+    worker = world.worker()
+    assert (await worker.counters.display.views(["a"]))[0].is_exact  # nothing was flushed yet
+    await world.view("a", 5)
+    await worker.cycle()
+    await world.view("a", 2)
+    assert await worker.counters.display.views(["a"]) == [Shown("a", 7, 2, 5)]
+    await world.redis.set(world.keys.marker, "garbage")
+    assert await worker.counters.display.views(["a"]) == [Shown("a", 7, 2, 5, is_exact=False)]
+    await world.redis.delete(world.keys.marker)
+    assert not (await worker.counters.display.views(["a"]))[0].is_exact
+
+
 async def test_number_is_exact_while_redis_is_behind_by_several_flushes(world: World) -> None:
     worker = world.worker()
     await world.view("a", 5)
@@ -188,7 +201,7 @@ async def test_reader_gives_up_on_a_silent_database_long_before_a_flush_would(
 
 async def test_missing_tables_are_reported(redis_url: str, empty_database_url: str) -> None:
     async with World(redis_url, empty_database_url) as world:
-        with pytest.raises(DatabaseRefused, match="view_counts"):
+        with pytest.raises(DatabaseRefused, match="view_count"):
             await world.worker().counters.display.views(["a"])
 
 

@@ -14,11 +14,12 @@ class FakeNumbers:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.is_exact = True
 
     async def views(self, ids: Sequence[str]) -> list[Shown]:
         if self.error is not None:
             raise self.error
-        return [Shown(vod_id, views=len(vod_id), pending=1, stored=len(vod_id) - 1) for vod_id in ids]
+        return [Shown(vod_id, len(vod_id), 1, len(vod_id) - 1, self.is_exact) for vod_id in ids]
 
     async def top(self, window: timedelta, limit: int) -> Top:
         now = datetime(2024, 1, 1, tzinfo=UTC)

@@ -48,6 +48,11 @@ async def test_one_id_is_answered_with_its_views(base: str, path: str, vod_id: s
     assert (code, body) == (200, {"vodId": vod_id, "views": len(vod_id), "pending": 1})
 
 
+async def test_number_that_is_not_exact_says_so(base: str, numbers: FakeNumbers) -> None:
+    numbers.is_exact = False
+    assert (await get(f"{base}/v1/views/ab"))[1] == {"vodId": "ab", "views": 2, "pending": 1, "exact": False}
+
+
 async def test_history_of_an_id_is_answered_by_hour_or_day(base: str) -> None:
     code, body = await get(f"{base}/v1/views/a%2Fb/history")
     assert code == 200
@@ -94,6 +99,9 @@ async def test_top_lists_the_most_viewed_ids_of_a_window(base: str) -> None:
         ("/v1/views/a/history?from=2024-01-02T00:00:00Z&to=2024-01-01T00:00:00Z", "not after"),
         ("/v1/views/a/history?from=2020-01-01T00:00:00Z&to=2024-01-01T00:00:00Z", "1500 buckets"),
         ("/v1/views/a/history?limit=1", "unknown parameter"),
+        ("/v1/views?ids=a&id=b", "unknown parameter id: expected only ids"),
+        ("/v1/views/a?ids=b", "unknown parameter ids: expected none"),
+        ("/v1/top?windows=1h", "unknown parameter windows: expected only window, limit"),
         ("/v1/top?window=soon", "window: expected"),
         ("/v1/top?window=-1h", "window: expected"),
         ("/v1/top?limit=0", "limit: expected"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tests.support.fakes import FakeClock
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
+from worker.web.answer import Answer
 from worker.web.health import Health
 from worker.web.server import WebServer
 
@@ -130,9 +132,19 @@ async def test_endpoints_answer_json_to_get_and_head_only(url: str, status: Stat
             assert response.status == 200
         for method in ("POST", "PUT", "DELETE"):
             async with session.request(method, path) as response:
-                assert response.status == 405
+                assert (response.status, response.headers["Allow"]) == (405, "GET,HEAD")
+                assert await response.json() == {"error": f"{method} is not allowed here"}
         async with session.get("/nothing-here") as response:
             assert response.status == 404
+            assert await response.json() == {"error": "there is no such endpoint"}
+            assert response.headers["Server"] == "viewer-worker"
+
+
+def test_answers_are_utf_8_and_valid_with_any_text() -> None:
+    body = Answer(200, {"id": "vidéo …", "odd": "\udc80"}).response().body
+    assert isinstance(body, bytes)
+    assert "vidéo …".encode() in body
+    assert json.loads(body) == {"id": "vidéo …", "odd": "\udc80"}
 
 
 async def test_metrics_are_served_in_both_formats(url: str) -> None:

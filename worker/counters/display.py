@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
+from worker.counters.flush.verdict import Agreed, Behind, Missing, Returned, compare
 from worker.counters.long_values import split_by_length
 from worker.db.counters.count_source import VIEWS
 from worker.db.counters.reads import Shown, Stored, Top, TopEntry, read_history, read_top, read_totals
@@ -14,14 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime, timedelta
 
+    from worker.counters.flush.verdict import Verdict
     from worker.counters.stores import Stores
     from worker.db.counters.count_source import CountSource
     from worker.db.counters.reads import Bucket
+    from worker.db.counters.source_row import SourceState
     from worker.db.read_limit import ReadLimit
 
 
 class Display:
-    """Exact, except for views that were only announced since the last flush: those are not included.
+    """Exact (see Shown), except for views that were only announced since the last flush: those are not included.
 
     Every method raises Unavailable when a server cannot be used, is too slow, or too many readers ask at once, and
     DatabaseRefused when the tables do not exist.
@@ -67,16 +70,23 @@ class Display:
         values = dict(zip(readable, found, strict=True))
         marker = None if raw is None else Marker.parse(raw)
         lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
-        database = self._stores.database
+        database, source_row = self._stores.database, self._stores.source_row
         async with database.transaction() as tx:
+            row = await source_row.read(tx)
+            is_exact = row is None or _is_exact(await compare(tx, source_row, raw, row), row)
             storable = list(filter(database.can_store, ids))
             totals = await read_totals(tx, storable, self._stores.source_row.name, lineage, settled)
         stored = [totals.get(vod_id, Stored(vod_id)) for vod_id in ids]
-        return [self._shown(total, values.get(key)) for total, key in zip(stored, counters, strict=True)]
+        return [self._shown(total, values.get(key), is_exact) for total, key in zip(stored, counters, strict=True)]
 
-    def _shown(self, stored: Stored, value: bytes | None) -> Shown:
+    def _shown(self, stored: Stored, value: bytes | None, is_exact: bool) -> Shown:
         value_now = (parse_count(value) if value is not None else 0) or 0
         pending = max(0, value_now - stored.unsettled)
         # As a flush would add it: messages may have announced the pending views already.
         more = self._views(stored.counted + pending, stored.announced) - self._views(stored.counted, stored.announced)
-        return Shown(stored.vod_id, stored.views + more, pending, stored.views)
+        return Shown(stored.vod_id, stored.views + more, pending, stored.views, is_exact)
+
+
+def _is_exact(verdict: Verdict, row: SourceState) -> bool:
+    """Whether the ledger says what of the counters is in the totals."""
+    return isinstance(verdict, Agreed | Behind | Returned) or (isinstance(verdict, Missing) and row.lineage is None)

@@ -17,5 +17,8 @@ class Answer:
     body: Mapping[str, object]
 
     def response(self) -> web.Response:
-        text = json.dumps(self.body) + "\n"
-        return web.json_response(text=text, status=self.code, headers={"Cache-Control": "no-store"})
+        text = json.dumps(self.body, ensure_ascii=False) + "\n"
+        # What is not Unicode stays JSON: an escape.
+        body = text.encode(errors="backslashreplace")
+        headers = {"Cache-Control": "no-store", "Content-Type": "application/json; charset=utf-8"}
+        return web.Response(body=body, status=self.code, headers=headers)

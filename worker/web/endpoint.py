@@ -88,12 +88,18 @@ def read_query(request: web.Request) -> list[tuple[str, str]]:
 
 def read_parameters(request: web.Request, known: Sequence[str] = ()) -> dict[str, str]:
     """The parameters by name. Raises BadRequest for an unknown one, and for one that is given twice."""
+    refuse_unknown(request, known)
     found: dict[str, str] = {}
     for name, value in read_query(request):
-        if name not in known:
-            expected = f"expected only {', '.join(known)}" if known else "expected none"
-            raise BadRequest(f"unknown parameter {excerpt(name.encode(errors=UNCHANGED))}: {expected}")
         if name in found:
             raise BadRequest(f"{name}: expected once")
         found[name] = value
     return found
+
+
+def refuse_unknown(request: web.Request, known: Sequence[str]) -> None:
+    """Raises BadRequest for an unknown parameter."""
+    for name, _ in read_query(request):
+        if name not in known:
+            expected = f"expected only {', '.join(known)}" if known else "expected none"
+            raise BadRequest(f"unknown parameter {excerpt(name.encode(errors=UNCHANGED))}: {expected}")

@@ -12,12 +12,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from worker.web.answer import Answer
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aiohttp.typedefs import Handler
 
-    from worker.web.answer import Answer
     from worker.web.health import Health
 
 # Of both families.
@@ -37,7 +38,8 @@ class WebServer:
         self._registry = registry
         self._host = host
         self._port = port
-        app = web.Application(client_max_size=MAX_REQUEST_BYTES)
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[_refusals_as_json])
+        app.on_response_prepare.append(_without_versions)
         app.add_routes(
             [
                 web.get("/health", _answers(health.health)),
@@ -89,6 +91,22 @@ class WebServer:
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+
+@web.middleware
+async def _refusals_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as refusal:
+        texts = {404: "there is no such endpoint", 405: f"{request.method} is not allowed here"}
+        answer = Answer(refusal.status, {"error": texts.get(refusal.status, refusal.reason)}).response()
+        if "Allow" in refusal.headers:
+            answer.headers["Allow"] = refusal.headers["Allow"]
+        return answer
+
+
+async def _without_versions(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "viewer-worker"
 
 
 def _answers(answer: Callable[[], Answer]) -> Handler:

@@ -10,7 +10,7 @@ from aiohttp import web
 from worker.contract.durations import parse_duration
 from worker.contract.ids import decode_id
 from worker.contract.times import format_time
-from worker.web.endpoint import BadRequest, answering, read_list, read_path
+from worker.web.endpoint import BadRequest, answering, read_list, read_parameters, read_path, refuse_unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,21 +42,24 @@ class ViewsApi:
         ]
 
     async def _one(self, request: web.Request) -> dict[str, Any]:
+        read_parameters(request)
         (shown,) = await self._numbers.views([decode_id(read_path(request))])
         return _views(shown)
 
     async def _several(self, request: web.Request) -> dict[str, Any]:
         ids = [decode_id(raw) for raw in read_list(request, "ids")]
+        refuse_unknown(request, ("ids",))
         if not 1 <= len(ids) <= MAX_IDS:
             raise BadRequest(f"ids: expected 1 to {MAX_IDS} ids, separated by commas")
         return {"views": [_views(shown) for shown in await self._numbers.views(list(dict.fromkeys(ids)))]}
 
     async def _top(self, request: web.Request) -> dict[str, Any]:
         try:
-            window = parse_duration(request.query.get("window", "24h"))
+            parameters = read_parameters(request, ("window", "limit"))
+            window = parse_duration(parameters.get("window", "24h"))
         except ValueError as error:
             raise BadRequest(f"window: expected {error}") from None
-        limit = request.query.get("limit", "10")
+        limit = parameters.get("limit", "10")
         if _LIMIT.fullmatch(limit) is None or not 1 <= int(limit) <= MAX_LIMIT:
             raise BadRequest(f"limit: expected a number from 1 to {MAX_LIMIT}")
         top = await self._numbers.top(window, int(limit))
@@ -65,4 +68,5 @@ class ViewsApi:
 
 
 def _views(shown: Shown) -> dict[str, Any]:
-    return {"vodId": shown.vod_id, "views": shown.views, "pending": shown.pending}
+    body = {"vodId": shown.vod_id, "views": shown.views, "pending": shown.pending}
+    return body if shown.is_exact else body | {"exact": False}

@@ -133,12 +133,16 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """`views` is the number to show, `pending` the counter's value, `stored` the total in Postgres."""
+    """`views` is the number to show, `pending` the counter's value, `stored` the total in Postgres.
+
+    Not `is_exact` where Redis and Postgres contradict each other: pending views may be counted already, or be others.
+    """
 
     vod_id: str
     views: int
     pending: int
     stored: int
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)

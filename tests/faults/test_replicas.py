@@ -66,6 +66,8 @@ class Chaos:
 
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.rng = rng
+        # A generator of their own: how many views are sent depends on time, and the faults depend on the seed alone.
+        self.views = random.Random(rng.random())
         # The roles are not options: a server that is killed is the master, and starts again as one.
         self.valkey, self.standby = [
             ValkeyServer(folder / name, options=("--appendfsync", "always", *SYNCHRONISE_AT_ONCE))
@@ -127,7 +129,7 @@ class Chaos:
     async def produce(self) -> None:
         async with self.redis() as client:
             while not self.done.is_set():
-                views = self.rng.choices(IDS, weights=range(len(IDS), 0, -1), k=20)
+                views = self.views.choices(IDS, weights=range(len(IDS), 0, -1), k=20)
                 self.truth.sent.update(views)
                 done = await self.send(client, [("INCR", PREFIX + vod_id) for vod_id in views])
                 for vod_id, acknowledged in zip(views, done, strict=True):

@@ -195,16 +195,21 @@ class Chaos:
                 sql.terminate()
 
     async def inject_faults(self) -> None:
-        """Every two seconds, kill or freeze a replica, and let a server fail. First, leave the lease to `wrong`."""
+        """Every two seconds, kill or freeze a replica, and let a server fail.
+
+        First, leave the lease to `wrong`. Last, the faults that leave connections behind: to a server that refuses
+        writes, or read-only ones. No restart closes them for the replicas.
+        """
         for replica in self.replicas:
             replica.close()
+        self.replicas.clear()
         await self.wrong[0].wait_for_log('"view_counts on hold"')
-        self.replicas = [self.start_replica() for _ in self.replicas]
+        self.replicas = [self.start_replica() for _ in range(3)]
         loop = asyncio.get_running_loop()
         kinds = [self.kill_redis, self.kill_postgres, self.move_name, self.refuse_writes]
         faults: list[Callable[[], Awaitable[None]]] = []
         now = loop.time()
-        end = now + SECONDS
+        end = now + SECONDS - 4
         while now < end:
             victim = self.rng.randrange(len(self.replicas))
             if self.rng.random() < 0.5:
@@ -218,6 +223,8 @@ class Chaos:
             await faults.pop()()
             await asyncio.sleep(now + 2 - loop.time())
             now = loop.time()
+        for fault in self.rng.sample([self.move_name, self.refuse_writes], 2):
+            await fault()
 
     async def kill_redis(self) -> None:
         await self._kill(self.valkey)

@@ -327,8 +327,10 @@ async def _count_through_faults(chaos: Chaos) -> None:
         tasks.create_task(chaos.produce())
         tasks.create_task(chaos.add_requests())
         tasks.create_task(chaos.read())
-        await chaos.inject_faults()
-        chaos.done.set()
+        try:
+            await chaos.inject_faults()
+        finally:
+            chaos.done.set()
     await _wait_until_drained(chaos)
     rows = await _wait_until_carried(chaos)
     await _wait_until_healthy(chaos)

@@ -42,7 +42,7 @@ dev: install ## The same until Ctrl-C, which prints the report
 test: $(VENV)/.tools ## Run all tests on real embedded servers, two at a time
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-faults: $(VENV)/.tools ## Run the long tests: replicas killed and frozen, 50,000 messages/s (a minute each), property test with many examples
+faults: $(VENV)/.tools ## Run the long tests: replicas and servers fail, 50,000 messages/s (a minute each), property test with many examples
 	@FAULT_SECONDS=60 MESSAGE_SECONDS=60 PROPERTY_EXAMPLES=300 $(BIN)/python -m pytest tests/faults tests/property -s --timeout 1200
 
 mutants: $(VENV)/.tools ## Insert mistakes into a copy of the code, one at a time, and check that the tests catch each

@@ -273,12 +273,18 @@ class ScriptedConnection:
 
     def __init__(self, *chunks: bytes) -> None:
         self._chunks = iter(chunks)
-        self._reader = self
+        self._reader = self._writer = self
 
     async def read(self, _: int) -> bytes:
         return next(self._chunks, b"")
 
-    async def send_command(self, *_: object, **__: object) -> None:
+    def pack_command(self, *_: object) -> list[bytes]:
+        return []
+
+    def writelines(self, _: list[bytes]) -> None:
+        pass
+
+    async def drain(self) -> None:
         pass
 
 

@@ -156,6 +156,19 @@ async def test_subscription_moves_with_the_name_although_no_command_is_refused(n
             await subscription.read()
 
 
+async def test_subscription_that_is_given_up_while_it_starts_is_lost(client: RedisClient) -> None:
+    async def subscribe() -> None:
+        async with client.subscription("a channel"):
+            pass
+
+    starting = asyncio.create_task(subscribe())
+    while not client._pool.on_give_up:
+        await asyncio.sleep(0)
+    await client._pool.give_up(client._pool.generation)
+    with pytest.raises(RedisUnavailable):
+        await starting
+
+
 def own_client(url: str) -> aioredis.Redis:
     return aioredis.Redis(connection_pool=aioredis.BlockingConnectionPool.from_url(url, max_connections=8))
 

@@ -80,7 +80,10 @@ class Proxy:
         self._tasks.add(task)
         self.connections += 1
         usual_port = 6379 if self._server.scheme == "redis" else 5432
-        upstream, to_server = await asyncio.open_connection(self._server.hostname, self._server.port or usual_port)
+        try:
+            upstream, to_server = await asyncio.open_connection(self._server.hostname, self._server.port or usual_port)
+        except OSError:
+            return writer.transport.abort()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._requests(reader, to_server, writer))
@@ -104,6 +107,7 @@ class Proxy:
             if self.mode is not Mode.DROP_ALL:
                 to_server.write(chunk)
                 await to_server.drain()
+        to_server.close()
         to_client.close()
 
     async def _replies(self, upstream: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:

@@ -34,14 +34,17 @@ class Subscription:
     """Every method raises RedisUnavailable when the connection is lost. Messages published after that are lost too.
 
     The library opens the connection (TLS, log-in, Sentinel). Reading through the library, message by message, is
-    several times slower than reading all data that has arrived at once.
+    several times slower than reading all data that has arrived at once. Sending through it would reconnect a closed
+    connection, without a subscription, and fails with AttributeError if another task closes it meanwhile.
     """
 
     def __init__(self, connection: AbstractConnection, channel: bytes) -> None:
         self._connection = connection
         self._channel = channel
-        assert connection._reader is not None  # the pool hands out connections that are connected  # noqa: S101
-        self._stream = connection._reader
+        # The pool hands out connections that are connected.
+        assert connection._reader is not None  # noqa: S101
+        assert connection._writer is not None  # noqa: S101
+        self._stream, self._writer = connection._reader, connection._writer
         self._replies = hiredis.Reader(notEnoughData=_NOTHING)
         self._confirmed = False
         self._early: list[bytes] = []
@@ -80,8 +83,7 @@ class Subscription:
     async def close(self) -> None:
         """Abort the connection. A clean TLS close would wait for the other side, and `read` with it."""
         self._closed = True
-        if (writer := self._connection._writer) is not None:
-            writer.transport.abort()
+        self._writer.transport.abort()
         await self._connection.disconnect(nowait=True)
 
     async def _subscribe(self) -> None:
@@ -118,10 +120,12 @@ class Subscription:
             self.ended = True
 
     async def _send(self, *command: str | bytes) -> None:
-        if self._closed:  # the library would reconnect, without a subscription
+        if self._closed:
             raise RedisUnavailable("the connection was closed")
         with redis_errors():
-            await self._connection.send_command(*command, check_health=False)
+            async with asyncio.timeout(CONFIRM_S):
+                self._writer.writelines(self._connection.pack_command(*command))
+                await self._writer.drain()
 
 
 _NOTHING = object()

@@ -15,12 +15,13 @@ import pytest
 
 from tests.howto.waiting import until
 from tests.support.tools import tool
-from tests.support.world import World, clean_environment
-from worker.dev.servers import free_port
+from tests.support.world import World, clean_environment, database_url_for
+from worker.dev.servers import PostgresServer, free_port
 
 ROOT = Path(__file__).parents[2]
 CHAPTER = (ROOT / "README.md").read_text().split("## Five minutes", 1)[1].split("\n## ", 1)[0]
-START = re.findall(r"```sh\n(.*?)```", CHAPTER, re.DOTALL)
+CREATE, START = re.findall(r"```sh\n(.*?)```", CHAPTER, re.DOTALL)
+SUPERUSER = "psql -h localhost -U postgres"
 # In a transcript, a command follows a prompt, and the lines after it are its output.
 TYPED = re.findall(r"^\$ (.*)\n((?:(?!```|\$ ).*\n)*)", CHAPTER, re.MULTILINE)
 
@@ -38,9 +39,8 @@ def port() -> int:
 @pytest.fixture
 def worker(world: World, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs the block that installs and starts the worker, without the installation and on the test's servers."""
-    (script,) = START
-    lines = [line for line in script.splitlines() if not re.match(r"make install|export (DATABASE|REDIS)_URL", line)]
-    assert len(lines) == len(script.splitlines()) - 3
+    lines = [line for line in START.splitlines() if not re.match(r"make install|export (DATABASE|REDIS)_URL", line)]
+    assert len(lines) == len(START.splitlines()) - 3
     typed = "\n".join(lines).replace(".venv/bin/viewer-worker", f"{sys.executable} -m worker")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -55,14 +55,27 @@ def worker(world: World, port: int, tmp_path: Path) -> Iterator[subprocess.Popen
     process.wait()
 
 
+def test_database_that_the_readme_creates_belongs_to_its_user(application_server: PostgresServer) -> None:
+    psql = tool("psql", "postgresql-client")
+
+    def typed(commands: str) -> None:
+        subprocess.run(["bash", "-euc", commands], check=True, timeout=30)
+
+    as_superuser = f"{psql} {application_server.url}"
+    assert CREATE.count(SUPERUSER) == 2
+    typed(CREATE.replace(SUPERUSER, as_superuser))
+    user_url = database_url_for(application_server.url, "streamix").replace("//postgres@", "//username:password@")
+    typed(f"{psql} {user_url} -c 'CREATE TABLE made (id integer)'")
+    typed(f"{as_superuser} -c 'DROP DATABASE streamix' -c 'DROP ROLE username'")
+
+
 @pytest.mark.usefixtures("worker")
 async def test_first_view_is_shown_as_in_the_readme(world: World, port: int) -> None:
     for name, package in (("redis-cli", "redis-tools"), ("psql", "postgresql-client"), ("curl", "curl")):
         tool(name, package)
     incr, select, curl = [typed for typed, _ in TYPED]
     answers = [answer for _, answer in TYPED]
-    assert incr.startswith("redis-cli ")
-    assert await output_of(f"redis-cli -u {world.redis_url}" + incr.removeprefix("redis-cli"), world, port) == "1\n"
+    assert await output_of(incr, world, port) == "1\n"
     assert answers[0] == "(integer) 1\n"
     await until(world.pending, {})
     assert await output_of(select, world, port) == answers[1]

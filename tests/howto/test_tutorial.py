@@ -17,8 +17,10 @@ from tests.support.world import World
 from worker.dev.servers import free_port
 
 PAGE = snippets("../tutorial")
-# Signals of the test must reach the worker, not the shell that started it.
-START = replace(PAGE["start.sh"], code=PAGE["start.sh"].code.replace("viewer-worker run", "exec viewer-worker run"))
+# Signals of the test must reach the worker, not the shell that started it. The test reads the worker's log.
+START = replace(
+    PAGE["start.sh"], code=PAGE["start.sh"].code.replace("viewer-worker run", "exec viewer-worker run 2>&1")
+)
 START_AGAIN = replace(START, title="start-again.sh", code=START.code.splitlines()[-1])
 
 
@@ -50,7 +52,7 @@ async def test_tutorial_prints_what_it_shows(world: World, programs: Programs, r
         await shows("announce.sh")
         await until(world.totals, {"vod_456": 2, "vod_7": 5})
         assert await top(shows) == {("2", "2", "vod_456"), ("5", "5", "vod_7")}
-        await killed(worker, PAGE["kill.sh"], shows)
+        await killed(worker, PAGE["kill.sh"], run)
     with programs.started(START_AGAIN, environment) as worker:
         await until(world.pending, {})
         assert await shows("after.sh") == PAGE["after.txt"].code.strip()
@@ -77,14 +79,17 @@ async def top(shows: Callable[..., object]) -> set[tuple[str, ...]]:
     return {tuple(line.split()) for line in str(shown).splitlines()[3:]}
 
 
-async def killed(worker: subprocess.Popen[str], block: Snippet, shows: Callable[..., object]) -> None:
-    """Kill the worker by its process id, as `pgrep` could find another one, and run the rest of the block."""
-    kill, rest = block.code.split("\n", 1)
-    assert kill == """kill -9 "$(pgrep -n -f 'viewer-worker run')\""""
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    PAGE["kill.sh"] = replace(block, code=rest)
-    await shows("kill.sh")  # type: ignore[misc]
+async def killed(worker: subprocess.Popen[str], block: Snippet, run: Callable[..., str]) -> None:
+    """Run the block with the process id that the worker logged, as a reader does."""
+    assert worker.stdout is not None
+    logged = ""
+    while '"started"' not in logged:
+        logged = await asyncio.to_thread(worker.stdout.readline)
+        assert logged, "the worker has ended without the line `started`"
+    pid = json.loads(logged)["pid"]
+    assert block.code.count(" 4711\n") == 1
+    await asyncio.to_thread(run, replace(block, code=block.code.replace(" 4711\n", f" {pid}\n")))
+    assert await asyncio.to_thread(worker.wait, 20) == -signal.SIGKILL
 
 
 async def stopped(worker: subprocess.Popen[str]) -> None:

@@ -135,6 +135,20 @@ async def test_reader_reads_redis_before_postgres(world: World) -> None:
     assert shown.views == 5
 
 
+async def test_number_is_exact_while_the_first_flush_creates_the_marker(world: World) -> None:
+    worker, reader = world.worker(), world.worker()
+    await world.view("a", 5)
+    read = reader.redis.read
+
+    async def read_then_flush(keys: Any) -> Any:
+        values = await read(keys)
+        await worker.cycle()
+        return values
+
+    reader.redis.read = read_then_flush  # type: ignore[method-assign]
+    assert await reader.counters.display.views(["a"]) == [Shown("a", 5, 0, 5)]
+
+
 async def test_top_counts_whole_hours_and_shows_current_totals(world: World) -> None:
     await world.sql.execute(
         """

@@ -59,6 +59,13 @@ class Display:
             return await read_history(tx, vod_id, bucket, first, last)
 
     async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
+        shown = await self._read(ids)
+        if not all(number.is_exact for number in shown):
+            # Perhaps the marker was created in between: then the first flush may be seen on both sides.
+            shown = await self._read(ids)
+        return shown
+
+    async def _read(self, ids: Sequence[str]) -> list[Shown]:
         if not ids:
             return []
         keys = self._stores.keys

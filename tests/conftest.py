@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -95,7 +96,20 @@ async def database_url(postgres_url: str, template_database: str) -> AsyncIterat
 @pytest.fixture
 async def latin1_database_url(postgres_url: str) -> AsyncIterator[str]:
     """A migrated database whose encoding has no more than 255 characters."""
-    async with _database(postgres_url, "template0 ENCODING LATIN1 LOCALE 'C'") as url:
+    async with _encoded_database(postgres_url, "LATIN1") as url:
+        yield url
+
+
+@pytest.fixture
+async def euc_jp_database_url(postgres_url: str) -> AsyncIterator[str]:
+    """A migrated database of which only Postgres knows the characters."""
+    async with _encoded_database(postgres_url, "EUC_JP") as url:
+        yield url
+
+
+@asynccontextmanager
+async def _encoded_database(postgres_url: str, encoding: str) -> AsyncIterator[str]:
+    async with _database(postgres_url, f"template0 ENCODING {encoding} LOCALE 'C'") as url:
         database = Database(parse_database_url(url))
         await schema.upgrade(database)
         await database.close()

@@ -13,6 +13,7 @@ ViewerWorkerError
 │   ├── StreamFull           (redis.appender) too many entries wait to be carried
 │   └── TooManyReaders       too many concurrent reads
 ├── DatabaseRefused          Postgres refuses a statement: data that does not fit, a missing table
+│   └── NotEncodable         the database's encoding lacks a character of a text: no row can have it
 ├── SchemaNotCurrent         the tables are not those of this version, or the role lacks rights on them
 ├── TargetUnusable           the application's own table (VIEW_TARGET_*) is missing or does not fit
 ├── TableRefused             a table, or the right to it, does not fit: nothing is written until somebody changes it
@@ -120,6 +121,10 @@ class DatabaseRefused(ViewerWorkerError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"Postgres refused the statement: {cause}")
+
+
+class NotEncodable(DatabaseRefused):
+    """The database's encoding lacks a character of a text that was sent, so no row has this text."""
 
 
 class TooManyReaders(Unavailable):

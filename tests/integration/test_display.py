@@ -74,6 +74,27 @@ async def test_number_on_hold_is_not_called_exact(world: World) -> None:
     assert await worker.counters.display.views(["a"]) == [Shown("a", 7, 2, 5, is_exact=False)]
     await world.redis.delete(world.keys.marker)
     assert not (await worker.counters.display.views(["a"]))[0].is_exact
+    await worker.counters.loop._roll_up.catch_up(lambda: True)
+    assert not (await worker.counters.display.top(timedelta(hours=1), 5)).is_exact
+
+
+async def test_number_is_not_called_exact_where_the_database_was_recreated_or_the_ledger_lacks_a_flush(
+    world: World,
+) -> None:
+    worker = world.worker()
+    await world.view("a", 5)
+    await worker.cycle()
+    old = await world.redis.get(world.keys.marker)
+    for _ in range(2):
+        await world.view("a", 2)
+        await worker.cycle()
+    await world.redis.set(world.keys.marker, old)
+    assert (await worker.counters.display.views(["a"]))[0].is_exact
+    await world.sql.execute("DELETE FROM view_count_flushes WHERE flush_id = 2")
+    assert not (await worker.counters.display.views(["a"]))[0].is_exact
+    for table in ("view_counts", "view_count_flushes", "view_count_lineages", "view_count_sources"):
+        await world.sql.execute(f"DELETE FROM {table}")
+    assert await worker.counters.display.views(["a"]) == [Shown("a", 0, 0, 0, is_exact=False)]
 
 
 async def test_number_is_exact_while_redis_is_behind_by_several_flushes(world: World) -> None:

@@ -23,7 +23,7 @@ class FakeNumbers:
 
     async def top(self, window: timedelta, limit: int) -> Top:
         now = datetime(2024, 1, 1, tzinfo=UTC)
-        return Top(now - window, now, [TopEntry("a", 5, 7)] * limit)
+        return Top(now - window, now, [TopEntry("a", 5, 7)] * limit, self.is_exact)
 
 
 class FakeHistories:

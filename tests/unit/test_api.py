@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
@@ -51,6 +52,7 @@ async def test_one_id_is_answered_with_its_views(base: str, path: str, vod_id: s
 async def test_number_that_is_not_exact_says_so(base: str, numbers: FakeNumbers) -> None:
     numbers.is_exact = False
     assert (await get(f"{base}/v1/views/ab"))[1] == {"vodId": "ab", "views": 2, "pending": 1, "exact": False}
+    assert (await get(f"{base}/v1/top"))[1]["exact"] is False
 
 
 async def test_history_of_an_id_is_answered_by_hour_or_day(base: str) -> None:
@@ -136,7 +138,8 @@ async def test_internal_error_is_500_and_its_text_is_only_logged(
     numbers.error = ValueError("a bug")
     async with aiohttp.ClientSession() as session, session.get(f"{base}/v1/views/a") as response:
         assert response.status == 500
-        assert "a bug" not in await response.text()
+        assert response.headers["Server"] == "viewer-worker"
+        assert await response.json() == {"error": "a mistake in this program: the log has it"}
     assert "a bug" in caplog.text
 
 
@@ -156,6 +159,9 @@ async def test_idle_connections_do_not_block_new_ones(base: str, monkeypatch: py
 async def test_malformed_request_is_400_and_not_logged(base: str, caplog: pytest.LogCaptureFixture) -> None:
     reader, writer = await asyncio.open_connection(URL(base).host, URL(base).port)
     writer.write(b"\x16\x03\x01 what a port scanner says\r\n\r\n")
-    assert b" 400 " in await reader.read()
+    answer = await reader.read()
+    assert b" 400 " in answer
+    assert b"\r\nServer: viewer-worker\r\n" in answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"error": "the request is malformed"}
     writer.close()
     assert not caplog.records

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from worker.contract.keys import parse_count
 from worker.counters.flush.marker import Marker
-from worker.counters.flush.verdict import Agreed, Behind, Missing, Returned, compare
+from worker.counters.flush.verdict import Agreed, Behind, Missing, compare
 from worker.counters.long_values import split_by_length
 from worker.db.counters.count_source import VIEWS
 from worker.db.counters.reads import Shown, Stored, Top, TopEntry, read_history, read_top, read_totals
+from worker.db.counters.source_row import NEW_ROW
+from worker.errors import NotEncodable
+from worker.runtime.bisect import bisect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime, timedelta
 
-    from worker.counters.flush.verdict import Verdict
     from worker.counters.stores import Stores
     from worker.db.counters.count_source import CountSource
     from worker.db.counters.reads import Bucket
-    from worker.db.counters.source_row import SourceState
     from worker.db.read_limit import ReadLimit
+    from worker.db.session import Transaction
 
 
 class Display:
@@ -47,16 +50,19 @@ class Display:
                 since, as_of, ranked = await read_top(tx, window, limit)
             totals = await self._look_up([entry.vod_id for entry in ranked])
         entries = [TopEntry(entry.vod_id, entry.views, now.views) for entry, now in zip(ranked, totals, strict=True)]
-        return Top(since, as_of, entries)
+        return Top(since, as_of, entries, all(now.is_exact for now in totals))
 
     async def history(
         self, vod_id: str, bucket: str, first: datetime, last: datetime
     ) -> tuple[datetime, Sequence[Bucket]]:
         """As `read_history`."""
-        async with self._limit.turn(), self._stores.database.transaction() as tx:
-            if not self._stores.database.can_store(vod_id):
-                vod_id = ""  # nobody has it
-            return await read_history(tx, vod_id, bucket, first, last)
+        async with self._limit.turn():
+            try:
+                async with self._stores.database.transaction() as tx:
+                    return await read_history(tx, vod_id, bucket, first, last)
+            except NotEncodable:
+                async with self._stores.database.transaction() as tx:
+                    return await read_history(tx, "", bucket, first, last)  # nobody has this id
 
     async def _look_up(self, ids: Sequence[str]) -> list[Shown]:
         shown = await self._read(ids)
@@ -75,16 +81,40 @@ class Display:
         readable, _ = await split_by_length(self._stores.redis, counters)
         raw, *found = await self._stores.redis.read([keys.marker, *readable])
         values = dict(zip(readable, found, strict=True))
-        marker = None if raw is None else Marker.parse(raw)
-        lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
-        database, source_row = self._stores.database, self._stores.source_row
-        async with database.transaction() as tx:
-            row = await source_row.read(tx)
-            is_exact = row is None or _is_exact(await compare(tx, source_row, raw, row), row)
-            storable = list(filter(database.can_store, ids))
-            totals = await read_totals(tx, storable, self._stores.source_row.name, lineage, settled)
+        storable = list(filter(self._stores.database.can_store, ids))
+        totals: dict[str, Stored] = {}
+        is_exact = True
+        # An id that only Postgres knows to be impossible must not fail the others. No row has it.
+        parts = bisect(storable, partial(self._read_stored, raw), _is_not_encodable, lambda *_: None)
+        async for part_is_exact, part in parts:
+            is_exact = is_exact and part_is_exact
+            totals |= part
+        if not totals:  # no part was read, perhaps
+            is_exact, _ = await self._read_stored(raw, [])
         stored = [totals.get(vod_id, Stored(vod_id)) for vod_id in ids]
         return [self._shown(total, values.get(key), is_exact) for total, key in zip(stored, counters, strict=True)]
+
+    async def _read_stored(self, raw: bytes | None, ids: Sequence[str]) -> tuple[bool, dict[str, Stored]]:
+        """Whether the ledger says what of the counters is in the totals, and the totals of these ids.
+
+        `raw`: the marker, read together with the counters. Raises NotEncodable.
+        """
+        marker = None if raw is None else Marker.parse(raw)
+        lineage, settled = (None, 0) if marker is None else (marker.lineage, marker.flush_id)
+        async with self._stores.database.transaction() as tx:
+            is_exact = await self._is_exact(tx, raw)
+            return is_exact, await read_totals(tx, ids, self._stores.source_row.name, lineage, settled)
+
+    async def _is_exact(self, tx: Transaction, raw: bytes | None) -> bool:
+        row = await self._stores.source_row.read(tx) or NEW_ROW
+        match await compare(tx, self._stores.source_row, raw, row):
+            case Agreed():
+                return True
+            case Behind(marker, last_flush_id):
+                return await self._stores.ledger.has_all(tx, marker.flush_id, last_flush_id)
+            case Missing():
+                return row.lineage is None
+        return False
 
     def _shown(self, stored: Stored, value: bytes | None, is_exact: bool) -> Shown:
         value_now = (parse_count(value) if value is not None else 0) or 0
@@ -94,6 +124,5 @@ class Display:
         return Shown(stored.vod_id, stored.views + more, pending, stored.views, is_exact)
 
 
-def _is_exact(verdict: Verdict, row: SourceState) -> bool:
-    """Whether the ledger says what of the counters is in the totals."""
-    return isinstance(verdict, Agreed | Behind | Returned) or (isinstance(verdict, Missing) and row.lineage is None)
+def _is_not_encodable(error: Exception) -> bool:
+    return isinstance(error, NotEncodable)

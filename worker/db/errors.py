@@ -11,7 +11,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected, ViewerWorkerError
+from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected, NotEncodable, ViewerWorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -32,6 +32,8 @@ TRANSACTION_STATES = frozenset({"0A000", "26000"})
 # Refused log-ins: an operator has to fix them, but can do so while the worker waits.
 REFUSED_PREFIXES = ("28", "3D000")
 INSUFFICIENT_PRIVILEGE = "42501"
+# A character that the database's encoding lacks, or bytes that are not of that encoding.
+NOT_ENCODABLE = ("22P05", "22021")
 # The driver's own errors. It raises the second on a connection that the server has closed, until we close it too.
 DRIVER_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 RIGHTS_REMEDY = (
@@ -190,6 +192,8 @@ def database_errors() -> Iterator[None]:
             raise DatabaseUnavailable(describe(error), RIGHTS_REMEDY) from error
         if is_transient(error):
             raise DatabaseUnavailable(describe(error), _REMEDIES.get(sqlstate(error) or "")) from error
+        if sqlstate(error) in NOT_ENCODABLE:
+            raise NotEncodable(describe(error)) from error
         if isinstance(error, DBAPIError | asyncpg.PostgresError):
             raise DatabaseRefused(describe(error)) from error
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import (
     BigInteger,
@@ -23,9 +23,10 @@ from sqlalchemy import (
 )
 
 from worker.db.read_limit import read_settings
+from worker.errors import NotEncodable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from datetime import timedelta
 
     from sqlalchemy import ColumnElement
@@ -116,6 +117,7 @@ METRIC_BUCKETS = (
 )
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 async def read_bars(tx: AsyncConnection, symbol: str, first: datetime, last: datetime, at_most: int) -> Sequence[Row]:
@@ -151,25 +153,25 @@ class RecordReader:
         self._limit = limit
 
     async def bars(self, symbol: str, first: datetime, last: datetime, at_most: int) -> Sequence[Row]:
-        async with self._limit.turn(), self._database.transaction() as tx:
-            return await read_bars(tx, symbol, first, last, at_most)
+        return await self._ask(lambda tx: read_bars(tx, symbol, first, last, at_most), [])
 
     async def latest_bars(self, symbol: str, count: int) -> Sequence[Row]:
-        async with self._limit.turn(), self._database.transaction() as tx:
-            return await read_latest_bars(tx, symbol, count)
+        return await self._ask(lambda tx: read_latest_bars(tx, symbol, count), [])
 
     async def last_event(self, session_id: str) -> tuple[str, datetime] | None:
-        async with self._limit.turn(), self._database.transaction() as tx:
-            return await read_last_event(tx, session_id)
+        return await self._ask(lambda tx: read_last_event(tx, session_id), None)
 
     async def metric_values(
         self, service: str, metric: str, first: datetime, last: datetime, at_most: int
     ) -> Sequence[tuple[datetime, float | None]]:
         """The values of a metric from `first` to `last`, both included, the oldest first."""
         asked = {"of_service": service, "of_metric": metric, "first": first, "last": last, "at_most": at_most}
-        async with self._limit.turn(), self._database.transaction() as tx:
+
+        async def read(tx: AsyncConnection) -> Sequence[tuple[datetime, float | None]]:
             await tx.execute(_SETTINGS)
             return [(row.time, row.value) for row in await tx.execute(METRIC_VALUES, asked)]
+
+        return await self._ask(read, [])
 
     async def metric_buckets(
         self, service: str, metric: str, first: datetime, last: datetime, width: timedelta, summable: float
@@ -180,6 +182,17 @@ class RecordReader:
         """
         asked = {"of_service": service, "of_metric": metric, "first": first, "last": last}
         asked |= {"width": width, "summable": summable}
-        async with self._limit.turn(), self._database.transaction() as tx:
+
+        async def read(tx: AsyncConnection) -> Sequence[Row]:
             await tx.execute(_SETTINGS)
             return [dict(row) for row in (await tx.execute(METRIC_BUCKETS, asked)).mappings()]
+
+        return await self._ask(read, [])
+
+    async def _ask(self, read: Callable[[AsyncConnection], Awaitable[T]], nothing: T) -> T:
+        """What `read` finds; `nothing` for a name that the database cannot encode, which no row has."""
+        try:
+            async with self._limit.turn(), self._database.transaction() as tx:
+                return await read(tx)
+        except NotEncodable:
+            return nothing

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from worker.web.health import Health
 
+SERVER_NAME = "viewer-worker"
 # Of both families.
 ANY_ADDRESS = "::"
 BACKLOG = 128
@@ -50,9 +51,7 @@ class WebServer:
                 *routes,
             ]
         )
-        self._runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, keepalive_timeout=15.0, shutdown_timeout=1.0
-        )
+        self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
         self._listener: asyncio.Server | None = None
         logging.getLogger("aiohttp.server").addFilter(_is_our_mistake)
 
@@ -86,11 +85,36 @@ class WebServer:
         connections = server.connections
         for oldest in connections[: max(0, len(connections) - MAX_CONNECTIONS + 1)]:
             oldest.force_close()
-        return server()
+        return _Connection(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]  # the library accepts it
+            keepalive_timeout=15.0,
+        )
 
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+
+class _Connection(web.RequestHandler):
+    """Answers what no endpoint does: malformed requests, and mistakes in this program."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        super().handle_error(request, status, exc, message)  # logs it
+        error = "a mistake in this program: the log has it" if status == 500 else "the request is malformed"
+        response = Answer(status, {"error": error}).response()
+        response.headers["Server"] = SERVER_NAME
+        response.force_close()
+        return response
 
 
 @web.middleware
@@ -106,7 +130,7 @@ async def _refusals_as_json(request: web.Request, handler: Handler) -> web.Strea
 
 
 async def _without_versions(_: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = "viewer-worker"
+    response.headers["Server"] = SERVER_NAME
 
 
 def _answers(answer: Callable[[], Answer]) -> Handler:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_IDS = 100
 MAX_LIMIT = 100
+# Added while flushing is on hold.
+NOT_EXACT = {"exact": False}
 _LIMIT = re.compile("[0-9]{1,3}")
 
 
@@ -64,9 +66,10 @@ class ViewsApi:
             raise BadRequest(f"limit: expected a number from 1 to {MAX_LIMIT}")
         top = await self._numbers.top(window, int(limit))
         entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
-        return {"since": format_time(top.since), "asOf": format_time(top.as_of), "top": entries}
+        body = {"since": format_time(top.since), "asOf": format_time(top.as_of), "top": entries}
+        return body if top.is_exact else body | NOT_EXACT
 
 
 def _views(shown: Shown) -> dict[str, Any]:
     body = {"vodId": shown.vod_id, "views": shown.views, "pending": shown.pending}
-    return body if shown.is_exact else body | {"exact": False}
+    return body if shown.is_exact else body | NOT_EXACT

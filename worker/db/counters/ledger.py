@@ -155,6 +155,10 @@ _READ = select(_flush.nonce, _flush.prev_nonce, _flush.vod_ids, _flush.counted).
     _flush.source == bindparam("name"), _flush.flush_id == bindparam("flush_id")
 )
 
+_COUNT = select(func.count()).where(
+    _flush.source == bindparam("name"), _flush.flush_id > bindparam("after"), _flush.flush_id <= bindparam("upto")
+)
+
 _KNOWN_IDS = (
     select(view_counts.c.vod_id)
     .where(view_counts.c.vod_id != bindparam("other_than", type_=Text))
@@ -236,6 +240,11 @@ class Ledger:
             return None
         counted = {vod_id: count for vod_id, count in zip(row.vod_ids, row.counted, strict=True) if count}
         return Flush(flush_id, row.nonce, row.prev_nonce, counted)
+
+    async def has_all(self, tx: AsyncConnection, after: int, upto: int) -> bool:
+        """Whether no flush above `after`, up to `upto`, was deleted."""
+        found: int = (await tx.execute(_COUNT, {"name": self._name, "after": after, "upto": upto})).scalar_one()
+        return found == upto - after
 
     async def prune(self, tx: AsyncConnection, done_id: int, age: timedelta, at_most: int) -> int:
         """Delete the oldest flushes up to `done_id` that are older than `age`, but no more than `at_most`.

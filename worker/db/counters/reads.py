@@ -156,11 +156,12 @@ class TopEntry:
 
 @dataclass(frozen=True, slots=True)
 class Top:
-    """All flushes before `as_of` are counted."""
+    """All flushes before `as_of` are counted. Not `is_exact`: as Shown, for the totals."""
 
     since: datetime
     as_of: datetime
     entries: list[TopEntry]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)

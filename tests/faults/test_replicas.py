@@ -260,9 +260,13 @@ class Chaos:
         self.moves += 1
 
     async def refuse_writes(self) -> None:
-        """Make the database read-only for new sessions, and end the others. Then make it writable for new sessions."""
+        """Make the database read-only for new sessions, and after a while for all, then writable for new sessions.
+
+        Each time, open sessions stay as they are. For all means that those that can write are ended.
+        """
         sql = await asyncpg.connect(self.postgres.url)
         await sql.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+        await asyncio.sleep(self.rng.uniform(0, 0.5))
         await sql.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"

@@ -421,8 +421,8 @@ MUTANTS = (
     Mutant(
         "the display adds pending views to announced views",
         "worker/counters/display.py",
-        "        return Shown(stored.vod_id, stored.views + more, pending, stored.views)",
-        "        return Shown(stored.vod_id, stored.views + pending, pending, stored.views)",
+        "        return Shown(stored.vod_id, stored.views + more, pending, stored.views, is_exact)",
+        "        return Shown(stored.vod_id, stored.views + pending, pending, stored.views, is_exact)",
     ),
     Mutant(
         "the display ignores unsettled views",

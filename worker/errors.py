@@ -39,6 +39,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# The end of a fix for errors of which `viewer-worker check` finds the cause. `check` itself leaves it out.
+ASK_CHECK = "Run viewer-worker check: it shows what is wrong."
+
 
 class ViewerWorkerError(Exception):
     """Root of the tree. `remedy` says how an operator can fix it, or is empty."""
@@ -117,7 +120,7 @@ class WriteTooSlow(DatabaseUnavailable):
 class DatabaseRefused(ViewerWorkerError):
     """Postgres refuses a statement, and a retry would not help. `db.errors` can classify the error in `__cause__`."""
 
-    remedy = "Run `viewer-worker check`: it shows what is wrong."
+    remedy = f"The log of Postgres has the statement. {ASK_CHECK}"
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"Postgres refused the statement: {cause}")
@@ -186,7 +189,7 @@ class InvalidMetric(ViewerWorkerError, ValueError):
 class TableRefused(ViewerWorkerError):
     """Nothing can be written: the table is missing, was altered, or must not be written by this role."""
 
-    remedy = "Run viewer-worker check, and look at the table and its rights. Writing resumes by itself."
+    remedy = f"Look at the table and its rights. Writing resumes by itself. {ASK_CHECK}"
 
 
 class UnknownFailure(ViewerWorkerError):

@@ -13,6 +13,7 @@ from tests.support.guarded import on_open_and_guarded_servers
 from tests.support.http import get
 from tests.support.world import CliWorker, World
 from worker.dev.servers import PostgresServer
+from worker.errors import ASK_CHECK
 
 Start = Callable[..., CliWorker]
 
@@ -74,7 +75,7 @@ async def test_missing_table_and_missing_postgres_are_503_with_a_fix(
         async with World(redis_url, postgres.url) as world:
             url = await url_of(start(world.environment, "run"))
             code, body = await get(f"{url}/v1/bars/GOOG")
-            assert (code, body["remedy"]) == (503, "Run `viewer-worker check`: it shows what is wrong.")
+            assert (code, body["remedy"]) == (503, f"The log of Postgres has the statement. {ASK_CHECK}")
             assert "bars_1m" in body["error"]
             assert (await get(f"{url}/v1/sessions/s"))[0] == 503
             assert await start(world.environment, "migrate").wait() == 0

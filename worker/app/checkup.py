@@ -16,8 +16,9 @@ from worker.db.counters.source_row import SourceRow
 from worker.db.positions import StreamPosition
 from worker.db.rights import STREAM_RIGHTS, TICKET_RIGHTS, missing_rights, missing_tables, rights_on_records
 from worker.db.schema import GRANT, read_schema, read_versions
-from worker.errors import DatabaseRefused, SchemaNotCurrent, TargetUnusable, Unavailable
+from worker.errors import ASK_CHECK, DatabaseRefused, SchemaNotCurrent, TargetUnusable, Unavailable
 from worker.observability.printable import excerpt
+from worker.observability.status import SCHEMA
 from worker.redis.client import AOF_PREAMBLE
 from worker.redis.scripts import LuaScript
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from worker.counters.adopt import Adoption
     from worker.db.session import Database, Transaction
     from worker.db.target.table import TargetTable
+    from worker.errors import ViewerWorkerError
     from worker.pipelines.model import RecordType
     from worker.pipelines.sources.stream.adjust import Adjustment
     from worker.redis.client import RedisClient
@@ -58,6 +60,11 @@ class Finding:
     remedy: str = ""
 
 
+def failure(name: str, error: ViewerWorkerError) -> Finding:
+    """Of a check that raised an error. The fix need not name the command that prints it."""
+    return Finding(name, Level.FAILURE, str(error), error.remedy.removesuffix(ASK_CHECK).rstrip())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisNames:
     """What the worker uses in Redis, beside its keys. `message_channel`: empty if it does not listen."""
@@ -81,9 +88,9 @@ async def check_postgres(database: Database, target: TargetTable | None) -> list
     try:
         schema.require_current()
     except SchemaNotCurrent as error:
-        findings.append(Finding("schema", Level.FAILURE, str(error), error.remedy))
+        findings.append(failure(SCHEMA, error))
     else:
-        findings += [Finding("schema", Level.OK, f"revision {schema.current}"), await _try(database, _write_a_flush)]
+        findings += [Finding(SCHEMA, Level.OK, f"revision {schema.current}"), await _try(database, _write_a_flush)]
     return findings if target is None else [*findings, await _target(database, target)]
 
 
@@ -100,7 +107,7 @@ async def _try(database: Database, write: Callable[[Transaction], Awaitable[obje
     except _Undone:
         return Finding(WRITING, Level.OK, "tried, and rolled back")
     except (Unavailable, DatabaseRefused) as error:
-        return Finding(WRITING, Level.FAILURE, str(error), error.remedy)
+        return failure(WRITING, error)
 
 
 async def _write_a_flush(tx: Transaction) -> None:
@@ -124,7 +131,7 @@ async def _target(database: Database, target: TargetTable) -> Finding:
         async with database.transaction() as tx:
             await target.check(tx)
     except TargetUnusable as error:
-        return Finding("target table", Level.FAILURE, str(error), error.remedy)
+        return failure("target table", error)
     return Finding("target table", Level.OK, f"{target.names}.{target.names.column} fits")
 
 

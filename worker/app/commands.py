@@ -20,6 +20,7 @@ from worker.app.checkup import (
     check_record_tables,
     check_redis,
     check_streams,
+    failure,
     shared_channel,
 )
 from worker.app.connections import open_connections, open_database
@@ -30,7 +31,7 @@ from worker.db import dead_letters
 from worker.db.dead_letters import read_letters
 from worker.db.schema import read_schema, upgrade
 from worker.db.target.total_import import import_totals as import_pages
-from worker.errors import Unavailable
+from worker.errors import DatabaseRefused, Unavailable
 from worker.observability.metrics import Metrics
 from worker.observability.status import POSTGRES, REDIS, SCHEMA, VIEW_COUNTS, Status
 from worker.pipelines.records import RECORD_TYPES
@@ -53,7 +54,9 @@ if TYPE_CHECKING:
     from worker.redis.client import RedisClient
     from worker.settings.model import Settings
 
-AGREEMENT_NEEDS = {POSTGRES, REDIS, SCHEMA, WRITING}
+# The check that fails where a table is not as this version created it.
+TABLES = "tables"
+AGREEMENT_NEEDS = {POSTGRES, REDIS, SCHEMA, WRITING, TABLES}
 # Longer than the lease of a worker that crashed.
 ONCE_TRIES = 20
 
@@ -207,4 +210,6 @@ async def _look(name: str, check: Awaitable[list[Finding]]) -> list[Finding]:
     try:
         return await check
     except Unavailable as error:
-        return [Finding(name, Level.FAILURE, str(error), error.remedy)]
+        return [failure(name, error)]
+    except DatabaseRefused as error:
+        return [failure(TABLES, error)]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 STDIN = Path("-")
 TIMEOUT_S = 5.0
-CHECK_REDIS = "Check that Redis runs, that REDIS_URL reaches it, and that it accepts writes."
 
 
 def publish(
@@ -89,7 +88,7 @@ def _producer(settings: Settings) -> SyncViewProducer:
 
 
 def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
-    from worker.errors import InvalidView, ViewIndeterminate, ViewNotRecorded
+    from worker.errors import InvalidView, RedisUnavailable, ViewIndeterminate, ViewNotRecorded
 
     views = f"{count} {plural(count, 'view')} of {printable(vod_id)}"
     try:
@@ -97,14 +96,14 @@ def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
     except InvalidView as error:
         raise typer.BadParameter(str(error)) from None
     except ViewNotRecorded as error:
-        fail(f"not published: {error}", CHECK_REDIS, EXIT_UNAVAILABLE)
+        fail(f"not published: {error}", error.remedy or RedisUnavailable.remedy, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
         fail(f"{views} may or may not be counted: {error}", "Publishing again may count twice.", EXIT_FAILURE)
     typer.echo(f"published {views}")
 
 
 def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> None:
-    from worker.errors import ViewIndeterminate, ViewNotRecorded
+    from worker.errors import RedisUnavailable, ViewIndeterminate, ViewNotRecorded
     from worker.producer.access_log import read_access_log
     from worker.producer.publish import Tally, publish_log
 
@@ -122,7 +121,7 @@ def _publish_log(producer: SyncViewProducer, log: BinaryIO, from_line: int) -> N
         elif not tally.lines and from_line > 1:
             ending = (f"the log has no line {from_line}", "", EXIT_FAILURE)
     except ViewNotRecorded as error:
-        ending = _stopped(tally, str(error), CHECK_REDIS, EXIT_UNAVAILABLE)
+        ending = _stopped(tally, str(error), error.remedy or RedisUnavailable.remedy, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:
         first, last = tally.next_line, tally.last_tried
         lines = f"line {first}" if first == last else f"lines {first} to {last}"

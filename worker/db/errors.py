@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -11,7 +12,15 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected, NotEncodable, ViewerWorkerError
+from worker.errors import (
+    ASK_CHECK,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    NotConnected,
+    NotEncodable,
+    ViewerWorkerError,
+    WriteTooSlow,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -38,14 +47,33 @@ NOT_ENCODABLE = ("22P05", "22021")
 DRIVER_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 RIGHTS_REMEDY = (
     "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant that right. "
-    "Run viewer-worker check to see which other rights the worker's role lacks."
+    f"{ASK_CHECK}"
 )
-
-
-# How an operator can fix what keeps failing; the usual hint is that the server may be away.
-_REMEDIES = {
+LOGIN_REMEDY = "Check user, password, database and sslmode in DATABASE_URL, and pg_hba.conf."
+TLS_REMEDY = "Check sslmode and sslrootcert in DATABASE_URL, and whether the server speaks TLS."
+_COLLISION_REMEDY = "Another session changed the same rows at the same time: the next try may succeed."
+_SLOW_REMEDY = "The program was too slow between two statements: give it more CPU, or allow longer transactions."
+# How to fix what Postgres reports, by SQLSTATEs and their beginnings.
+REMEDIES = {
+    "": "Postgres can be reached, and refuses: the message says why, and its log may have more.",
+    "08": DatabaseUnavailable.remedy,
     READ_ONLY: "Let DATABASE_URL lead to the primary, and reset default_transaction_read_only if it is on.",
+    "25P03": _SLOW_REMEDY,
+    "25P04": _SLOW_REMEDY,
+    "26000": "DATABASE_URL leads to a pooler: the next try does not use prepared statements.",
+    "28": LOGIN_REMEDY,
+    "3D000": LOGIN_REMEDY,
+    "40001": _COLLISION_REMEDY,
+    "40P01": _COLLISION_REMEDY,
+    INSUFFICIENT_PRIVILEGE: RIGHTS_REMEDY,
+    "53100": "The disk of Postgres is full: make room.",
+    "53200": "Postgres lacks memory: look at its settings and at the other sessions.",
+    "53300": "Postgres has no connection left: raise max_connections, lower DB_MAX_CONNECTIONS, or use a pooler.",
     LOCK_NOT_AVAILABLE: "Another session holds the lock: find it in pg_locks and pg_stat_activity, and end it.",
+    QUERY_CANCELED: WriteTooSlow.remedy,
+    "57P01": "Postgres is shutting down, or somebody ended this session: the next try connects again.",
+    "57P02": "Postgres crashed and recovers: wait; its log says why.",
+    "57P03": "Postgres is starting up, or recovers: wait.",
 }
 
 
@@ -186,17 +214,28 @@ def database_errors() -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, asyncpg.PostgresError, *DRIVER_ERRORS, OSError) as error:
-        if is_login_refused(error):
-            raise DatabaseUnavailable(describe(error), "Check user, password and database in DATABASE_URL.") from error
-        if sqlstate(error) == INSUFFICIENT_PRIVILEGE:
-            raise DatabaseUnavailable(describe(error), RIGHTS_REMEDY) from error
-        if is_transient(error):
-            raise DatabaseUnavailable(describe(error), _REMEDIES.get(sqlstate(error) or "")) from error
+        if is_login_refused(error) or sqlstate(error) == INSUFFICIENT_PRIVILEGE or is_transient(error):
+            raise DatabaseUnavailable(describe(error), remedy_for(error)) from error
         if sqlstate(error) in NOT_ENCODABLE:
             raise NotEncodable(describe(error)) from error
         if isinstance(error, DBAPIError | asyncpg.PostgresError):
             raise DatabaseRefused(describe(error)) from error
         raise
+
+
+def remedy_for(error: BaseException) -> str | None:
+    """How an operator can fix it; None: the usual, which is for a server that cannot be reached."""
+    if (state := sqlstate(error)) is not None:
+        return next(REMEDIES[state[:length]] for length in range(len(state), -1, -1) if state[:length] in REMEDIES)
+    return TLS_REMEDY if _is_of_tls(error) else None
+
+
+def _is_of_tls(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return True
+        error = getattr(error, "orig", None) or error.__cause__ or error.__context__
+    return False
 
 
 def describe(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from worker.db.connecting import connect
 from worker.db.encoding import can_encode
-from worker.db.errors import READ_ONLY, database_errors, sqlstate
+from worker.db.errors import READ_ONLY, REMEDIES, database_errors, sqlstate
 from worker.errors import DatabaseRefused, DatabaseUnavailable, NotConnected
 from worker.observability.logs import get_logger
 
@@ -153,7 +153,7 @@ class Database:
             with database_errors():
                 return await self.engine.connect()
         except (DatabaseUnavailable, DatabaseRefused) as error:
-            remedy = error.remedy if isinstance(error, DatabaseUnavailable) else DatabaseUnavailable.remedy
+            remedy = error.remedy if isinstance(error, DatabaseUnavailable) else REMEDIES[""]
             if UNSUPPORTED_AT_START in str(error):
                 remedy = POOLER_REMEDY
             raise NotConnected(f"{self._address.place}: {error}", remedy) from error

@@ -19,7 +19,7 @@ import redis.asyncio as aioredis
 from redis.exceptions import ExecAbortError, ReadOnlyError, RedisError, ResponseError
 
 from worker.errors import ViewerWorkerError, ViewIndeterminate, ViewNotRecorded
-from worker.redis.errors import describe, redact
+from worker.redis.errors import describe, redact, remedy_for
 from worker.redis.pool import is_of_wrong_server, renew, renew_blocking
 
 Command = tuple[str | bytes | int, ...]
@@ -176,7 +176,7 @@ def _is_last(replies: Sequence[object]) -> bool:
 
 def _failure(error: Exception, sent: bool) -> ViewerWorkerError:
     redact(error)
-    return (ViewIndeterminate if sent else ViewNotRecorded)(describe(error))
+    return (ViewIndeterminate if sent else ViewNotRecorded)(describe(error), remedy_for(error))
 
 
 def raise_unless_applied(replies: Sequence[object], commands: int) -> None:
@@ -193,7 +193,9 @@ def raise_unless_applied(replies: Sequence[object], commands: int) -> None:
         return
     cause = errors[0] if errors else None
     failure = ViewNotRecorded if _nothing_was_applied(replies, commands) else ViewIndeterminate
-    raise failure("no answer to EXEC" if cause is None else describe(cause)) from cause
+    if cause is None:
+        raise failure("no answer to EXEC")
+    raise failure(describe(cause), remedy_for(cause)) from cause
 
 
 def _each_ran_by_itself(replies: Sequence[object], commands: int) -> bool:

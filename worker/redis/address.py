@@ -62,6 +62,14 @@ class RedisAddress:
     def sentinel_tls(self) -> bool:
         return self.tls if self.sentinel.tls is None else self.sentinel.tls
 
+    @property
+    def place(self) -> str:
+        """Host and port, the socket, or the Sentinels and the master's name, for messages."""
+        if self.unix_path is not None:
+            return self.unix_path
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        return hosts if self.master is None else f"{hosts}/{self.master}"
+
     def check_tls(self) -> None:
         """Raise ValueError if an option for TLS would have no effect."""
         if self.options and not self.tls and not (self.master and self.sentinel_tls):

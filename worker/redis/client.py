@@ -10,6 +10,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from worker.errors import RedisUnavailable
 from worker.redis.connection import connect
+from worker.redis.errors import MASTER
 from worker.redis.pool import Pool
 from worker.redis.stream import StreamConnection
 from worker.redis.subscriber import subscription
@@ -54,7 +55,7 @@ class RedisClient:
     def __init__(self, address: RedisAddress) -> None:
         self._knows_flags = True
         self._redis, self._sentinels = connect(address, COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S)
-        self._pool = Pool(self._redis.connection_pool)
+        self._pool = Pool(self._redis.connection_pool, address.place)
         self._run_id: str | None = None
 
     async def probe(self) -> str | None:
@@ -128,7 +129,7 @@ class RedisClient:
         if role != "master" or self._run_id not in (None, run_id):
             await self._pool.give_up(self._pool.generation)
         if role != "master":
-            raise RedisUnavailable(f"its role is {role}", "Point REDIS_URL to the master, or use redis+sentinel://.")
+            raise RedisUnavailable(f"{self._pool.place}: its role is {role}", MASTER)
         self._run_id = run_id
 
     async def read(self, keys: Sequence[bytes]) -> list[bytes | None]:

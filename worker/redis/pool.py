@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import RedisUnavailable
-from worker.redis.errors import redis_errors
+from worker.redis.errors import redis_errors, text_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,12 +30,15 @@ _WRONG_SERVER = re.compile(rf"(?:^|: -?)(?:{_CODES})\b")
 class Pool:
     """The connections of one client. A connection belongs to the `generation` in which it was opened.
 
+    `place`: where they lead to, for messages.
+
     Those of the library's pool are closed when they are idle or returned; every other one asks for the generation, or
     is closed by its function in `on_give_up`.
     """
 
-    def __init__(self, connections: ConnectionPool) -> None:
+    def __init__(self, connections: ConnectionPool, place: str) -> None:
         self._connections: Any = connections
+        self.place = place
         self.generation = 0
         self.on_give_up: set[Callable[[], Awaitable[None]]] = set()
 
@@ -51,7 +54,7 @@ class Pool:
         """As `redis_errors`. After an error of the wrong server, the next command opens a connection."""
         generation = self.generation
         try:
-            with redis_errors():
+            with redis_errors(self.place):
                 yield
         except RedisUnavailable as error:
             if is_of_wrong_server(error):
@@ -74,9 +77,7 @@ def is_of_wrong_server(reply: object) -> bool:
         return any(map(is_of_wrong_server, reply))
     error = reply if isinstance(reply, BaseException) else None
     while error is not None:
-        # The library removes the code of errors that it knows from their text.
-        code = getattr(error, "status_code", None) or ""
-        if _WRONG_SERVER.search(f"{code} {error}" if code else str(error)):
+        if _WRONG_SERVER.search(text_of(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

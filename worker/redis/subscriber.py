@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import hiredis
 
 from worker.errors import RedisUnavailable
-from worker.redis.errors import redis_errors
+from worker.redis.errors import redis_errors, remedy_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,8 +38,9 @@ class Subscription:
     connection, without a subscription, and fails with AttributeError if another task closes it meanwhile.
     """
 
-    def __init__(self, connection: AbstractConnection, channel: bytes) -> None:
+    def __init__(self, connection: AbstractConnection, channel: bytes, place: str) -> None:
         self._connection = connection
+        self._place = place
         self._channel = channel
         # The pool hands out connections that are connected.
         assert connection._reader is not None  # noqa: S101
@@ -73,7 +74,7 @@ class Subscription:
                 else:
                     self._note(reply)
         except hiredis.ProtocolError as error:
-            raise RedisUnavailable(f"the reply is not valid in Redis's protocol: {error}") from error
+            raise RedisUnavailable(f"{self._place}: the reply is not valid in Redis's protocol: {error}") from error
         return messages
 
     async def unsubscribe(self) -> None:
@@ -89,13 +90,13 @@ class Subscription:
     async def _subscribe(self) -> None:
         """Subscribe. Returns when Redis has confirmed it."""
         await self._send("SUBSCRIBE", self._channel)
-        with redis_errors():
+        with redis_errors(self._place):
             async with asyncio.timeout(CONFIRM_S):
                 while not self._confirmed:
                     self._early = await self.read()
 
     async def _receive(self) -> bytes | None:
-        with redis_errors():
+        with redis_errors(self._place):
             try:
                 async with asyncio.timeout(SILENCE_S):
                     data = await self._stream.read(READ_BYTES)
@@ -106,14 +107,15 @@ class Subscription:
                 await self._send("PING")
                 return None
         if not data:
-            raise RedisUnavailable("the connection was closed")
+            raise RedisUnavailable(f"{self._place}: the connection was closed")
         self._pinged = False
         return data
 
     def _note(self, reply: Any) -> None:
         """Handle a reply that is not a message: a confirmation, an answer to PING, a refusal."""
         if isinstance(reply, hiredis.ReplyError):
-            raise RedisUnavailable(str(reply), REFUSED)
+            remedy = REFUSED if str(reply).startswith("NOPERM") else remedy_for(reply)
+            raise RedisUnavailable(f"{self._place}: {reply}", remedy)
         if isinstance(reply, list) and reply[0] == b"subscribe":
             self._confirmed = True
         elif isinstance(reply, list) and reply[0] == b"unsubscribe":
@@ -121,8 +123,8 @@ class Subscription:
 
     async def _send(self, *command: str | bytes) -> None:
         if self._closed:
-            raise RedisUnavailable("the connection was closed")
-        with redis_errors():
+            raise RedisUnavailable(f"{self._place}: the connection was closed")
+        with redis_errors(self._place):
             async with asyncio.timeout(CONFIRM_S):
                 self._writer.writelines(self._connection.pack_command(*command))
                 await self._writer.drain()
@@ -140,7 +142,7 @@ async def subscription(pool: Pool, channel: str) -> AsyncIterator[Subscription]:
     generation = pool.generation
     async with pool.errors():
         connection = await pool.take()
-    subscribed = Subscription(connection, channel.encode())
+    subscribed = Subscription(connection, channel.encode(), pool.place)
     pool.on_give_up.add(subscribed.close)
     try:
         if generation != pool.generation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from worker.errors import Unavailable, cause_of
+from worker.errors import DatabaseRefused, Unavailable, cause_of
 from worker.observability.logs import get_logger
 from worker.runtime.backoff import Backoff
 from worker.runtime.waiting import wait_first
@@ -21,7 +21,7 @@ log = get_logger(__name__)
 
 PERIOD_S = 2.0
 BEAT_S = 60.0
-REFUSED = "The server answers, but refuses what the worker asks. Check the rights of its user."
+UNEXPECTED = "The answer is not what this program expects. With LOG_LEVEL=debug the log has the details."
 
 
 class Monitor:
@@ -52,11 +52,11 @@ class Monitor:
     async def _look(self) -> float:
         try:
             await self._probe()
-        except Unavailable as error:
+        except (Unavailable, DatabaseRefused) as error:
             return self._down(str(error), error.remedy)
         except Exception as error:
             log.debug("probe failed", check=self._name, exc_info=error)
-            return self._down(cause_of(error), REFUSED)
+            return self._down(cause_of(error), UNEXPECTED)
         if not self._status.is_ok(self._name):
             self._on_up()
         self._up.set(1)

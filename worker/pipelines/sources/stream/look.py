@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from worker.errors import RedisUnavailable
 from worker.pipelines.sources.stream.entries import Entry, parse_entries
 from worker.pipelines.sources.stream.evidence import Evidence, NoStream, parse_evidence
-from worker.redis.errors import describe
+from worker.redis.errors import MASTER, describe, remedy_for
 from worker.redis.scripts import LuaScript
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Looker:
         role, evidence = parse_evidence(reply)
         if role != "master":
             await self.connection.drop()
-            raise RedisUnavailable(f"its role is {role}", "Point REDIS_URL to the master.")
+            raise RedisUnavailable(f"its role is {role}", MASTER)
         return evidence
 
     async def _load(self) -> None:
@@ -135,7 +135,7 @@ class Looker:
         await self.connection.drop()
         if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
             raise NotAllowed(describe(error), RIGHTS_FIX)
-        raise RedisUnavailable(describe(error)) from error
+        raise RedisUnavailable(describe(error), remedy_for(error)) from error
 
 
 def _is_complete(evidence: Evidence, entries: list[Entry], count: int) -> bool:

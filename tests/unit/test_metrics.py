@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from prometheus_client import Counter
+import yaml
+from prometheus_client import Counter, Gauge
 
 from tests.support.fakes import FakeClock
 from worker.app.connections import open_connections
@@ -72,3 +72,31 @@ def test_state_of_a_server_has_two_names(server: str) -> None:
         getattr(metrics, f"{server}_up").set(up)
         for name in (f"{server}_up", f"viewer_worker_{server}_up"):
             assert metrics.registry.get_sample_value(name) == up
+
+
+def test_alert_rules_use_metrics_and_labels_that_exist() -> None:
+    families = {
+        metric._name + ("_total" if isinstance(metric, Counter) else ""): {"job", *metric._labelnames}
+        for metrics in (Metrics(), Metrics().records)
+        for metric in vars(metrics).values()
+        if isinstance(metric, Counter | Gauge)
+    }
+    families |= {
+        name: {"job", "instance"} for name in (AGREEMENT, "viewer_worker_redis_up", "viewer_worker_postgres_up")
+    }
+    groups = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())["groups"]
+    rules = {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    table = (ROOT / "docs" / "reference" / "metrics.md").read_text().partition("## Alerts")[2]
+    assert set(re.findall(r"`([A-Z]\w+)`", "".join(re.findall(r"^\| `.*?\|", table, re.MULTILINE)))) == set(rules)
+    for name, rule in rules.items():
+        expression, texts = rule["expr"], " ".join(rule["annotations"].values())
+        metrics = set(re.findall(r'(\w+)\{job="viewer-worker"\}', expression))
+        assert len(metrics) == 1, name
+        assert metrics <= set(families), name
+        labels = families[metrics.pop()]
+        assert set(re.findall(r"\w+", "".join(re.findall(r"by \((.*?)\)", expression)))) <= labels, name
+        assert set(re.findall(r"\$labels\.(\w+)", texts)) <= labels, name
+        # A state has to last: at a start each is 0 for a moment. A window lasts by itself.
+        assert ("for" in rule) is ("increase(" not in expression), name
+    for name, metric in {"ViewsNotFlushed": AGREEMENT, "ViewerWorkerAbsent": "viewer_worker_build_info"}.items():
+        assert f"absent({metric}{{" in rules[name]["expr"]

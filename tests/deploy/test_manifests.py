@@ -159,3 +159,7 @@ def test_metrics_reach_the_worker_over_grpc() -> None:
     assert any(entry["name"] == "PIPELINES" and "metrics" in entry["value"] for entry in replica["env"])
     assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
     assert service["spec"]["ports"][0]["targetPort"] == "grpc"
+
+
+def test_alerts_fire_when_they_should_and_not_at_a_start() -> None:
+    succeeds(tool("promtool", "prometheus"), "test", "rules", Path(__file__).with_name("alerts.yaml"))

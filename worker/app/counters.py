@@ -33,7 +33,7 @@ from worker.db.counters.ledger import Ledger
 from worker.db.counters.source_row import SourceRow
 from worker.db.lease import Lease
 from worker.db.read_limit import ReadLimit
-from worker.db.target.table import TargetTable
+from worker.db.target.table import REASONS, TargetTable
 from worker.observability.status import MESSAGES
 from worker.redis.listener import Listener, listen_timeout
 from worker.runtime.clock import SystemClock
@@ -150,6 +150,8 @@ def _build_flusher(
     status: Status,
     metrics: Metrics,
 ) -> Flusher:
+    for reason in REASONS:  # the series exist from the start
+        metrics.target_skipped.labels(reason)
     settler, agreement = Settler(stores.redis, stores.keys, metrics), Agreement()
     committer = Committer(
         stores=stores,

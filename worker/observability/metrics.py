@@ -5,6 +5,9 @@ The names are a public contract. No label is an id, so the number of series does
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 from prometheus_client import (
     GC_COLLECTOR,
     PLATFORM_COLLECTOR,
@@ -14,9 +17,47 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
 )
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RECORDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
+
+
+class Up:
+    """1 while a server answers, else 0. Two gauges, as the name without a prefix may clash with an exporter's."""
+
+    def __init__(self, *gauges: Gauge) -> None:
+        self._gauges = gauges
+
+    def set(self, up: int) -> None:
+        for gauge in self._gauges:
+            gauge.set(up)
+
+
+class Moment(Collector):
+    """A gauge with the Unix time of an event. It has no sample before the first one.
+
+    A 0 there, or the start of the process, would be a time at which nothing happened: alerts compare the time with now.
+    """
+
+    def __init__(self, name: str, meaning: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._meaning = meaning
+        self._at: float | None = None
+        registry.register(self)
+
+    def set_to_current_time(self) -> None:
+        self._at = time.time()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(self._name, self._meaning)
+        if self._at is not None:
+            family.add_metric([], self._at)
+        yield family
 
 
 class _Family:
@@ -53,10 +94,12 @@ class Metrics(_Family):
         self.lease_held = self._gauge(
             "viewer_worker_lease_held", "1 while this worker holds the lease and can use both servers, else 0.", "lease"
         )
-        self.redis_up = self._gauge("redis_up", "1 while Redis answers, else 0.")
-        self.postgres_up = self._gauge("postgres_up", "1 while Postgres answers, else 0.")
-
+        self.redis_up = self._add_up("redis_up", "1 while Redis answers, else 0.")
+        self.postgres_up = self._add_up("postgres_up", "1 while Postgres answers, else 0.")
         self._add_grpc()
+
+    def _add_up(self, name: str, meaning: str) -> Up:
+        return Up(self._gauge(name, meaning), self._gauge(f"viewer_worker_{name}", meaning))
 
     def _add_grpc(self) -> None:
         """By the names that gRPC servers commonly have."""
@@ -117,9 +160,10 @@ class Metrics(_Family):
         self.oldest_pending_seconds = self._gauge(
             "view_count_oldest_pending_seconds", "Seconds since the oldest pending key was found."
         )
-        self.last_agreement = self._gauge(
+        self.last_agreement = Moment(
             "view_count_last_agreement_timestamp_seconds",
             "Unix time of the last moment at which nothing was pending and Redis and Postgres agreed.",
+            self.registry,
         )
         self.holds = self._gauge("view_count_holds", "1 while flushing is on hold; /health says why. Else 0.")
         self.quarantined_keys = self._gauge(

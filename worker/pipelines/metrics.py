@@ -38,6 +38,12 @@ class WriteMetrics:
         self._error_types = metrics.write_errors.labels(pipeline, WRITE_FAILED)
         self._seconds = metrics.write_seconds.labels(pipeline, "write")
         self._writing = 0
+        # What only a buffer, or the gRPC intake, counts: the series exist from the start for every pipeline.
+        buffered = (metrics.queue_full, metrics.records_coalesced, metrics.workers_stopped, metrics.records_unknown)
+        for counter in buffered:
+            counter.labels(pipeline)
+        metrics.records_pausing.labels(pipeline)
+        metrics.write_errors.labels(pipeline, QUEUE_FULL)
 
     def writing(self, records: int, *, again: bool) -> None:
         # Streams of one pipeline share these.
@@ -93,7 +99,7 @@ class BufferMetrics:
     def __init__(self, records: RecordMetrics, pipeline: str) -> None:
         self._records = records
         self._pipeline = pipeline
-        WriteMetrics(records, pipeline)  # the series exist from the start
+        WriteMetrics(records, pipeline)  # makes all series
         self._holders: WeakSet[Holder] = WeakSet()
         self._queue_full = records.queue_full.labels(pipeline)
         self._dropped = records.records_dropped.labels(pipeline)

@@ -13,8 +13,7 @@ from worker.runtime.waiting import wait_first
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from prometheus_client import Gauge
-
+    from worker.observability.metrics import Up
     from worker.observability.status import Status
 
 log = get_logger(__name__)
@@ -32,7 +31,7 @@ class Monitor:
         name: str,
         probe: Callable[[], Awaitable[None]],
         status: Status,
-        up: Gauge,
+        up: Up,
         on_up: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 LOG_PERIOD_S = 60.0
-
+# The kinds of InvalidMessage that `parse_message` raises.
+KINDS = ("too_long", "not_utf8", "not_json", "nested_too_deep", "not_an_object", "duplicate_field", "vod_id", "count")
 
 _decode = msgspec.json.Decoder(Message).decode
 
@@ -38,6 +39,8 @@ class MessageSummer:
     def __init__(self, metrics: Metrics, clock: Clock) -> None:
         self._metrics = metrics
         self._throttle = Throttle(LOG_PERIOD_S, clock.monotonic)
+        for kind in KINDS:  # the series exist from the start
+            metrics.invalid_messages.labels(kind)
 
     def sum(self, messages: Sequence[bytes]) -> dict[str, int]:
         """Id → views."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 # Why views of an id are not added: no row has it as its key; it cannot be a key; its row refuses the new total.
-UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
+REASONS = UNKNOWN, NOT_A_KEY, REFUSED = "unknown", "not_a_key", "refused"
 # Finding a row that refuses takes a dozen statements. Once found, the row is skipped for this long.
 REST_S = 600.0
 RESTING_IDS = 50_000

@@ -26,6 +26,7 @@ ACCEPTED = [
     {"REDIS_URL": "rediss://me:CANARY@redis:6380/2?ssl_ca_certs=/etc/ca.pem"},
     {"REDIS_URL": "redis+sentinel://:CANARY@one:26379,two:26379/master"},
     {"REDIS_URL": "redis://CANARY@redis"},
+    {"REDIS_URL": "redis://redis?password=CANARY"},
 ]
 REFUSED = [
     {"DATABASE_URL": "CANARY"},
@@ -35,7 +36,6 @@ REFUSED = [
     {"DATABASE_URL": "postgresql://me:CANARY@db:CANARY/app"},
     {"DATABASE_URL": "postgresql://me:CANARY@db/app?sslmode=CANARY"},
     {"REDIS_URL": "redis://:CANARY@redis/CANARY"},
-    {"REDIS_URL": "redis://redis?password=CANARY"},
     {"DB_HOST": "postgresql://me:CANARY@db/app"},
     {"DB_HOST": "me:CANARY@db"},
     {"DB_HOST": "POSTGRES://me:CANARY@db"},

@@ -97,9 +97,51 @@ def test_wrong_setting_ends_every_command_with_78(command: str) -> None:
     assert "hunter2" not in done.stderr
 
 
-def test_wrong_usage_exits_with_2() -> None:
-    assert cli("run", "--twice").returncode == 2
-    assert cli("dev", "--for", "soon").returncode == 2
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("run --twice", ["--twice"]),
+        ("dev --for soon", ["--for"]),
+        ("top --window soon", ["--window"]),
+        ("top --limit 0", ["--limit"]),
+        ("history a --window soon", ["--window"]),
+        ("history a --bucket minute", ["--bucket"]),
+        (f"history {'x' * 257}", ["ID"]),
+        (f"forget {'x' * 257}", ["ID"]),
+        (f"publish {'x' * 257}", ["ID"]),
+        ("publish", ["ID", "--from-log"]),
+        ("publish a --from-log b", ["ID", "--from-log"]),
+        ("publish --from-log /nowhere.log", ["--from-log"]),
+        ("import", ["--from-target"]),
+        ("adopt --count-pending --discard-pending", ["--count-pending", "--discard-pending"]),
+        ("adopt --discard-pending --json", ["--json", "--yes"]),
+        ("dead-letters list --older-than soon", ["--older-than"]),
+        ("dead-letters replay --pipeline none", ["--pipeline"]),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_names_the_option(arguments: str, names: list[str]) -> None:
+    done = cli(*arguments.split())
+    assert done.returncode == 2
+    for name in names:
+        assert name in done.stderr.partition("Error")[2]
+
+
+def test_wrong_setting_of_an_option_names_the_option() -> None:
+    done = cli("config", "--log-level", "loud")
+    assert done.returncode == 78
+    assert "--log-level='loud': expected 'debug'" in done.stderr
+
+
+def test_short_option_for_help_works_for_every_command() -> None:
+    for command in ("", "run", "dead-letters", "dead-letters list"):
+        done = cli(*command.split(), "-h")
+        assert (done.returncode, "Usage: " in done.stdout) == (0, True)
+
+
+def test_help_of_run_says_where_settings_come_from() -> None:
+    shown = cli("run", "--help").stdout
+    for word in ("environment variables", ".env", "--env-file", "NAME_FILE", "viewer-worker config"):
+        assert word in shown
 
 
 def test_missing_env_file_is_reported() -> None:
@@ -249,6 +291,7 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
     done = await run_cli("check", **world.environment)
     assert done.returncode == 0, done.stdout
     assert "Redis and Postgres agree; flushes: 1, pending views: 0, pending ids: 0" in done.stdout
+    assert done.stdout.endswith("\n13 checks: 0 failures, 1 warning\n"), "no worker runs"
     names = [finding["name"] for finding in json.loads((await run_cli("check", "--json", **world.environment)).stdout)]
     assert names == [
         "postgres version",
@@ -260,6 +303,8 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
         "redis rights",
         "redis eviction",
         "redis persistence",
+        "worker",
+        "counters",
         "marker",
         "history",
     ]
@@ -282,6 +327,41 @@ async def test_check_fails_where_a_write_fails(world: World) -> None:
     assert "pg_locks" in done.stdout
     assert (await run_cli("check", **world.environment)).returncode == 0
     assert await world.sql.fetchval("SELECT count(*) FROM view_count_sources") == 0
+
+
+async def test_check_names_the_worker_and_the_counters_in_quarantine(world: World, start: Start) -> None:
+    settings = world.environment | {"PIPELINES": "view_counts,chunk_requests"}
+    await world.redis.xadd(world.stream, {"data": '{"path": "/a"}'})
+    done = await run_cli("check", "--json", **settings)
+    assert done.returncode == 0, done.stderr
+    idle = {found["name"]: found for found in json.loads(done.stdout)}
+    for name in ("worker", f"stream {world.stream}"):
+        assert idle[name]["level"] == "warning"
+        assert idle[name]["found"].startswith("no worker holds the lease; ")
+        assert "viewer-worker run" in idle[name]["remedy"]
+    assert idle["worker"]["found"].endswith("nothing was flushed yet")
+    assert (idle["counters"]["level"], idle["counters"]["found"]) == ("ok", "all can be counted")
+
+    await world.view("good")
+    await world.redis.set(world.prefix + "bad", "abc")
+    await world.redis.lpush(world.prefix + "list", "1")
+    worker = start(settings, "run")
+    async with asyncio.timeout(30):
+        while await world.totals() != world.truth or not await world.sql.fetchval(
+            "SELECT bool_and(carried_at IS NOT NULL AND lease_until > now()) FROM stream_positions"
+        ):
+            await asyncio.sleep(0.1)
+    done = await run_cli("check", **settings)
+    assert done.returncode == 0, done.stdout
+    holder = rf"\S+:{worker.process.pid}:\S+ runs and holds the lease"
+    assert re.search(rf"^ok +worker +{holder}; last flush \d+ s ago$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^ok +stream \S+ *{holder}; carried to", done.stdout, re.MULTILINE)
+    assert re.search("^warning +counters +2 left as they are: ", done.stdout, re.MULTILINE)
+    assert f"{world.prefix}bad: the value is not a whole number" in done.stdout
+    assert f"{world.prefix}list: the key holds a list, not a number" in done.stdout
+    assert "Delete it, or set it to a whole number" in done.stdout
+    assert done.stdout.endswith("checks: 0 failures, 1 warning\n")
+    assert "quarantined" not in done.stderr
 
 
 async def test_check_warns_of_a_channel_that_another_source_may_use(world: World) -> None:
@@ -319,7 +399,7 @@ async def test_check_warns_of_what_exactness_does_not_cover(valkey: ValkeyServer
         done = await run_cli("check", "--json", **world.environment)
         assert done.returncode == 0, done.stdout
         warnings = {found["name"]: found for found in json.loads(done.stdout) if found["level"] == "warning"}
-        assert set(warnings) == {"redis replicas", "redis AOF base", "redis prefixes"}
+        assert set(warnings) == {"redis replicas", "redis AOF base", "redis prefixes", "worker"}
         assert "BGREWRITEAOF" in warnings["redis AOF base"]["remedy"]
         overlap = f"{world.prefix} and the prefix of another source overlap: {world.prefix}eu:"
         assert warnings["redis prefixes"]["found"] == overlap
@@ -329,7 +409,7 @@ async def test_check_warns_of_what_exactness_does_not_cover(valkey: ValkeyServer
         await world.redis.delete(nested.marker)
         await world.redis.execute_command("ACL SETUSER default -config")
         done = await run_cli("check", "--json", **world.environment)
-        assert [found["name"] for found in json.loads(done.stdout) if found["level"] != "ok"] == []
+        assert [found["name"] for found in json.loads(done.stdout) if found["level"] != "ok"] == ["worker"]
         assert await world.redis.acl_log() == []  # type: ignore[no-untyped-call]
 
 
@@ -361,8 +441,21 @@ async def test_adopt_shows_the_hold_asks_and_ends_it(world: World) -> None:
     assert "Nothing was changed" in asked.stdout
     assert (await run_cli("run", "--once", **world.environment)).returncode == 1
     assert (await run_cli("adopt", "--count-pending", "--discard-pending", **world.environment)).returncode == 2
-    done = await run_cli("adopt", "--count-pending", "--yes", **world.environment)
+    assert (await run_cli("adopt", "--count-pending", "--json", **world.environment)).returncode == 2
+    found = json.loads((await run_cli("adopt", "--json", **world.environment)).stdout)
+    assert found.pop("hold")["cause"] == "the marker in Redis cannot be read"
+    assert found == {
+        "marker": "garbage",
+        "flushes": 1,
+        "pending_views": 2,
+        "pending_ids": 1,
+        "largest": {"b": 2},
+        "discarded": None,
+    }
+    done = await run_cli("adopt", "--count-pending", "--yes", "--json", **world.environment)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["discarded"] == 0
+    assert json.loads((await run_cli("adopt", "--json", **world.environment)).stdout)["hold"] is None
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     assert await world.totals() == world.truth
     assert await world.pending() == Counter()
@@ -398,9 +491,12 @@ async def test_forget_shows_and_asks_first(world: World) -> None:
     assert done.returncode == 0, done.stderr
     del world.truth["a"]
     await world.assert_exact()
-    wrong = await run_cli("forget", "x" * 300, **world.environment)
-    assert wrong.returncode == 1
-    assert "256 bytes" in wrong.stderr
+    again = await run_cli("forget", "a", "--yes", **world.environment)
+    assert again.returncode == 1
+    assert "there is no id a: no total, no history, no counter" in again.stderr
+    await world.redis.set(world.prefix + "in quarantine", "abc")
+    known = await run_cli("forget", "in quarantine", **world.environment)
+    assert "0 views in Postgres, 0 pending" in known.stdout
 
 
 @on_open_and_guarded_servers
@@ -413,7 +509,12 @@ async def test_top_lists_the_most_viewed_ids(world: World) -> None:
     assert shown.returncode == 0, shown.stderr
     lines = [line.split() for line in shown.stdout.splitlines()[2:]]
     assert lines == [["views", "total", "id"], ["1,200", "1,234", "popular"], ["7", "7", "evil\\x1b[2J"]]
-    assert (await run_cli("top", "--window", "soon", **world.environment)).returncode == 2
+    document = json.loads((await run_cli("top", "--window", "1h", "--json", **world.environment)).stdout)
+    assert [tuple(entry.values()) for entry in document["top"]] == [("popular", 1200, 1234), ("evil\x1b[2J", 7, 7)]
+    assert set(document) == {"since", "asOf", "top"}
+    await world.redis.set(world.keys.marker, "garbage")
+    on_hold = await run_cli("top", **world.environment)
+    assert "totals may be wrong" in on_hold.stdout
 
     shown = await run_cli("history", "popular", **world.environment)
     assert shown.returncode == 0, shown.stderr

@@ -106,6 +106,7 @@ async def test_unsuitable_table_is_reported_and_nothing_is_flushed(world: World,
     with pytest.raises(TargetUnusable, match=f"^{problem}") as caught:
         await worker.cycle()
     assert caught.value.remedy
+    assert ("case matters" in caught.value.remedy) is ("vod (" in ddl or "viewcount" in ddl)
     assert await world.pending() == world.truth
     assert await world.totals() == Counter()
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
     from worker.contract.keys import Keys
     from worker.counters.adopt import Adoption
+    from worker.counters.flush.reading import CounterReader
+    from worker.counters.intake.backlog import Backlog
+    from worker.counters.stores import Stores
+    from worker.db.lease import LeasedRow
     from worker.db.session import Database, Transaction
     from worker.db.target.table import TargetTable
     from worker.errors import ViewerWorkerError
@@ -40,6 +44,13 @@ OLDEST_REDIS = (6, 2)
 HISTORY_LIMIT_S = 60.0
 OLDEST_POSTGRES = 150_000
 READ_ONLY = "replica-read-only"
+# Counters that are read together, and quarantined ones that are shown.
+READ_AT_ONCE = 1000
+EXAMPLES = 5
+NO_WORKER = (
+    "If one should be running, look at its log and its /health: on hold, or without one of the servers, it does not "
+    "hold the lease. To start one: viewer-worker run."
+)
 # Name of the check that writes.
 WRITING = "postgres writing"
 
@@ -165,8 +176,18 @@ async def check_streams(adjustments: Iterable[Adjustment]) -> list[Finding]:
         elif state.problem:
             findings.append(Finding(name, Level.OK, state.problem))
         else:
-            findings.append(Finding(name, Level.OK, f"carried to {state.row.last}; waiting entries: {state.backlog}"))
+            carried = f"carried to {state.row.last}; waiting entries: {state.backlog}"
+            findings.append(await _leased(name, adjustment.database, adjustment.position, carried))
     return findings
+
+
+async def _leased(name: str, database: Database, row: LeasedRow[Any], found: str) -> Finding:
+    """`found`, and which worker holds the lease of the row; a warning if none does."""
+    async with database.transaction() as tx:
+        lease = await row.read_lease(tx, "")
+    if lease is None or lease.is_free:
+        return Finding(name, Level.WARNING, f"no worker holds the lease; {found}", NO_WORKER)
+    return Finding(name, Level.OK, f"{lease.holder} runs and holds the lease; {found}")
 
 
 async def check_redis(redis: RedisClient, keys: Keys, used: RedisNames) -> list[Finding]:
@@ -280,6 +301,33 @@ async def _prefixes(redis: RedisClient, keys: Keys) -> list[Finding]:
         f"with another. If a prefix is no longer used, delete its marker ({OWN_KEYS}settled:…)."
     )
     return [Finding("redis prefixes", Level.WARNING, found, remedy)]
+
+
+async def check_counters(backlog: Backlog, reader: CounterReader) -> list[Finding]:
+    """Look for counters that cannot be counted. `reader` reports to the backlog's quarantine. Raises Unavailable."""
+    async for _ in backlog.sweep_pages():
+        while ids := backlog.pending.oldest(READ_AT_ONCE):
+            await reader.report(await reader.read(ids), ())
+            backlog.pending.remove(ids)
+    bad, total = backlog.quarantine.listed(), len(backlog.quarantine)
+    if not total:
+        return [Finding("counters", Level.OK, "all can be counted")]
+    examples = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:EXAMPLES])
+    found = f"{total} left as {'it is' if total == 1 else 'they are'}: {examples}{'; …' if total > EXAMPLES else ''}"
+    remedy = (
+        "Such a key is not counted, and blocks no other. Delete it, or set it to a whole number from 0 to 2^63-1, as "
+        "INCR does. An id is 1 to 256 bytes of UTF-8 without NUL, in characters that the database can store. What "
+        "Postgres refuses is known to the worker alone: its /health lists it under quarantined_keys."
+    )
+    return [Finding("counters", Level.WARNING, found, remedy)]
+
+
+async def check_worker(stores: Stores) -> list[Finding]:
+    """Check whether a worker flushes. Raises DatabaseUnavailable."""
+    async with stores.database.transaction() as tx:
+        age = await stores.ledger.last_flush_age(tx)
+    last = "nothing was flushed yet" if age is None else f"last flush {age:.0f} s ago"
+    return [await _leased("worker", stores.database, stores.source_row, last)]
 
 
 async def check_history(database: Database, source: str) -> list[Finding]:

@@ -15,11 +15,13 @@ from worker.app.checkup import (
     Level,
     RedisNames,
     check_agreement,
+    check_counters,
     check_history,
     check_postgres,
     check_record_tables,
     check_redis,
     check_streams,
+    check_worker,
     failure,
     shared_channel,
 )
@@ -27,6 +29,7 @@ from worker.app.connections import open_connections, open_database
 from worker.app.counters import build_counters, make_keys, make_target_table
 from worker.app.pipelines import make_adjustments, make_sink
 from worker.counters.flush.outcome import Busy
+from worker.counters.intake.quarantine import Quarantine
 from worker.db import dead_letters
 from worker.db.dead_letters import read_letters
 from worker.db.schema import read_schema, upgrade
@@ -75,8 +78,11 @@ async def open_counters(settings: Settings, *, migrate: bool = False) -> AsyncIt
         yield _build(settings, database, redis)
 
 
-def _build(settings: Settings, database: Database, redis: RedisClient) -> ViewCounters:
-    return build_counters(settings, database, redis, Status(SystemClock().monotonic, (VIEW_COUNTS,)), Metrics())
+def _build(
+    settings: Settings, database: Database, redis: RedisClient, quarantine: Quarantine | None = None
+) -> ViewCounters:
+    status = Status(SystemClock().monotonic, (VIEW_COUNTS,))
+    return build_counters(settings, database, redis, status, Metrics(), quarantine=quarantine)
 
 
 async def run_once(settings: Settings) -> FlushOutcome:
@@ -187,7 +193,10 @@ async def check(settings: Settings) -> list[Finding]:
             findings.append(shared_channel(settings.view_channel))
         failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
         if not failed & AGREEMENT_NEEDS:
-            counters = _build(settings, database, redis)
+            counters = _build(settings, database, redis, Quarantine(SystemClock(), logs=False))
+            if settings.counts_views:
+                findings += await _look("worker", check_worker(counters.adoption.stores))
+            findings += await _look("counters", check_counters(counters.backlog, counters.flusher.committer.reader))
             findings += await _look("marker", check_agreement(counters.adoption))
             findings += await _look("history", check_history(database, settings.view_source_name))
             adjustments = make_adjustments(settings, database, redis)

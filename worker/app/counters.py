@@ -70,6 +70,7 @@ def build_counters(
     status: Status,
     metrics: Metrics,
     limit: ReadLimit | None = None,
+    quarantine: Quarantine | None = None,
 ) -> ViewCounters:
     """Nothing is read or written yet. `limit` is the one that other reads of this database share."""
     clock = SystemClock()
@@ -82,7 +83,7 @@ def build_counters(
         keys=make_keys(settings),
     )
     lease = Lease(database, stores.source_row, worker_id, status)
-    backlog = _build_backlog(settings, stores, metrics)
+    backlog = _build_backlog(settings, stores, metrics, Quarantine(clock) if quarantine is None else quarantine)
     batch_size = BatchSize(settings.batch_size, settings.batch_size_max)
     flusher = _build_flusher(settings, stores, lease, backlog, batch_size, status, metrics)
     drain_timeout = listen_timeout(settings.shutdown_timeout.total_seconds())
@@ -125,13 +126,13 @@ def build_counters(
     )
 
 
-def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics) -> Backlog:
+def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics, quarantine: Quarantine) -> Backlog:
     clock = SystemClock()
     backlog = Backlog(
         pending=Pending(clock),
         sweep=Sweep(stores.redis, stores.keys, clock),
         announced=Announced(metrics),
-        quarantine=Quarantine(clock),
+        quarantine=quarantine,
         keys=stores.keys,
         redis=stores.redis,
         database=stores.database,

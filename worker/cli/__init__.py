@@ -16,6 +16,7 @@ cli = typer.Typer(
     help="Move the views that applications count in Redis to Postgres, each view exactly once.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (

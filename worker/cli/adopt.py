@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.exits import EXIT_FAILURE
-from worker.cli.options import EnvFile, LogLevel, plural, read_settings
+from worker.cli.options import EnvFile, LogLevel, plural, read_settings, wrong
 from worker.observability.printable import printable
 
 if TYPE_CHECKING:
@@ -33,16 +33,47 @@ def adopt(
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON. To end a hold, it needs --yes.")] = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
     """Show why flushing is on hold and which views are pending. With --count-pending or --discard-pending, end it."""
     if count_pending and discard_pending:
-        raise typer.BadParameter("give --count-pending or --discard-pending, not both")
+        raise wrong("give one of them", "--count-pending", "--discard-pending")
+    decided = count_pending or discard_pending
+    if as_json and decided and not yes:
+        raise wrong("give --yes too: there is no question in JSON", "--json")
     settings = read_settings(env_file, log_level)
     from worker.runtime.event_loop import run_async
 
-    run_async(_adopt(settings, decided=count_pending or discard_pending, discard=discard_pending, yes=yes))
+    if as_json:
+        typer.echo(run_async(_adopt_as_json(settings, decided=decided, discard=discard_pending)))
+    else:
+        run_async(_adopt(settings, decided=decided, discard=discard_pending, yes=yes))
+
+
+async def _adopt_as_json(settings: Settings, *, decided: bool, discard: bool) -> str:
+    """The situation as it was found. `discarded` is null unless a hold was ended."""
+    import json
+
+    from worker.app import commands
+    from worker.counters.adopt import describe_marker
+
+    async with commands.open_counters(settings) as counters:
+        situation = await counters.adoption.look()
+        hold, discarded = situation.hold, None
+        if hold is not None and decided:
+            discarded = await counters.adoption.adopt(situation, discard=discard)
+    document = {
+        "hold": None if hold is None else {"cause": hold.cause, "remedy": hold.remedy},
+        "marker": None if situation.marker is None else describe_marker(situation.marker),
+        "flushes": situation.row.last_flush_id,
+        "pending_views": situation.pending_views,
+        "pending_ids": len(situation.pending),
+        "largest": situation.largest,
+        "discarded": discarded,
+    }
+    return json.dumps(document, indent=2)
 
 
 async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool) -> None:

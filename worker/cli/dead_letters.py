@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, fail
-from worker.cli.options import EnvFile, LogLevel, duration, plural, read_settings
+from worker.cli.options import EnvFile, LogLevel, duration, plural, read_settings, wrong
 from worker.observability.printable import printable
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 def _filter(ids: list[int] | None, pipeline: str | None, error_class: str | None, older: str | None) -> LetterFilter:
     from worker.db.dead_letters import LetterFilter
 
-    return LetterFilter(
-        tuple(ids) if ids else None, pipeline, error_class, duration(older) if older is not None else None
-    )
+    age = None if older is None else duration(older, "--older-than")
+    return LetterFilter(tuple(ids) if ids else None, pipeline, error_class, age)
 
 
 def _unknown(pipeline: str | None) -> str:
@@ -126,7 +125,7 @@ def replay(
     settings = read_settings(env_file, log_level)
     wanted = _filter(ids, pipeline, error_class, older_than)
     if message := _unknown(pipeline):
-        raise typer.BadParameter(message, param_hint="--pipeline")
+        raise wrong(message, "--pipeline")
     from worker.runtime.event_loop import run_async
 
     raise typer.Exit(EXIT_FAILURE if run_async(_replay(settings, wanted, overwrite=overwrite)) else 0)

@@ -37,7 +37,7 @@ def dev(
     """
     # The demo calls over gRPC, and starts processes. gRPC need not work in these.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    seconds = duration(for_).total_seconds() if for_ else None
+    seconds = duration(for_, "--for").total_seconds() if for_ else None
     from worker.dev.demo import Demo
     from worker.dev.servers_only import run_servers
     from worker.dev.viewers import Audience, Popular, Recorded

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, EXIT_UNAVAILABLE, fail
-from worker.cli.options import EnvFile, LogLevel, read_settings
+from worker.cli.options import EnvFile, LogLevel, plural, read_settings
+
+if TYPE_CHECKING:
+    from worker.app.checkup import Level
 
 
 def config(env_file: EnvFile = None, log_level: LogLevel = None) -> None:
@@ -43,8 +47,17 @@ def check(
             typer.echo(typer.style(f"{finding.level:8}", fg=colour) + f"{finding.name:18}{finding.found}")
             if finding.remedy:
                 typer.echo(f"{'':26}{finding.remedy}")
+        typer.echo(_summary(Counter(finding.level for finding in findings)))
     failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
     raise typer.Exit(EXIT_UNAVAILABLE if failed & {"redis", "postgres"} else EXIT_FAILURE if failed else 0)
+
+
+def _summary(levels: Counter[Level]) -> str:
+    from worker.app.checkup import Level
+
+    failures, warnings = levels[Level.FAILURE], levels[Level.WARNING]
+    found = f"{failures} {plural(failures, 'failure')}, {warnings} {plural(warnings, 'warning')}"
+    return f"\n{levels.total()} checks: {found if failures or warnings else 'all ok'}"
 
 
 def healthcheck(env_file: EnvFile = None, log_level: LogLevel = None) -> None:

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
     from worker.settings.model import Settings
 
-EnvFile = Annotated[Path | None, typer.Option("--env-file", help="Read settings from this file instead of .env.")]
+EnvFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--env-file", help="Read settings from this file instead of .env. Environment variables win over the file."
+    ),
+]
 LogLevel = Annotated[str | None, typer.Option("--log-level", help="Log level: debug, info, warning or error.")]
 
 
@@ -38,11 +43,26 @@ def plural(number: int, word: str, words: str | None = None) -> str:
     return word if number == 1 else words or f"{word}s"
 
 
-def duration(text: str) -> timedelta:
-    """Parse an argument such as 20s. Raises BadParameter."""
+def wrong(message: str, *names: str) -> typer.BadParameter:
+    """The error for a wrong value of the options or arguments with these names. Exit code 2."""
+    return typer.BadParameter(message, param_hint=list(names))
+
+
+def duration(text: str, name: str) -> timedelta:
+    """Parse the value of the option `name`, such as 20s. Raises BadParameter."""
     from worker.contract.durations import parse_duration
 
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise typer.BadParameter(f"expected {error}") from None
+        raise wrong(f"expected {error}", name) from None
+
+
+def parse_id(text: str) -> str:
+    """Check the argument ID. Raises BadParameter."""
+    from worker.contract.ids import InvalidId, decode_id
+
+    try:
+        return decode_id(text.encode("utf-8", "surrogateescape"))
+    except InvalidId as error:
+        raise wrong(str(error), "ID") from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import typer
 
 from worker.cli.exits import EXIT_FAILURE, EXIT_UNAVAILABLE, fail
-from worker.cli.options import EnvFile, LogLevel, plural, read_settings
+from worker.cli.options import EnvFile, LogLevel, plural, read_settings, wrong
 from worker.contract.message import MAX_COUNT
 from worker.observability.printable import printable
 
@@ -54,7 +54,7 @@ def publish(
     If it stops early, it prints which lines are published, which are uncertain, and how to continue.
     """
     if (vod_id is None) == (from_log is None):
-        raise typer.BadParameter("give either an ID or --from-log")
+        raise wrong("give one of them", "ID", "--from-log")
     settings = read_settings(env_file, log_level)
     with _producer(settings) as producer:
         if vod_id is not None:
@@ -67,12 +67,12 @@ def publish(
 def _open(path: Path) -> AbstractContextManager[BinaryIO]:
     if path == STDIN:
         if sys.stdin is None:
-            raise typer.BadParameter("standard input is closed")
+            raise wrong("standard input is closed", "--from-log")
         return nullcontext(sys.stdin.buffer)
     try:
         return path.open("rb")
     except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from None
+        raise wrong(f"{path} cannot be read: {error.strerror}", "--from-log") from None
 
 
 def _producer(settings: Settings) -> SyncViewProducer:
@@ -94,7 +94,7 @@ def _publish_one(producer: SyncViewProducer, vod_id: str, count: int) -> None:
     try:
         producer.record(vod_id, count)
     except InvalidView as error:
-        raise typer.BadParameter(str(error)) from None
+        raise wrong(str(error), "ID") from None
     except ViewNotRecorded as error:
         fail(f"not published: {error}", error.remedy or RedisUnavailable.remedy, EXIT_UNAVAILABLE)
     except ViewIndeterminate as error:

@@ -21,7 +21,13 @@ def run(
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Run the worker until SIGTERM or Ctrl-C. It waits for servers that cannot be reached."""
+    """Run the worker until SIGTERM or Ctrl-C. It waits for servers that cannot be reached.
+
+    Settings come from environment variables, such as DATABASE_URL and REDIS_URL.
+    Those that are not set there come from the file .env in the working folder, or from --env-file.
+    NAME_FILE is the path of a file that has the value of NAME.
+    viewer-worker config prints all settings; env.example explains them.
+    """
     if not once:
         # Until the worker handles signals itself there is nothing to flush: exit immediately.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.exits import EXIT_CONFIG, EXIT_FAILURE, fail
-from worker.cli.options import EnvFile, LogLevel, duration, plural, read_settings
+from worker.cli.options import EnvFile, LogLevel, duration, parse_id, plural, read_settings, wrong
 from worker.observability.printable import printable
 
 if TYPE_CHECKING:
     from worker.db.counters.reads import Bucket
 
 BAR_WIDTH = 40
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def top(
@@ -26,21 +27,26 @@ def top(
         str, typer.Option("--window", metavar="DURATION", help="How far back, such as 1h, 24h or 30d.")
     ] = "24h",
     limit: Annotated[int, typer.Option("--limit", min=1, max=100, help="How many ids to show.")] = 10,
+    as_json: AsJson = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
     """Show the most-viewed ids of the window (in whole hours), with their current totals."""
-    since = duration(window)
+    since = duration(window, "--window")
     settings = read_settings(env_file, log_level)
     from worker.app import commands
     from worker.db.counters.reads import Top
     from worker.runtime.event_loop import run_async
+    from worker.web.views_api import top_document
 
     async def look() -> Top:
         async with commands.open_counters(settings) as counters:
             return await counters.display.top(since, limit)
 
     found = run_async(look())
+    if as_json:
+        typer.echo(json.dumps(top_document(found), ensure_ascii=False))
+        return
     typer.echo(f"from {found.since:%Y-%m-%d %H:%M} to {found.as_of:%Y-%m-%d %H:%M:%S} UTC\n")
     if not found.entries:
         typer.echo("no views")
@@ -48,6 +54,8 @@ def top(
     typer.echo(f"{'views':>12}  {'total':>12}  id")
     for entry in found.entries:
         typer.echo(f"{entry.views:>12,}  {entry.total:>12,}  {printable(entry.vod_id)}")
+    if not found.is_exact:
+        typer.echo("\nRedis and Postgres contradict each other (see viewer-worker adopt): totals may be wrong.")
 
 
 class Buckets(StrEnum):
@@ -62,19 +70,17 @@ def history(
         str,
         typer.Option("--window", metavar="DURATION", help="How far back, such as 24h or 30d. [default: 24h or 30d]"),
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     env_file: EnvFile = None,
     log_level: LogLevel = None,
 ) -> None:
     """Show when an id was viewed. Hours and days without views are left out."""
-    back = duration(window or ("24h" if bucket is Buckets.HOUR else "30d"))
+    checked = parse_id(vod_id)
+    back = duration(window or ("24h" if bucket is Buckets.HOUR else "30d"), "--window")
     settings = read_settings(env_file, log_level)
     from worker.app import commands
-    from worker.contract.ids import decode_id
     from worker.contract.times import format_time
     from worker.runtime.event_loop import run_async
-
-    checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
 
     async def look() -> tuple[datetime, Sequence[Bucket]]:
         now = datetime.now(UTC)
@@ -105,7 +111,7 @@ def import_(
 ) -> None:
     """Import the totals that the application already has. Each id is imported once, so the command can be repeated."""
     if not from_target:
-        raise typer.BadParameter("give the source of the totals: --from-target")
+        raise wrong("required: it names the source of the totals", "--from-target")
     settings = read_settings(env_file, log_level)
     from worker.app import commands
     from worker.runtime.event_loop import run_async
@@ -141,15 +147,15 @@ def forget(
 
     The application's own table does not change. The ledger keeps the id's flushed views until VIEW_LEDGER_RETENTION.
     """
+    checked = parse_id(vod_id)
     settings = read_settings(env_file, log_level)
     from worker.app import commands
-    from worker.contract.ids import decode_id
     from worker.runtime.event_loop import run_async
-
-    checked = decode_id(vod_id.encode("utf-8", "surrogateescape"))
 
     async def run() -> None:
         async with commands.open_counters(settings) as counters:
+            if not await counters.forgetting.knows(checked):
+                fail(f"there is no id {printable(checked)}: no total, no history, no counter", "", EXIT_FAILURE)
             (shown,) = await counters.display.views([checked])
             stored = f"{shown.stored:,} {plural(shown.stored, 'view')} in Postgres"
             typer.echo(f"{printable(checked)}: {stored}, {shown.pending:,} pending")

@@ -10,8 +10,9 @@ from worker.counters.flush.verdict import Agreed, compare
 from worker.counters.history import IDS_AT_ONCE
 from worker.db.counters.history import History, all_sources
 from worker.db.counters.ledger import Flush
+from worker.db.counters.reads import is_stored
 from worker.db.counters.source_row import lock_all_sources
-from worker.errors import OnHold
+from worker.errors import NotEncodable, OnHold
 
 if TYPE_CHECKING:
     from worker.counters.flush.reading import CounterReader
@@ -39,6 +40,16 @@ class Forgetting:
     reader: CounterReader
     settler: Settler
     recovery: Recovery
+
+    async def knows(self, vod_id: str) -> bool:
+        """Whether the id has a total, history or a counter, also one that cannot be counted. Raises Unavailable."""
+        if await self.stores.redis.type_of(self.stores.keys.counter(vod_id)) != "none":
+            return True
+        try:
+            async with self.stores.database.transaction() as tx:
+                return await is_stored(tx, vod_id)
+        except NotEncodable:
+            return False
 
     async def forget(self, vod_id: str) -> Forgotten:
         """Delete total, history and pending views of the id; later views count from zero.

@@ -35,7 +35,7 @@ def load_settings(
 ) -> Settings:
     """Read the settings. `overrides` (flags) win over `environ`, which wins over `env_file` (default: `.env`, if any).
 
-    Raises InvalidSettings naming every variable that is wrong.
+    Raises InvalidSettings naming every variable, and every flag, that is wrong.
     """
     if env_file is not None and not env_file.is_file():
         raise InvalidSettings([SettingProblem("--env-file", str(env_file), "an existing file")])
@@ -44,7 +44,7 @@ def load_settings(
     raw = _read(Settings, [os.environ if environ is None else environ, dotenv], set(given)) | given
     _follow(raw, "batch_size", "batch_size_max", more=True)
     _follow(raw, "db_max_connections", "db_max_idle_conns", more=False)
-    return _validate(Settings, raw)
+    return _validate(Settings, raw, flags=given)
 
 
 def load_writer_settings(record: RecordType[Any], arguments: Mapping[str, Any]) -> WriterSettings:
@@ -121,11 +121,12 @@ def _follow(raw: dict[str, str], given: str, other: str, *, more: bool) -> None:
         raw.setdefault(other, value)
 
 
-def _validate(model: type[M], raw: Mapping[str, Any]) -> M:
+def _validate(model: type[M], raw: Mapping[str, Any], flags: Collection[str] = ()) -> M:
+    """`flags`: fields whose values are those of options."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise InvalidSettings([_problem(dict(details), raw, model) for details in error.errors()]) from None
+        raise InvalidSettings([_problem(dict(details), raw, model, flags) for details in error.errors()]) from None
 
 
 def _collect(given: Mapping[str, str], model: type[BaseModel], unread: Collection[str]) -> dict[str, str]:
@@ -158,7 +159,9 @@ def _read_file(name: str, path: str) -> str:
         raise InvalidSettings([SettingProblem(name, path, f"a readable text file ({type(error).__name__})")]) from None
 
 
-def _problem(details: dict[str, Any], raw: Mapping[str, Any], model: type[BaseModel]) -> SettingProblem:
+def _problem(
+    details: dict[str, Any], raw: Mapping[str, Any], model: type[BaseModel], flags: Collection[str]
+) -> SettingProblem:
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ConflictingSettings):
         field, expected = cause.field, cause.expected
@@ -166,7 +169,8 @@ def _problem(details: dict[str, Any], raw: Mapping[str, Any], model: type[BaseMo
         message = str(details["msg"]).removeprefix("Value error, ")
         field, expected = str(details["loc"][0]), message.removeprefix("Input should be ")
     value = str(raw.get(field, model.model_fields[field].default or ""))
-    return SettingProblem(field.upper(), _show_wrong(field, value), expected)
+    name = f"--{field.replace('_', '-')}" if field in flags else field.upper()
+    return SettingProblem(name, _show_wrong(field, value), expected)
 
 
 def _show_wrong(field: str, value: str) -> str:

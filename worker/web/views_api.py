@@ -64,10 +64,13 @@ class ViewsApi:
         limit = parameters.get("limit", "10")
         if _LIMIT.fullmatch(limit) is None or not 1 <= int(limit) <= MAX_LIMIT:
             raise BadRequest(f"limit: expected a number from 1 to {MAX_LIMIT}")
-        top = await self._numbers.top(window, int(limit))
-        entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
-        body = {"since": format_time(top.since), "asOf": format_time(top.as_of), "top": entries}
-        return body if top.is_exact else body | NOT_EXACT
+        return top_document(await self._numbers.top(window, int(limit)))
+
+
+def top_document(top: Top) -> dict[str, Any]:
+    entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
+    body = {"since": format_time(top.since), "asOf": format_time(top.as_of), "top": entries}
+    return body if top.is_exact else body | NOT_EXACT
 
 
 def _views(shown: Shown) -> dict[str, Any]:

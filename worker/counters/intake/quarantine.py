@@ -27,9 +27,13 @@ REST_S = 600.0
 
 
 class Quarantine:
-    """The bad keys of the current and the last sweep. A key that is fixed or deleted disappears with the next sweep."""
+    """The bad keys of the current and the last sweep. A key that is fixed or deleted disappears with the next sweep.
 
-    def __init__(self, clock: Clock) -> None:
+    `logs`: whether each is logged.
+    """
+
+    def __init__(self, clock: Clock, *, logs: bool = True) -> None:
+        self._logs = logs
         self._current: dict[bytes, str] = {}
         self._previous: dict[bytes, str] = {}
         self._beyond = 0
@@ -51,7 +55,7 @@ class Quarantine:
             self._beyond += 1
             return
         self._current[key] = reason
-        if self._throttle.allows(key):
+        if self._logs and self._throttle.allows(key):
             log.warning("counter quarantined", key=excerpt(key), reason=reason)
 
     def without_resting(self, keys: Sequence[bytes]) -> Sequence[bytes]:

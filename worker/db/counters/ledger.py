@@ -159,6 +159,13 @@ _COUNT = select(func.count()).where(
     _flush.source == bindparam("name"), _flush.flush_id > bindparam("after"), _flush.flush_id <= bindparam("upto")
 )
 
+_LAST_AGE = (
+    select(func.extract("epoch", func.now() - _flush.flushed_at))
+    .where(_flush.source == bindparam("name"))
+    .order_by(_flush.flush_id.desc())
+    .limit(1)
+)
+
 _KNOWN_IDS = (
     select(view_counts.c.vod_id)
     .where(view_counts.c.vod_id != bindparam("other_than", type_=Text))
@@ -240,6 +247,11 @@ class Ledger:
             return None
         counted = {vod_id: count for vod_id, count in zip(row.vod_ids, row.counted, strict=True) if count}
         return Flush(flush_id, row.nonce, row.prev_nonce, counted)
+
+    async def last_flush_age(self, tx: AsyncConnection) -> float | None:
+        """Seconds since the last flush that the ledger has, by the database's clock; None: it has none."""
+        age = (await tx.execute(_LAST_AGE, {"name": self._name})).scalar_one_or_none()
+        return None if age is None else float(age)
 
     async def has_all(self, tx: AsyncConnection, after: int, upto: int) -> bool:
         """Whether no flush above `after`, up to `upto`, was deleted."""

@@ -16,7 +16,9 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    exists,
     func,
+    or_,
     select,
     union_all,
 )
@@ -78,6 +80,8 @@ TOTALS = select(
 )
 
 _hour = view_counts_hourly.c
+_of_id = bindparam("of_id", type_=Text)
+_IS_STORED = select(or_(exists().where(_total.vod_id == _of_id), exists().where(_hour.vod_id == _of_id)))
 _since = func.date_trunc("hour", func.now() - bindparam("window", type_=Interval), "UTC")
 _views = func.sum(_hour.views).label("views")
 TOP = (
@@ -182,6 +186,11 @@ async def read_totals(
     await tx.execute(_SETTINGS)
     rows = await tx.execute(TOTALS, {"ids": list(ids), "source": source, "lineage": lineage, "settled": settled})
     return {row.vod_id: Stored(*row) for row in rows}
+
+
+async def is_stored(tx: AsyncConnection, vod_id: str) -> bool:
+    """Whether the id has a total or history."""
+    return bool((await tx.execute(_IS_STORED, {"of_id": vod_id})).scalar_one())
 
 
 async def read_top(tx: AsyncConnection, window: timedelta, limit: int) -> tuple[datetime, datetime, list[Ranked]]:

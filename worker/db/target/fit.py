@@ -14,6 +14,8 @@ from worker.db.tables import metadata
 from worker.errors import TargetUnusable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.types import TypeEngine
@@ -49,7 +51,10 @@ class Key:
 async def fit(tx: AsyncConnection, names: TargetNames) -> Key:
     """Check that the table exists and fits. Raises TargetUnusable with the problem and its fix."""
     found = (
-        await tx.execute(_LOOK, {"target": names.regclass, "key": names.key, "column": names.column, "own": OWN})
+        await tx.execute(
+            _LOOK,
+            {"target": names.regclass, "table": names.table, "key": names.key, "column": names.column, "own": OWN},
+        )
     ).one()
     if problem := _problem(names, found):
         raise TargetUnusable(*problem)
@@ -94,7 +99,20 @@ _LOOK = text(
                          END
                      AND EXISTS (SELECT FROM unnest(p.polroles) role WHERE role = 0 OR pg_has_role(role, 'USAGE'))
                ) AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive)
-           ) AS rows_may_hide
+           ) AS rows_may_hide,
+           (
+               SELECT array_agg(
+                   CASE WHEN pg_table_is_visible(o.oid) THEN o.relname ELSE n.nspname || '.' || o.relname END
+                   ORDER BY o.oid
+               )
+               FROM pg_class o JOIN pg_namespace n ON n.oid = o.relnamespace
+               WHERE c.oid IS NULL AND lower(o.relname) = lower(:table) AND o.relkind IN ('r', 'p')
+                 AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+           ) AS like_table,
+           (
+               SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute a
+               WHERE a.attrelid = c.oid AND lower(a.attname) IN (lower(:key), lower(:column)) AND NOT a.attisdropped
+           ) AS like_columns
     FROM (SELECT to_regclass(:target) AS oid) named
     LEFT JOIN pg_class c ON c.oid = named.oid
     LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = :key AND NOT k.attisdropped AND k.attnum > 0
@@ -117,15 +135,17 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
     """The problem and its fix, or None if the table fits."""
     shown = str(names)
     if found.relkind is None:
-        return f"there is no table {shown}", "Set VIEW_TARGET_TABLE to the table's exact name."
+        return f"there is no table {shown}", _exact_name("VIEW_TARGET_TABLE", "the table", found.like_table)
     if found.is_own:
         return f"{shown} is the worker's own table", "Set VIEW_TARGET_TABLE to a table of the application."
     if found.relkind not in ("r", "p"):
         return f"{shown} is not a table", "Set VIEW_TARGET_TABLE to a table of this database."
     if found.key_number is None:
-        return f"{shown} has no column {names.key}", "Set VIEW_TARGET_KEY to the exact name of its key column."
+        remedy = _exact_name("VIEW_TARGET_KEY", "its key column", _alike(names.key, found.like_columns))
+        return f"{shown} has no column {names.key}", remedy
     if found.column_number is None:
-        return f"{shown} has no column {names.column}", "Set VIEW_TARGET_COLUMN to the exact name of its total column."
+        remedy = _exact_name("VIEW_TARGET_COLUMN", "its total column", _alike(names.column, found.like_columns))
+        return f"{shown} has no column {names.column}", remedy
     if found.column_type not in INTEGERS or found.generated:
         kind = "generated" if found.generated else found.column_type
         return f"{shown}.{names.column} is {kind}, not an integer", "Change the column's type to integer or bigint."
@@ -140,6 +160,17 @@ def _problem(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:
             "Replace the rule by a trigger: Postgres does not let the worker's statement pass through rules.",
         )
     return _problem_of_rights(names, found)
+
+
+def _exact_name(setting: str, what: str, alike: Sequence[str] | None) -> str:
+    """`alike`: names that differ from the given one only by case or by their schema."""
+    if not alike:
+        return f"Set {setting} to the exact name of {what}."
+    return f"Did you mean {' or '.join(alike)}? Set {setting} to the exact name of {what}: case matters."
+
+
+def _alike(name: str, columns: Sequence[str] | None) -> list[str]:
+    return [column for column in columns or () if column.lower() == name.lower()]
 
 
 def _problem_of_rights(names: TargetNames, found: Row[Any]) -> tuple[str, str] | None:

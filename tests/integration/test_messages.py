@@ -294,14 +294,14 @@ async def test_message_that_arrives_with_the_confirmation_is_not_lost() -> None:
         b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\n%d\r\n",
     )
     connection = ScriptedConnection(confirmation + message % 1 + message % 2, message % 3)
-    subscription = Subscription(connection, b"c")  # type: ignore[arg-type]
+    subscription = Subscription(connection, b"c", "here")  # type: ignore[arg-type]
     await subscription._subscribe()
     assert [*await subscription.read(), *await subscription.read()] == [b"1", b"2", b"3"]
 
 
 async def test_data_outside_the_redis_protocol_is_a_lost_connection() -> None:
     with pytest.raises(RedisUnavailable, match="protocol"):
-        await Subscription(ScriptedConnection(b"HTTP/1.1 400 Bad Request\r\n\r\n"), b"c").read()  # type: ignore[arg-type]
+        await Subscription(ScriptedConnection(b"HTTP/1.1 400 Bad Request\r\n\r\n"), b"c", "here").read()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])

@@ -52,8 +52,8 @@ async def test_pending_views_come_before_the_history(world: World) -> None:
         await flush_only(world, worker, "a", "b")
     assert await history(world) == Counter()
     assert worker.metric("view_count_history_behind_seconds") > 0
-    (shown,) = (await worker.counters.display.views(["a"]),)
-    assert shown[0].views == 3
+    (shown,) = await worker.counters.display.views(["a"])
+    assert shown.views == 3
     await worker.cycle()
     assert await history(world) == world.truth
     await world.assert_exact()

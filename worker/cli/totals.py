@@ -79,8 +79,8 @@ def history(
     back = duration(window or ("24h" if bucket is Buckets.HOUR else "30d"), "--window")
     settings = read_settings(env_file, log_level)
     from worker.app import commands
-    from worker.contract.times import format_time
     from worker.runtime.event_loop import run_async
+    from worker.web.history_api import history_document
 
     async def look() -> tuple[datetime, Sequence[Bucket]]:
         now = datetime.now(UTC)
@@ -89,9 +89,7 @@ def history(
 
     as_of, found = run_async(look())
     if as_json:
-        buckets = [{"time": format_time(each.start), "views": each.views} for each in found]
-        answer = {"vodId": checked, "bucket": bucket.value, "asOf": format_time(as_of), "buckets": buckets}
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        typer.echo(json.dumps(history_document(checked, bucket.value, as_of, found), ensure_ascii=False))
         return
     typer.echo(f"{printable(checked)}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC\n")
     if not found:

@@ -53,5 +53,10 @@ class HistoryApi:
         if last - first > MAX_BUCKETS * width:
             raise BadRequest(f"from: expected at most {MAX_BUCKETS} buckets up to `to`")
         as_of, found = await self._histories.history(vod_id, bucket, first, last)
-        buckets = [{"time": format_time(each.start), "views": each.views} for each in found]
-        return {"vodId": vod_id, "bucket": bucket, "asOf": format_time(as_of), "buckets": buckets}
+        return history_document(vod_id, bucket, as_of, found)
+
+
+def history_document(vod_id: str, bucket: str, as_of: datetime, found: Sequence[Bucket]) -> dict[str, Any]:
+    """The answer, also of `viewer-worker history --json`."""
+    buckets = [{"time": format_time(each.start), "views": each.views} for each in found]
+    return {"vodId": vod_id, "bucket": bucket, "asOf": format_time(as_of), "buckets": buckets}

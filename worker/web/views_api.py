@@ -68,6 +68,7 @@ class ViewsApi:
 
 
 def top_document(top: Top) -> dict[str, Any]:
+    """The answer, also of `viewer-worker top --json`."""
     entries = [{"vodId": entry.vod_id, "views": entry.views, "total": entry.total} for entry in top.entries]
     body = {"since": format_time(top.since), "asOf": format_time(top.as_of), "top": entries}
     return body if top.is_exact else body | NOT_EXACT

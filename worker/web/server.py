@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SERVER_NAME = "viewer-worker"
 # Of both families.
 ANY_ADDRESS = "::"
+ANY_ADDRESSES = (ANY_ADDRESS, "0.0.0.0")  # noqa: S104
 BACKLOG = 128
 MAX_REQUEST_BYTES = 1024
 # Above this number the oldest connection is closed, so that idle clients cannot lock out a probe.
@@ -59,7 +60,9 @@ class WebServer:
     def url(self) -> str:
         assert self._listener is not None  # set by start()  # noqa: S101
         host, port = self._listener.sockets[0].getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        # To listen on any address is not an address to open.
+        shown = "localhost" if host in ANY_ADDRESSES else f"[{host}]" if ":" in host else host
+        return f"http://{shown}:{port}"
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address is in use or not an address of this host."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from worker.observability.logs import get_logger
 from worker.observability.readings import Readings
 from worker.runtime.waiting import wait_first
 
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from worker.runtime.clock import Clock
     from worker.web.page.model import PipelineRow
 
+log = get_logger(__name__)
+
 LOOP = "page samples"
 PERIOD_S = 5.0
 KEPT = 720
+AFTER_MISTAKE_S = 60.0
 BEAT_S = 60.0
 # Column → metric. All but the pending ones only grow; the page computes rates from them.
 VIEW_COLUMNS = {
@@ -53,9 +57,15 @@ class Samples:
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            self.take()
-            self._status.expect_beat(LOOP, within=PERIOD_S + BEAT_S)
-            await wait_first(PERIOD_S, stop)
+            pause = PERIOD_S
+            try:
+                self.take()
+            except Exception as error:
+                # A mistake here must not end the worker.
+                log.error("page sample failed", exc_info=error)
+                pause = AFTER_MISTAKE_S
+            self._status.expect_beat(LOOP, within=pause + BEAT_S)
+            await wait_first(pause, stop)
 
     def take(self) -> None:
         readings = Readings(self._registry)

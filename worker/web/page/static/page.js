@@ -98,12 +98,13 @@ function notices(state) {
       "Records that cannot become rows; their bytes are kept.", "What to do: `viewer-worker dead-letters list`");
   }
   for (const pipeline of state.pipelines) {
-    if (pipeline.lost) add(`${pipeline.name}: ${times(pipeline.lost, "entry is", "entries are")} lost`,
-      "They were deleted or trimmed before they were carried.", "What to do: let the stream keep entries for longer; see `viewer-worker streams`");
-    if (pipeline.dropped) add(`${pipeline.name}: ${times(pipeline.dropped, "record", "records")} dropped`, "They are neither rows nor dead letters. The log has the cause.");
+    if (pipeline.lost) add(`${pipeline.name}: ${times(pipeline.lost, "entry", "entries")} lost since the start`,
+      "They were deleted or trimmed before they were carried.", "What to do: let the stream keep entries for longer; `viewer-worker streams` shows how far it is carried.");
+    if (pipeline.dropped) add(`${pipeline.name}: ${times(pipeline.dropped, "record", "records")} dropped since the start`,
+      "They are neither rows nor dead letters. The log has the cause.");
   }
-  if (state.views?.dropped) add(`${times(state.views.dropped, "view is", "views are")} lost`,
-    "They were only published, not INCRed, and the lease was lost or too many ids were waiting.");
+  if (state.views?.dropped) add(`${times(state.views.dropped, "published view", "published views")} dropped since the start`,
+    "They are lost unless they were INCRed, too: another worker took the lease, or too many ids were waiting.");
   return found;
 }
 
@@ -152,7 +153,7 @@ function showState(state) {
   showParts(state);
   at("views").hidden = at("top").hidden = state.views === null;
   if (state.views !== null) {
-    showViews(state.views, state.health.checks.view_counts);
+    showViews(state);
     showTop(state.lookups.top);
   }
   at("pipelines").hidden = state.pipelines.length === 0;
@@ -176,8 +177,10 @@ function showParts(state) {
   at("part-rows").replaceChildren(...rows);
 }
 
-function showViews(views, check) {
-  at("views-note").hidden = check.role !== "standing by";
+function showViews({ views, health }) {
+  at("views-note").hidden = health.checks.view_counts.role !== "standing by";
+  // By the worker's clock: this one may differ.
+  const agreed = (Date.parse(health.timestamp) - views.lastAgreementMs) / 1000;
   const numbers = [
     ["Written", perSecond(rate("views", rateWindow()))],
     ["Messages", perSecond(rate("messages", RATE_MS))],
@@ -185,7 +188,7 @@ function showViews(views, check) {
     ["Oldest pending", views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
     ["A flush takes", duration(ratio("flushSeconds", "flushRounds"))],
     ["Views a flush", short(ratio("views", "flushes"))],
-    ["Redis and Postgres agreed", views.lastAgreementMs === null ? "not yet" : `${duration(Math.max(0, Math.round((Date.now() - views.lastAgreementMs) / 1000)))} ago`],
+    ["Redis and Postgres agreed", views.lastAgreementMs === null ? "not yet" : `${duration(Math.max(0, Math.round(agreed)))} ago`],
     ["Written since the start", short(views.flushedViews)],
   ];
   const list = at("view-numbers");

@@ -24,6 +24,7 @@ BIN = Path(sys.executable).parent
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 WORKLOADS = [manifest for manifest in MANIFESTS if manifest.stem not in ("service", "podmonitor")]
 SCHEMAS = Path(__file__).with_name("schemas")
+FOLLOWS = (BIN / "check-jsonschema", "--regex-variant", "python", "--schemafile")
 DRAIN = Settings.model_fields["shutdown_timeout"].default
 
 
@@ -53,7 +54,7 @@ def test_compose_file_follows_its_schema() -> None:
 def test_kubernetes_manifest_follows_its_schema(manifest: Path) -> None:
     schema = SCHEMAS / f"{load(manifest)['kind'].lower()}.json"
     if schema.exists():
-        succeeds(BIN / "check-jsonschema", "--schemafile", schema, manifest)
+        succeeds(*FOLLOWS, schema, manifest)
     else:
         succeeds(BIN / "kubernetes-validate", "--strict", manifest)
 
@@ -75,7 +76,7 @@ def test_kubectl_gets_a_valid_prometheus_rule_from_the_commands_of_the_page(tmp_
     (rule,) = re.findall(r"^\(printf .*?\| kubectl apply -f -$", block, re.DOTALL | re.MULTILINE)
     made = tmp_path / "rule.yaml"
     succeeds("sh", "-euc", f"cd {DEPLOY.parent}; kubectl() {{ cat > {made}; }}; {rule}")
-    succeeds(BIN / "check-jsonschema", "--schemafile", SCHEMAS / "prometheusrule.json", made)
+    succeeds(*FOLLOWS, SCHEMAS / "prometheusrule.json", made)
     assert load(made)["spec"] == load(DEPLOY / "prometheus" / "rules.yaml")
 
 

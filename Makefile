@@ -69,7 +69,7 @@ format: $(VENV)/.tools ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 
 docs: $(VENV)/.tools ## Build the documentation's site into build/site; a broken link is an error
-	@$(BIN)/python -m sphinx --quiet --fail-on-warning --conf-dir docs . build/site
+	@$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --conf-dir docs --doctree-dir build/doctrees . build/site
 	@echo "Built build/site/index.html"
 
 audit: $(VENV)/.tools ## Look up known vulnerabilities of the worker's dependencies in a public database (needs the network)

@@ -28,7 +28,7 @@ docs/records
 :glob:
 :caption: How-to
 docs/how-to/*
-deploy/README
+*/README
 ```
 
 ```{toctree}
@@ -50,8 +50,7 @@ docs/architecture
 :hidden:
 :glob:
 :caption: Project
-CHANGELOG
-[C-Z]*
+*
 docs/decisions/README
 docs/seeds/*
 ```
@@ -68,7 +67,7 @@ version = release = tomllib.loads((ROOT / "pyproject.toml").read_text())["projec
 html_title = f"viewer-worker {version}"
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["*.md", "deploy/README.md", "docs/**.md"]
+include_patterns = ["*.md", "*/README.md", "docs/**.md"]
 # PACKAGE.md is README.md for a package index. The others are folders that need not be searched.
 exclude_patterns = ["PACKAGE.md", ".*", "build", "tests", "worker"]
 myst_heading_anchors = 4

@@ -26,9 +26,8 @@ UNIT_TESTS = tuple(
     for path in sorted((ROOT / "tests" / "unit").glob("test_*.py"))
     if path.name not in ("test_docs.py", "test_settings.py", "test_mutants.py", "test_log_events.py")
 )
-# Fast, deterministic tests first. The property test finds what they miss.
+# Those that catch most come first. The property test finds what the others miss.
 TESTS = (
-    *UNIT_TESTS,
     "tests/integration/test_flush.py",
     "tests/integration/test_recovery.py",
     "tests/integration/test_another_redis.py",
@@ -43,15 +42,15 @@ TESTS = (
     "tests/integration/test_display.py",
     "tests/integration/test_history.py",
     "tests/integration/test_forget.py",
+    *UNIT_TESTS,
     "tests/property",
 )
 
-
 STREAM_TESTS = (
-    *UNIT_TESTS,
     "tests/integration/test_streams.py",
     "tests/integration/test_stream_holds.py",
     "tests/integration/test_stream_traps.py",
+    *UNIT_TESTS,
     "tests/property/test_stream_protocol.py",
 )
 

@@ -293,7 +293,9 @@ async def test_worker_that_fails_persistently_leaves_the_lease_to_another(
     monkeypatch.setattr(failing.redis, "read", refuse)
     async with running(failing):
         await failing.wait_until(lambda: failing.status.checks[VIEW_COUNTS].state is State.FAILING)
+        assert failing.metric("view_count_pending_keys") == 1
         async with running(right):
             await right.wait_until(lambda: right.status.checks[VIEW_COUNTS].facts.get("role") == "working")
             assert failing.status.checks[VIEW_COUNTS].cause == "NOPERM"
+            await failing.wait_until(lambda: failing.metric("view_count_pending_keys") == 0)
     await world.assert_exact()

@@ -248,6 +248,8 @@ class FlushLoop:
             await asyncio.sleep(STANDBY_LOOK_S)
 
     def _standing_by(self, holder: str) -> None:
+        # Pending keys are the holder's to flush: this worker no longer knows of any.
+        self._backlog.restart()
         if self._seen is not None:
             self._metrics.holds.set(1)
             self._status.hold(VIEW_COUNTS, self._seen.cause, self._seen.remedy)

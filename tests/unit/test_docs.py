@@ -45,13 +45,13 @@ def test_reference_lists_every_table_with_its_columns() -> None:
 
 def test_links_between_documents_point_to_files_that_exist() -> None:
     root = DOCS.parent
-    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md")
+    names = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "deploy/README.md")
     for document in [*(root / name for name in names), *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} → {target}"
 
 
-FRONT = [DOCS.parent / name for name in ("README.md", "PACKAGE.md", "CONTRIBUTING.md")]
+FRONT = [DOCS.parent / name for name in ("README.md", "PACKAGE.md", "CONTRIBUTING.md", "SECURITY.md")]
 DOCUMENTS = [*FRONT, *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
 
 

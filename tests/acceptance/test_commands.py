@@ -55,11 +55,54 @@ def test_help_lists_the_commands_and_version_is_printed() -> None:
     assert cli("--version").stdout == "viewer-worker 0.1.0\n"
 
 
+HEAVY = ("sqlalchemy", "redis", "aiohttp", "pydantic", "alembic", "prometheus_client", "structlog")
+COMPLETION = "_VIEWER_WORKER_COMPLETE"
+
+
 def test_help_loads_nothing_heavy() -> None:
-    heavy = ("sqlalchemy", "redis", "aiohttp", "pydantic", "alembic", "prometheus_client", "structlog")
-    probe = f"import sys, worker.cli; print([name for name in {heavy} if name in sys.modules])"
+    probe = f"import sys, worker.cli; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_completion_loads_nothing_heavy() -> None:
+    """Typer itself loads pydantic, to read what was typed so far."""
+    probe = (
+        "import atexit, sys; from worker.cli import main; sys.argv = ['viewer-worker'];"
+        f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules])); main()"
+    )
+    typed = {COMPLETION: "complete_bash", "COMP_WORDS": "viewer-worker streams --j", "COMP_CWORD": "2"}
+    environment = clean_environment() | typed
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout in ("--json\n[]\n", "--json\n['pydantic']\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("str", ["streams"]),
+        ("dead-letters ", ["list", "show", "replay", "purge"]),
+        ("streams --", ["--set", "--yes", "--json", "--env-file", "--log-level", "--help"]),
+    ],
+)
+def test_bash_completes_commands_and_options(typed: str, expected: list[str]) -> None:
+    """Bash loads the script, and calls its function as after Tab."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    words = typed.split(" ")
+    completed = f"""
+        eval "$({COMPLETION}=source_bash viewer-worker)"
+        COMP_WORDS=(viewer-worker {" ".join(words[:-1])} "{words[-1]}") COMP_CWORD={len(words)}
+        function=$(complete -p viewer-worker); function=${{function##*-F }}; ${{function%% *}} viewer-worker
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["bash", "-euc", completed],
+        env=clean_environment() | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == expected
 
 
 def test_config_prints_effective_values_without_secrets() -> None:

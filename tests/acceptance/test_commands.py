@@ -23,6 +23,7 @@ from tests.support.guarded import on_guarded_servers, on_open_and_guarded_server
 from tests.support.world import CliWorker, World, clean_environment
 from worker.contract.keys import Keys
 from worker.dev.servers import ValkeyServer, free_port
+from worker.redis.errors import MASTER
 
 Start = Callable[..., CliWorker]
 ROOT = Path(__file__).parents[2]
@@ -463,6 +464,21 @@ def test_check_continues_when_a_server_is_unreachable() -> None:
     assert "postgres" in done.stdout
     assert "redis" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
+
+
+async def test_commands_that_change_views_refuse_a_writable_replica(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+        await world.view("a", 2)
+        await world.redis.config_set("replica-read-only", "no")
+        await world.redis.replicaof("127.0.0.1", str(free_port()))
+        for command in ("run --once", "adopt --count-pending --yes", "forget a --yes"):
+            done = await run_cli(*command.split(), **world.environment)
+            assert done.returncode == 69, command
+            assert done.stderr.endswith(f"viewer-worker: 127.0.0.1:{valkey.port}: its role is slave\n{MASTER}\n")
+        assert (await world.totals(), await world.pending()) == ({"a": 5}, {"a": 2})
+        await world.redis.replicaof("NO", "ONE")
 
 
 @on_guarded_servers

@@ -28,6 +28,7 @@ from worker.app.checkup import (
 from worker.app.connections import open_connections, open_database
 from worker.app.counters import build_counters, make_keys, make_target_table
 from worker.app.pipelines import make_adjustments, make_sink
+from worker.app.probes import PROBE_TIMEOUT_S
 from worker.counters.flush.outcome import Busy
 from worker.counters.intake.quarantine import Quarantine
 from worker.db import dead_letters
@@ -65,12 +66,16 @@ ONCE_TRIES = 20
 
 
 @asynccontextmanager
-async def open_counters(settings: Settings, *, migrate: bool = False) -> AsyncIterator[ViewCounters]:
-    """The view counters, connected, on tables of this version.
+async def open_counters(
+    settings: Settings, *, changes: bool = False, migrate: bool = False
+) -> AsyncIterator[ViewCounters]:
+    """The view counters, connected, on tables of this version. With `changes` Redis must be a master, as for `run`.
 
     Raises Unavailable when a server cannot be used, SchemaNotCurrent when the tables are of another version.
     """
     async with open_connections(settings) as (database, redis):
+        if changes:
+            await redis.check(PROBE_TIMEOUT_S)  # a replica may accept writes, and loses them
         if migrate:
             await upgrade(database)
         async with database.transaction() as tx:
@@ -87,7 +92,7 @@ def _build(
 
 async def run_once(settings: Settings) -> FlushOutcome:
     """Flush everything that is pending now. Raises as `open_counters`."""
-    async with open_counters(settings, migrate=settings.migrate_on_start) as counters:
+    async with open_counters(settings, changes=True, migrate=settings.migrate_on_start) as counters:
         outcome: FlushOutcome = Busy()
         try:
             for _ in range(ONCE_TRIES):

@@ -334,7 +334,7 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     done = await run_cli("check", **world.environment)
     assert done.returncode == 0, done.stdout
-    assert "Redis and Postgres agree; flushes: 1, pending views: 0, pending ids: 0" in done.stdout
+    assert "Redis and Postgres agree; flushes: 1\n" in done.stdout
     assert done.stdout.endswith("\n13 checks: 0 failures, 1 warning\n"), "no worker runs"
     names = [finding["name"] for finding in json.loads((await run_cli("check", "--json", **world.environment)).stdout)]
     assert names == [
@@ -384,7 +384,10 @@ async def test_check_names_the_worker_and_the_counters_in_quarantine(world: Worl
         assert idle[name]["found"].startswith("no worker holds the lease; ")
         assert "viewer-worker run" in idle[name]["remedy"]
     assert idle["worker"]["found"].endswith("nothing was flushed yet")
-    assert (idle["counters"]["level"], idle["counters"]["found"]) == ("ok", "all can be counted")
+    assert (idle["counters"]["level"], idle["counters"]["found"]) == (
+        "ok",
+        "all can be counted; pending views: 0, pending ids: 0",
+    )
 
     await world.view("good")
     await world.redis.set(world.prefix + "bad", "abc")
@@ -398,9 +401,11 @@ async def test_check_names_the_worker_and_the_counters_in_quarantine(world: Worl
     done = await run_cli("check", **settings)
     assert done.returncode == 0, done.stdout
     holder = rf"\S+:{worker.process.pid}:\S+ runs and holds the lease"
-    assert re.search(rf"^ok +worker +{holder}; last flush \d+ s ago$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^ok +worker +{holder}; last flush \d+[sm] ago$", done.stdout, re.MULTILINE)
     assert re.search(rf"^ok +stream \S+ *{holder}; carried to", done.stdout, re.MULTILINE)
-    assert re.search("^warning +counters +2 left as they are: ", done.stdout, re.MULTILINE)
+    assert re.search(
+        "^warning +counters +pending views: 0, pending ids: 0; 2 left as they are: ", done.stdout, re.MULTILINE
+    )
     assert f"{world.prefix}bad: the value is not a whole number" in done.stdout
     assert f"{world.prefix}list: the key holds a list, not a number" in done.stdout
     assert "Delete it, or set it to a whole number" in done.stdout
@@ -431,6 +436,33 @@ async def test_check_reports_problems_and_their_fixes(valkey: ValkeyServer, data
         assert findings["redis persistence"]["level"] == "warning"
         assert findings["marker"]["found"] == "the marker in Redis cannot be read"
         assert "viewer-worker adopt" in findings["marker"]["remedy"]
+
+
+async def test_check_sweeps_once_and_only_where_views_are_counted(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        await world.view("b", 2)
+        # One page finds the markers of other sources.
+        for pipelines, pages in (("view_counts", 2), ("chunk_requests", 1)):
+            await world.redis.config_resetstat()
+            done = await run_cli("check", "--json", **world.environment, PIPELINES=pipelines)
+            findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+            assert (await world.redis.info("commandstats"))["cmdstat_scan"]["calls"] == pages
+            assert ({"counters", "marker", "history"} <= set(findings)) is (pipelines == "view_counts")
+            if pipelines == "view_counts":
+                assert findings["counters"]["found"] == "all can be counted; pending views: 7, pending ids: 2"
+
+
+async def test_check_warns_before_redis_is_full(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        for limit, level in ((1 << 40, "ok"), (1 << 20, "warning")):
+            await world.redis.config_set("maxmemory", limit)
+            done = await run_cli("check", "--json", **world.environment)
+            (found,) = [each for each in json.loads(done.stdout) if each["name"] == "redis eviction"]
+            assert found["level"] == level
+        assert re.fullmatch(r"noeviction, and \d+% of maxmemory is used", found["found"])
+        assert "INCR" in found["remedy"]
+        await world.redis.config_set("maxmemory", 0)
 
 
 async def test_check_warns_of_what_exactness_does_not_cover(valkey: ValkeyServer, database_url: str) -> None:

@@ -198,12 +198,12 @@ async def check(settings: Settings) -> list[Finding]:
             findings.append(shared_channel(settings.view_channel))
         failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
         if not failed & AGREEMENT_NEEDS:
-            counters = _build(settings, database, redis, Quarantine(SystemClock(), logs=False))
             if settings.counts_views:
+                counters = _build(settings, database, redis, Quarantine(SystemClock(), logs=False))
                 findings += await _look("worker", check_worker(counters.adoption.stores))
-            findings += await _look("counters", check_counters(counters.backlog, counters.flusher.committer.reader))
-            findings += await _look("marker", check_agreement(counters.adoption))
-            findings += await _look("history", check_history(database, settings.view_source_name))
+                findings += await _look("counters", check_counters(counters.backlog, counters.flusher.committer.reader))
+                findings += await _look("marker", check_agreement(counters.adoption))
+                findings += await _look("history", check_history(database, settings.view_source_name))
             adjustments = make_adjustments(settings, database, redis)
             tables = check_record_tables(database, settings.records, takes_tickets=settings.stores_messages)
             findings += await _look(POSTGRES, tables)

@@ -74,12 +74,12 @@ async def open_counters(
     Raises Unavailable when a server cannot be used, SchemaNotCurrent when the tables are of another version.
     """
     async with open_connections(settings) as (database, redis):
-        if changes:
-            await redis.check(PROBE_TIMEOUT_S)  # a replica may accept writes, and loses them
         if migrate:
             await upgrade(database)
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
+        if changes:
+            await redis.check(PROBE_TIMEOUT_S)  # a replica may accept writes, and loses them
         yield _build(settings, database, redis)
 
 

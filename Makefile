@@ -9,7 +9,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILD_IMAGE = $(or $(if $(shell command -v docker),docker build),$(if $(shell command -v podman),podman build --format docker),buildah bud --format docker)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test faults mutants bench lint format audit proto lock build image clean
+.PHONY: help install demo dev test faults mutants bench lint format docs audit proto lock build image clean
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,10 @@ format: $(VENV)/.tools ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(VENV)/.tools ## Build the documentation's site into build/site; a broken link is an error
+	@$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --conf-dir docs --doctree-dir build/doctrees . build/site
+	@echo "Built build/site/index.html"
+
 audit: $(VENV)/.tools ## Look up known vulnerabilities of the worker's dependencies in a public database (needs the network)
 	@$(BIN)/pip-audit --strict --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock
 
@@ -92,4 +96,4 @@ image: ## Build the container image viewer-worker:VERSION with docker, podman or
 		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
 
 clean: ## Remove everything that these commands created
-	rm -rf $(VENV) .dev dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .dev dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Those of the documents need files that the copy does not have.
+NOT_COPIED = shutil.ignore_patterns(
+    ".dev", ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "node_modules"
+)
+# Without those that compare the code with documents.
 UNIT_TESTS = tuple(
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "tests" / "unit").glob("test_*.py"))
@@ -666,12 +669,12 @@ def main() -> int:
     wanted = sys.argv[1:]
     chosen = [mutant for mutant in MUTANTS if not wanted or any(word in mutant.name for word in wanted)]
     # Where the tests fail without a mistake, they would seem to catch every one.
-    if _fail(dict.fromkeys(test for mutant in chosen for test in mutant.tests)):
-        raise SystemExit("the tests fail without any mistake")
+    if (failure := _fail(dict.fromkeys(test for mutant in chosen for test in mutant.tests))) is not None:
+        raise SystemExit(f"the tests fail without any mistake\n{failure}")
     survivors = []
     for mutant in chosen:
         began = time.monotonic()
-        caught = _fail(mutant.tests, mutant)
+        caught = _fail(mutant.tests, mutant) is not None
         print(f"{'caught' if caught else 'SURVIVED':9} {mutant.name}  ({time.monotonic() - began:.0f} s)", flush=True)
         if not caught:
             survivors.append(mutant.name)
@@ -679,16 +682,11 @@ def main() -> int:
     return 1 if survivors else 0
 
 
-def _fail(tests: Iterable[str], mutant: Mutant | None = None) -> bool:
-    """Run the tests on a copy, with the mistake if there is one. True when one fails."""
+def _fail(tests: Iterable[str], mutant: Mutant | None = None) -> str | None:
+    """Run the tests on a copy, with the mistake if there is one. Returns the end of the report when one fails."""
     with tempfile.TemporaryDirectory(prefix="viewer-worker-mutant-") as name:
-        copy = Path(name)
-        for part in ("worker", "tests", "alembic", "proto", "alembic.ini", "pyproject.toml"):
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
-            else:
-                shutil.copy(source, copy)
+        copy = Path(name) / "repository"
+        shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
         if mutant is not None:
             _plant(mutant, copy / mutant.file)
         done = subprocess.run(
@@ -702,7 +700,7 @@ def _fail(tests: Iterable[str], mutant: Mutant | None = None) -> bool:
         )
         if done.returncode not in (0, 1):  # 1: tests failed; any other code: they did not run
             raise SystemExit(f"pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
-        return done.returncode == 1
+        return done.stdout[-2000:] if done.returncode == 1 else None
 
 
 def _plant(mutant: Mutant, target: Path) -> None:

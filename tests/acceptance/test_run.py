@@ -20,6 +20,7 @@ import aiohttp
 import pytest
 
 from tests.support.guarded import on_guarded_servers, on_open_and_guarded_servers
+from tests.support.http import get
 from tests.support.world import CliWorker, World
 from worker.dev.servers import PostgresServer, ValkeyServer, free_port
 
@@ -40,11 +41,6 @@ async def all_in_postgres(world: World) -> bool:
 async def url_of(worker: CliWorker) -> str:
     line: dict[str, Any] = json.loads(await worker.wait_for_log('"started"'))
     return str(line["url"])
-
-
-async def get(url: str) -> tuple[int, dict[str, Any]]:
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        return response.status, await response.json()
 
 
 async def lease_held(url: str) -> float:

@@ -18,9 +18,13 @@ from worker.contract.durations import parse_duration
 from worker.settings.model import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+PROMETHEUS_CONFIG = DEPLOY / "prometheus" / "prometheus.yaml"
+PROVISIONING = DEPLOY / "grafana" / "provisioning"
 BIN = Path(sys.executable).parent
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-WORKLOADS = [manifest for manifest in MANIFESTS if manifest.stem != "service"]
+WORKLOADS = [manifest for manifest in MANIFESTS if manifest.stem not in ("service", "podmonitor")]
+SCHEMAS = Path(__file__).with_name("schemas")
+FOLLOWS = (BIN / "check-jsonschema", "--regex-variant", "python", "--schemafile")
 DRAIN = Settings.model_fields["shutdown_timeout"].default
 
 
@@ -48,7 +52,32 @@ def test_compose_file_follows_its_schema() -> None:
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
 def test_kubernetes_manifest_follows_its_schema(manifest: Path) -> None:
-    succeeds(BIN / "kubernetes-validate", "--strict", manifest)
+    schema = SCHEMAS / f"{load(manifest)['kind'].lower()}.json"
+    if schema.exists():
+        succeeds(*FOLLOWS, schema, manifest)
+    else:
+        succeeds(BIN / "kubernetes-validate", "--strict", manifest)
+
+
+def test_pod_monitor_finds_the_port_of_the_workers_under_the_name_that_the_rules_expect() -> None:
+    monitor, deployment = (load(DEPLOY / "kubernetes" / f"{name}.yaml") for name in ("podmonitor", "deployment"))
+    pod = deployment["spec"]["template"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in containers(deployment)["viewer-worker"]["ports"]}
+    (relabeling,) = endpoint["relabelings"]
+    rules = (DEPLOY / "prometheus" / "rules.yaml").read_text()
+    assert set(re.findall(r'job="([^"]+)"', rules)) == {relabeling["replacement"]}
+
+
+def test_kubectl_gets_a_valid_prometheus_rule_from_the_commands_of_the_page(tmp_path: Path) -> None:
+    page = (DEPLOY.parent / "docs" / "how-to" / "deploy.md").read_text()
+    (block,) = (code for code in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "PrometheusRule" in code)
+    (rule,) = re.findall(r"^\(printf .*?\| kubectl apply -f -$", block, re.DOTALL | re.MULTILINE)
+    made = tmp_path / "rule.yaml"
+    succeeds("sh", "-euc", f"cd {DEPLOY.parent}; kubectl() {{ cat > {made}; }}; {rule}")
+    succeeds(*FOLLOWS, SCHEMAS / "prometheusrule.json", made)
+    assert load(made)["spec"] == load(DEPLOY / "prometheus" / "rules.yaml")
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
@@ -80,7 +109,7 @@ def test_secrets_are_private_and_never_overwritten(tmp_path: Path) -> None:
     assert "SHA256" not in before["redis_users.acl"]
 
 
-@pytest.mark.parametrize("name", ["worker", "migrate", "grant", "redis", "producer"])
+@pytest.mark.parametrize("name", ["worker", "migrate", "grant", "redis", "producer", "prometheus", "grafana"])
 def test_compose_services_are_read_only_and_unprivileged(name: str) -> None:
     service = compose()["services"][name]
     assert service["read_only"] is True
@@ -96,6 +125,27 @@ def test_one_compose_service_builds_the_image_that_the_others_wait_for() -> None
     for name in users:
         assert services[name]["pull_policy"] == "never"
         assert builder in starts_after(name)
+
+
+def test_monitoring_starts_only_with_its_profile_and_mounts_files_that_exist() -> None:
+    services = compose()["services"]
+    assert {name for name, service in services.items() if service.get("profiles") == ["monitoring"]} == {
+        "prometheus",
+        "grafana",
+    }
+    for name in ("prometheus", "grafana"):
+        assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
+        sources = [volume.split(":")[0] for volume in services[name]["volumes"]]
+        assert all((DEPLOY / source).exists() for source in sources if source.startswith("."))
+    assert f"--config.file=/etc/prometheus/{PROMETHEUS_CONFIG.name}" in services["prometheus"]["command"]
+    (scraped,) = load(PROMETHEUS_CONFIG)["scrape_configs"]
+    port = Settings.model_fields["health_check_port"].default
+    assert scraped["static_configs"] == [{"targets": [f"worker:{port}"]}]
+    (provider,) = load(PROVISIONING / "dashboards" / "viewer-worker.yaml")["providers"]
+    assert f"./grafana/dashboard.json:{provider['options']['path']}/dashboard.json:ro" in services["grafana"]["volumes"]
+    (source,) = load(PROVISIONING / "datasources" / "prometheus.yaml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert source["jsonData"]["timeInterval"] == load(PROMETHEUS_CONFIG)["global"]["scrape_interval"]
 
 
 def starts_after(name: str) -> set[str]:

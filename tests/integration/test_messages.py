@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.proxy import Mode, Proxy
 from tests.support.tls import Certificates, TlsFront
-from tests.support.world import InProcessWorker, World
+from tests.support.world import SYNCHRONISE_AT_ONCE, InProcessWorker, World
 from worker.counters.flush.outcome import Busy, Flushed
 from worker.counters.flush.reading import Reading
 from worker.dev.servers import ValkeyServer
@@ -413,6 +413,31 @@ async def test_missing_right_to_subscribe_is_reported_and_counters_are_still_flu
         await world.assert_exact()
         stop.set()
         await task
+
+
+async def test_new_totals_are_published_where_somebody_may_listen(
+    valkey: ValkeyServer, servers_folder: Path, database_url: str
+) -> None:
+    async def count_published() -> int:
+        commands = await world.redis.info("commandstats")
+        return int(commands.get("cmdstat_publish", {}).get("calls", 0))
+
+    replica = ValkeyServer(servers_folder / "totals-replica", options=SYNCHRONISE_AT_ONCE)
+    replica.start()
+    async with World(valkey.url, database_url) as world, World(replica.url, database_url) as copy:
+        worker = world.worker()
+        ids = [f"vod_{number}" for number in range(50)]
+        await world.view_many(ids)
+        await worker.cycle()
+        assert await count_published() == 1
+        await copy.redis.replicaof("127.0.0.1", str(valkey.port))  # type: ignore[no-untyped-call]
+        while (await world.redis.info("replication"))["connected_slaves"] == 0:
+            await asyncio.sleep(0.01)
+        await world.view_many(ids)
+        await worker.cycle()
+        assert await count_published() == 1 + len(ids)
+        await copy.redis.replicaof("NO", "ONE")  # type: ignore[no-untyped-call]
+    replica.kill()
 
 
 async def test_new_totals_are_published_after_the_commit(world: World) -> None:

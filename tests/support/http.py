@@ -11,6 +11,7 @@ from aiohttp import web
 from yarl import URL
 
 from tests.support.fakes import FakeClock
+from tests.support.openapi import assert_documented
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.web.health import Health
@@ -29,6 +30,8 @@ async def serving(routes: Iterable[web.RouteDef]) -> AsyncIterator[str]:
 
 
 async def get(url: str) -> tuple[int, Any]:
-    """Status and JSON document; the URL is sent as it is."""
+    """Status and JSON document, which are as the OpenAPI document says; the URL is sent as it is."""
     async with aiohttp.ClientSession() as session, session.get(URL(url, encoded=True)) as response:
-        return response.status, await response.json()
+        body = await response.json()
+    assert_documented(URL(url, encoded=True).raw_path, response.status, body)
+    return response.status, body

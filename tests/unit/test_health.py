@@ -12,11 +12,30 @@ import aiohttp
 import pytest
 
 from tests.support.fakes import FakeClock
+from tests.support.openapi import assert_documented
 from worker.observability.metrics import Metrics
 from worker.observability.status import Status
 from worker.web.answer import Answer
 from worker.web.health import Health
 from worker.web.server import WebServer
+
+
+class DocumentedHealth(Health):
+    """Compares every answer with the OpenAPI document."""
+
+    def health(self) -> Answer:
+        return documented("/health", super().health())
+
+    def live(self) -> Answer:
+        return documented("/livez", super().live())
+
+    def ready(self) -> Answer:
+        return documented("/readyz", super().ready())
+
+
+def documented(path: str, answer: Answer) -> Answer:
+    assert_documented(path, answer.code, answer.body)
+    return answer
 
 
 @pytest.fixture
@@ -31,7 +50,7 @@ def status(clock: FakeClock) -> Status:
 
 @pytest.fixture
 def health(status: Status, clock: FakeClock) -> Health:
-    return Health(status, clock, "1.2.3", timedelta(seconds=30))
+    return DocumentedHealth(status, clock, "1.2.3", timedelta(seconds=30))
 
 
 def all_ok(status: Status) -> None:
@@ -108,7 +127,7 @@ def test_ready_only_while_all_checks_pass_and_not_when_stopping(status: Status, 
 
 
 def test_quarantined_keys_are_listed(status: Status, clock: FakeClock) -> None:
-    health = Health(status, clock, "1", timedelta(seconds=1), quarantined=lambda: {"vod:views:x": "bad"})
+    health = DocumentedHealth(status, clock, "1", timedelta(seconds=1), quarantined=lambda: {"vod:views:x": "bad"})
     assert health.health().body["quarantined_keys"] == {"vod:views:x": "bad"}
 
 

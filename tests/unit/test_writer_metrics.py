@@ -27,18 +27,20 @@ def make(registry: CollectorRegistry | None, **arguments: Any) -> Writer[Any]:
     return Writer.chunk_requests(NOWHERE, registry=registry, **arguments)
 
 
-def test_the_queue_is_what_is_held_by_all_writers_of_a_registry() -> None:
+def test_the_queue_and_its_capacity_are_those_of_all_writers_of_a_registry() -> None:
     registry = CollectorRegistry()
-    first, second = make(registry), make(registry)
+    first, second = make(registry, capacity=5), make(registry, capacity=3)
     first.send(event(1))
     second.send(event(2))
     second.send(event(3))
     assert read(registry, "persistence_queue_depth") == 3
+    assert read(registry, "persistence_queue_capacity") == 8
     assert read(registry, "timescale_write_queue_depth") == 3
     assert read(registry, "persistence_retry_queue_depth") == 0
     del second
     gc.collect()
     assert read(registry, "persistence_queue_depth") == 1
+    assert read(registry, "persistence_queue_capacity") == 5
     assert first.held == 1
 
 

@@ -10,6 +10,7 @@ from worker import __version__
 from worker.app.connections import open_connections
 from worker.app.counters import ViewCounters, build_counters
 from worker.app.grpc import start_grpc
+from worker.app.page import build_page
 from worker.app.pipelines import build_pipelines, name_checks
 from worker.app.probes import PostgresProbe, RedisProbe
 from worker.counters.retention import LOOP as RETENTION
@@ -50,14 +51,20 @@ async def run(settings: Settings) -> bool:
         limit = ReadLimit()
         counters = build_counters(settings, database, redis, status, metrics, limit)
         health = Health(status, clock, __version__, settings.health_grace, counters.backlog.quarantine.listed)
+        records = RecordReader(database, limit)
         routes = [
             *HistoryApi(counters.display, clock).routes(),
             *ViewsApi(counters.display).routes(),
-            *RecordsApi(RecordReader(database, limit), clock).routes(),
+            *RecordsApi(records, clock).routes(),
         ]
+        page = build_page(settings, health, status, metrics, counters.display, records) if settings.web_page else None
+        if page is not None:
+            routes += page.page.routes()
         web = WebServer(health, routes, metrics.registry, settings.health_check_host, settings.health_check_port)
         # Closed after all loops have ended: it answers while they drain.
         resources.push_async_callback(web.close)
+        if page is not None:
+            resources.push_async_callback(page.page.close)
         await web.start()
         grpc = await start_grpc(settings, redis, status, metrics) if settings.serves_grpc else None
         log.info(
@@ -75,6 +82,8 @@ async def run(settings: Settings) -> bool:
         supervisor = Supervisor(settings.shutdown_timeout.total_seconds(), on_stop=status.stop)
         loops = _make_loops(settings, database, redis, counters, status, metrics)
         loops |= build_pipelines(settings, database, redis, status, metrics).loops()
+        if page is not None:
+            loops |= page.loops()
         if grpc is not None:
             loops[GRPC] = grpc
         clean = await supervisor.run(loops)

@@ -1,4 +1,4 @@
-"""Reads bars, sessions and metrics. Every query is bounded, and uses an index."""
+"""Reads bars, sessions, metrics, and the number of dead letters. Every query is bounded, and uses an index."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from sqlalchemy import (
 )
 
 from worker.db.read_limit import read_settings
+from worker.db.tables import dead_letters
 from worker.errors import NotEncodable
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ METRIC_BUCKETS = (
     .order_by(_start)
 )
 
+# Bounded: there may be millions.
+NEWEST_LETTERS = 10_000
+_newest = select(dead_letters.c.pipeline).order_by(dead_letters.c.id.desc()).limit(NEWEST_LETTERS).subquery()
+STORED_LETTERS = select(_newest.c.pipeline, func.count().label("letters")).group_by(_newest.c.pipeline)
+
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -188,6 +194,15 @@ class RecordReader:
             return [dict(row) for row in (await tx.execute(METRIC_BUCKETS, asked)).mappings()]
 
         return await self._ask(read, [])
+
+    async def count_dead_letters(self) -> dict[str, int]:
+        """How many of the newest NEWEST_LETTERS stored dead letters each pipeline has."""
+
+        async def read(tx: AsyncConnection) -> dict[str, int]:
+            await tx.execute(_SETTINGS)
+            return {row.pipeline: row.letters for row in await tx.execute(STORED_LETTERS)}
+
+        return await self._ask(read, {})
 
     async def _ask(self, read: Callable[[AsyncConnection], Awaitable[T]], nothing: T) -> T:
         """What `read` finds; `nothing` for a name that the database cannot encode, which no row has."""

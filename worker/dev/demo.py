@@ -205,7 +205,7 @@ class Demo:
     def _print_addresses(self, valkey: Server, postgres: Server, worker: WorkerProcess) -> None:
         self._print(f"  Redis     {valkey.url}")
         self._print(f"  Postgres  {postgres.url}")
-        self._print(f"  worker    {worker.url}/health   /metrics   log: {_relative(worker.log)}")
+        self._print(f"  worker    {worker.url}/   /health   /metrics   log: {_relative(worker.log)}")
         self._print(f"  gRPC      {worker.grpc_target}")
         self._print(f"  settings  {_relative(worker.env_file)}")
 

@@ -215,6 +215,11 @@ class Writer(Generic[R]):
         return self._buffer.held
 
     @property
+    def capacity(self) -> int:
+        """How many records it may hold."""
+        return self._buffer.capacity
+
+    @property
     def pausing(self) -> int:
         """Those of them that wait for their next try."""
         return 0 if self._running is None else self._running.pausing

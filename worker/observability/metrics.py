@@ -200,6 +200,9 @@ class RecordMetrics(_Family):
         self.records_in_flight = self._gauge(
             "persistence_queue_depth", "Records that are buffered or being written.", "pipeline"
         )
+        self.record_capacity = self._gauge(
+            "persistence_queue_capacity", "The limit of persistence_queue_depth, where a buffer has one.", "pipeline"
+        )
         self.record_batches = self._histogram(
             "persistence_batch_size", "Records in a batch that was written.", RECORDS, "pipeline"
         )

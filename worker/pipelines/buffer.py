@@ -52,7 +52,7 @@ class Buffer:
     ) -> None:
         self._batcher = batcher
         self._batch_size = batch_size
-        self._capacity = capacity
+        self.capacity = capacity
         self._budget = budget
         self._lock = budget.lock
         self._monotonic = monotonic
@@ -82,7 +82,7 @@ class Buffer:
         with self._lock:
             if key is not None and self._replace(key, document):
                 return True
-            if self.is_closed or self.held >= self._capacity or budget.held + size > budget.limit:
+            if self.is_closed or self.held >= self.capacity or budget.held + size > budget.limit:
                 return False
             self.held += 1
             self.accepted += 1
@@ -113,7 +113,7 @@ class Buffer:
     def has_room(self) -> bool:
         """Whether a small document would be accepted now."""
         budget = self._budget
-        return not self.is_closed and self.held < self._capacity and budget.held + OVERHEAD_BYTES < budget.limit
+        return not self.is_closed and self.held < self.capacity and budget.held + OVERHEAD_BYTES < budget.limit
 
     def refuse(self) -> None:
         """Count a record that was not added."""

@@ -68,6 +68,11 @@ class BufferWriter:
         return self._buffer.held
 
     @property
+    def capacity(self) -> int:
+        """How many records it may hold."""
+        return self._buffer.capacity
+
+    @property
     def pausing(self) -> int:
         """Those of them that wait for their next try."""
         return 0 if self._drain is None else self._drain.pausing

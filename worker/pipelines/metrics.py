@@ -85,10 +85,15 @@ class WriteMetrics:
 
 
 class Holder(Protocol):
-    """`held`: records accepted and not written; `pausing`: those of them that wait for their next try."""
+    """`held`: records accepted and not written; `pausing`: those of them that wait for their next try.
+
+    `capacity`: how many records it may hold; 0 if another holder's capacity includes them.
+    """
 
     @property
     def held(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
     @property
     def pausing(self) -> int: ...
 
@@ -111,6 +116,7 @@ class BufferMetrics:
         # The function replaces what WriteMetrics counts: records that are being written are held, too.
         for depth in (records.records_in_flight, records.write_queue_depth):
             depth.labels(pipeline).set_function(lambda: sum(each.held for each in self._holders))
+        records.record_capacity.labels(pipeline).set_function(lambda: sum(each.capacity for each in self._holders))
         records.records_pausing.labels(pipeline).set_function(lambda: sum(each.pausing for each in self._holders))
 
     def add(self, holder: Holder) -> None:

@@ -173,6 +173,7 @@ class CoreSettings(DatabaseSettings):
     health_check_port: int = Field(3003, ge=0, le=65535)
     health_check_host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", min_length=1)  # noqa: S104
     health_grace: Duration = Field(timedelta(seconds=30))
+    web_page: bool = Field(True)
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_level)] = Field("info")
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = Field("auto")
     pipelines: Annotated[tuple[str, ...], BeforeValidator(_pipelines)] = Field(("view_counts",))

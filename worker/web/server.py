@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SERVER_NAME = "viewer-worker"
 # Of both families.
 ANY_ADDRESS = "::"
+ANY_ADDRESSES = (ANY_ADDRESS, "0.0.0.0")  # noqa: S104
 BACKLOG = 128
 MAX_REQUEST_BYTES = 1024
 # Above this number the oldest connection is closed, so that idle clients cannot lock out a probe.
@@ -31,12 +33,16 @@ MAX_CONNECTIONS = 200
 
 
 class WebServer:
-    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics` and `routes` on `host`:`port` (0: a free port)."""
+    """Serves `/health`, `/ping`, `/livez`, `/readyz`, `/metrics`, `/openapi.json` and `routes` on `host`:`port`.
+
+    Port 0 is a free port.
+    """
 
     def __init__(
         self, health: Health, routes: Iterable[web.RouteDef], registry: CollectorRegistry, host: str, port: int
     ) -> None:
         self._registry = registry
+        self._openapi = files("worker.web").joinpath("openapi.json").read_bytes()
         self._host = host
         self._port = port
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[_refusals_as_json])
@@ -48,6 +54,7 @@ class WebServer:
                 web.get("/livez", _answers(health.live)),
                 web.get("/readyz", _answers(health.ready)),
                 web.get("/metrics", self._metrics),
+                web.get("/openapi.json", self._document),
                 *routes,
             ]
         )
@@ -59,7 +66,9 @@ class WebServer:
     def url(self) -> str:
         assert self._listener is not None  # set by start()  # noqa: S101
         host, port = self._listener.sockets[0].getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        # To listen on any address is not an address to open.
+        shown = "localhost" if host in ANY_ADDRESSES else f"[{host}]" if ":" in host else host
+        return f"http://{shown}:{port}"
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address is in use or not an address of this host."""
@@ -95,6 +104,9 @@ class WebServer:
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+    async def _document(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._openapi, content_type="application/json")
 
 
 class _Connection(web.RequestHandler):

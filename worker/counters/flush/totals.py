@@ -35,7 +35,7 @@ class NewTotal(msgspec.Struct, rename="camel"):
 
 
 class TotalsChannel:
-    """Best effort: a message that cannot be sent is not sent again."""
+    """Best effort: a message that cannot be sent is not sent again. Where nobody listens, most are not sent."""
 
     def __init__(self, redis: RedisClient, channel: str) -> None:
         self._redis = redis
@@ -45,7 +45,8 @@ class TotalsChannel:
         messages = self._messages(flush_id, changes)
         try:
             while some := list(islice(messages, MESSAGES_AT_ONCE)):
-                await self._redis.run(PUBLISH, (), (self._channel, *some))
+                if await self._redis.run(PUBLISH, (), (self._channel, *some)) != len(some):
+                    return
         except RedisUnavailable as error:
             log.warning("new totals not published", flush_id=flush_id, cause=str(error))
 

@@ -69,6 +69,8 @@ class ChannelReceiver:
         return len(self._aside)
 
     pausing = held
+    # The buffer's capacity includes what is set aside.
+    capacity = 0
 
     def begin(self, token: UUID) -> bool:
         if token != self._token:

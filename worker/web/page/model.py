@@ -1,0 +1,46 @@
+"""A pipeline as the page shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.observability.readings import Readings
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRow:
+    """`name` is that of its check. `stream`: None where it reads a channel."""
+
+    name: str
+    pipeline: str
+    stream: str | None
+
+    def count_records(self, readings: Readings) -> float:
+        """Records that this worker took since its start."""
+        if self.stream is None:
+            return readings.get("persistence_success_total", pipeline=self.pipeline)
+        return readings.get("stream_entries_carried_total", pipeline=self.pipeline, stream=self.stream)
+
+    def document(self, readings: Readings) -> dict[str, object]:
+        of_pipeline = {"pipeline": self.pipeline}
+        shown: dict[str, object] = {
+            "name": self.name,
+            "pipeline": self.pipeline,
+            "records": self.count_records(readings),
+            "queued": readings.get("persistence_queue_depth", **of_pipeline),
+            "retried": readings.get("persistence_retry_total", **of_pipeline),
+            "dropped": readings.get("persistence_dropped_total", **of_pipeline),
+            "deadLetters": readings.get("persistence_dead_letters_total", **of_pipeline),
+        }
+        if self.stream is None:
+            return shown | {"gaps": readings.get("view_event_gaps_total")}
+        labels = of_pipeline | {"stream": self.stream}
+        return shown | {
+            "stream": self.stream,
+            "backlog": readings.get("stream_backlog_entries", **labels),
+            "oldestUnreadSeconds": readings.get("stream_oldest_unread_seconds", **labels),
+            "lost": readings.get("stream_entries_lost_total", **labels),
+            "gaps": readings.get("stream_gaps_total", **labels),
+        }

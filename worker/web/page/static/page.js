@@ -1,0 +1,405 @@
+// The page shows two documents: `state`, each second, and `samples`, of the last hour. All texts from the worker become
+// text nodes, so no id is ever markup.
+
+import { Plot, clock } from "./plots.js";
+
+const STALE_MS = 6000;
+const REOPEN_MS = 5000;
+const RATE_MS = 60_000;
+const HISTORY = { hour: { width: 3600, count: 48 }, day: { width: 86_400, count: 30 } };
+
+const at = (id) => document.getElementById(id);
+
+// --- texts ---
+
+const whole = (value) => Math.round(value).toLocaleString("en");
+
+function short(value) {
+  if (value === null || value === undefined) return "–";
+  if (value !== 0 && Math.abs(value) < 10) return value.toLocaleString("en", { maximumSignificantDigits: 2 });
+  return Math.abs(value) < 10_000 ? whole(value) : value.toLocaleString("en", { notation: "compact", maximumFractionDigits: 1 });
+}
+
+function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 1) return seconds === 0 ? "0 s" : `${Math.max(1, Math.round(seconds * 1000))} ms`;
+  const steps = [["d", 86_400], ["h", 3600], ["min", 60], ["s", 1]];
+  const first = steps.findIndex(([, size]) => seconds >= size);
+  const [unit, size] = steps[first];
+  if (unit === "s") return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  const [smaller, part] = steps[first + 1];
+  const rest = Math.floor((seconds % size) / part);
+  return `${Math.floor(seconds / size)} ${unit}${rest ? ` ${rest} ${smaller}` : ""}`;
+}
+
+/** Invisible characters as escapes: two ids that differ look different. */
+const printable = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu, (each) => `\\u{${each.codePointAt(0).toString(16)}}`);
+
+const NAMES = { redis: "Redis", postgres: "Postgres", schema: "Tables", view_counts: "View counts", messages: "Messages", grpc: "gRPC" };
+const nameOf = (check) => NAMES[check] ?? check;
+const STATES = { ok: "ok", hold: "on hold", failing: "failing", starting: "starting" };
+const tone = (state) => (state === "ok" ? "ok" : state === "failing" ? "failing" : "hold");
+const perSecond = (value) => (value === null ? "–" : `${short(value)}/s`);
+const times = (count, one, many) => `${whole(count)} ${count === 1 ? one : many}`;
+
+// --- elements ---
+
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+const cell = (content, className = "") => make("td", { className }, content);
+const heading = (content) => make("th", { scope: "row" }, content);
+const isolated = (id) => make("bdi", {}, printable(id));
+
+/** Replace the children only when `key` differs from the last one: focus stays, and nothing is announced again. */
+function renew(element, key, children) {
+  const text = JSON.stringify(key);
+  if (element.renewedFor === text) return;
+  element.renewedFor = text;
+  const focused = element.contains(document.activeElement) ? document.activeElement.dataset.id : undefined;
+  element.replaceChildren(...children());
+  if (focused !== undefined) [...element.querySelectorAll("[data-id]")].find((each) => each.dataset.id === focused)?.focus();
+}
+
+// --- what needs attention ---
+
+/** Checks that are not ok, holds first. Those with the same cause are one problem. */
+function problems(state) {
+  const found = new Map();
+  for (const [name, check] of Object.entries(state.health.checks)) {
+    if (check.status === "ok") continue;
+    const key = JSON.stringify([check.status, check.cause, check.remedy]);
+    found.set(key, { check, names: [...(found.get(key)?.names ?? []), nameOf(name)] });
+  }
+  const all = [...found.values()];
+  const ordered = [...all.filter(({ check }) => check.status === "hold"), ...all.filter(({ check }) => check.status !== "hold")];
+  return ordered.map(({ check, names }) => ({
+    tone: tone(check.status),
+    title: `${names.join(", ")}: ${STATES[check.status]}`,
+    texts: [check.cause, check.remedy && `What to do: ${check.remedy}`],
+  }));
+}
+
+function notices(state) {
+  const found = [];
+  const add = (title, ...texts) => found.push({ tone: "hold", title, texts });
+  const quarantined = Object.entries(state.health.quarantined_keys ?? {});
+  if (quarantined.length) {
+    const listed = quarantined.slice(0, 5).map(([key, reason]) => `${printable(key)}: ${reason}`).join("; ");
+    add("Counters that cannot be counted", listed, "They are left as they are, and do not block others. Fix or delete the keys.");
+  }
+  const letters = Object.entries(state.lookups.deadLetters ?? {}).filter(([name]) => name !== "error");
+  for (const [pipeline, count] of letters) {
+    const more = count >= 10_000 ? " or more" : "";
+    add(`${nameOf(pipeline)}: ${times(count, "dead letter", "dead letters")}${more}`,
+      "Records that cannot become rows; their bytes are kept.", "What to do: `viewer-worker dead-letters list`");
+  }
+  for (const pipeline of state.pipelines) {
+    if (pipeline.lost) add(`${pipeline.name}: ${times(pipeline.lost, "entry", "entries")} lost since the start`,
+      "They were deleted or trimmed before they were carried.", "What to do: let the stream keep entries for longer; `viewer-worker streams` shows how far it is carried.");
+    if (pipeline.dropped) add(`${pipeline.name}: ${times(pipeline.dropped, "record", "records")} dropped since the start`,
+      "They are neither rows nor dead letters. The log has the cause.");
+  }
+  if (state.views?.dropped) add(`${times(state.views.dropped, "published view", "published views")} dropped since the start`,
+    "They are lost unless they were INCRed, too: another worker took the lease, or too many ids were waiting.");
+  return found;
+}
+
+/** A paragraph; what is between backticks is code. */
+function paragraph(text) {
+  const parts = text.split("`").map((part, index) => (index % 2 ? make("code", {}, part) : part));
+  return make("p", {}, ...parts);
+}
+
+function card({ tone, title, texts }) {
+  const paragraphs = texts.filter(Boolean).map(paragraph);
+  return make("article", { className: `card ${tone}` }, make("h3", {}, title), ...paragraphs);
+}
+
+function calm(state) {
+  const standing = Object.entries(state.health.checks).filter(([, check]) => check.role === "standing by");
+  const texts = standing.map(([name, check]) => `${nameOf(name)}: this worker stands by for ${check.holder}.`);
+  return { tone: "ok", title: standing.length ? "All checks pass. Another worker does the work." : "All checks pass.", texts };
+}
+
+function showAttention(state) {
+  const cards = state === null
+    ? [{ tone: "failing", title: "This page has lost the worker", texts: ["It does not answer. What is shown below is old.", "What to do: see whether the process runs, and what its log ends with. The page connects again by itself."] }]
+    : [...problems(state), ...notices(state)];
+  if (state !== null && problems(state).length === 0) cards.unshift(calm(state));
+  renew(at("attention"), cards, () => cards.map(card));
+}
+
+// --- state ---
+
+const WORDS = { healthy: ["Healthy", "ok"], degraded: ["Degraded", "hold"], unhealthy: ["Unhealthy", "failing"] };
+
+function showStatus(text, tone) {
+  const pill = at("status");
+  if (pill.textContent !== text) pill.textContent = text;
+  pill.className = `pill ${tone}`;
+  document.title = `${text} · viewer-worker`;
+}
+
+function showState(state) {
+  const [text, tone] = state.stopping ? ["Stopping", "hold"] : WORDS[state.health.status];
+  showStatus(text, tone);
+  const { host, pid, uptimeSeconds, source } = state.worker;
+  at("identity").textContent = `${host}:${pid} · version ${state.health.version} · up ${duration(uptimeSeconds)} · source ${source}`;
+  showAttention(state);
+  showParts(state);
+  at("views").hidden = at("top").hidden = state.views === null;
+  if (state.views !== null) {
+    showViews(state);
+    showTop(state.lookups.top);
+  }
+  at("pipelines").hidden = state.pipelines.length === 0;
+  showPipelines(state);
+}
+
+function doer(check) {
+  if (check.role === "standing by") return isolated(check.holder);
+  if (check.role === "waiting") return "nobody";
+  return check.role === undefined ? "–" : "this worker";
+}
+
+function showParts(state) {
+  const places = { redis: state.worker.redis, postgres: state.worker.postgres };
+  const rows = Object.entries(state.health.checks).map(([name, check]) => {
+    const place = places[name] ? make("span", { className: "muted" }, ` ${places[name]}`) : "";
+    const role = check.role === undefined || check.status !== "ok" ? "" : `, ${check.role}`;
+    return make("tr", {}, heading(make("span", {}, nameOf(name), place)),
+      cell(STATES[check.status] + role, tone(check.status)), cell(duration(check.for_seconds)), cell(doer(check)));
+  });
+  at("part-rows").replaceChildren(...rows);
+}
+
+function showViews({ views, health }) {
+  at("views-note").hidden = health.checks.view_counts.role !== "standing by";
+  // By the worker's clock: this one may differ.
+  const agreed = (Date.parse(health.timestamp) - views.lastAgreementMs) / 1000;
+  const numbers = [
+    ["Written", perSecond(rate("views", rateWindow()))],
+    ["Messages", perSecond(rate("messages", RATE_MS))],
+    ["Ids pending", whole(views.pendingIds)],
+    ["Oldest pending", views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
+    ["A flush takes", duration(ratio("flushSeconds", "flushRounds"))],
+    ["Views a flush", short(ratio("views", "flushes"))],
+    ["Redis and Postgres agreed", views.lastAgreementMs === null ? "not yet" : `${duration(Math.max(0, Math.round(agreed)))} ago`],
+    ["Written since the start", short(views.flushedViews)],
+  ];
+  const list = at("view-numbers");
+  if (list.children.length === 0) list.append(...numbers.map(([name]) => make("div", {}, make("dt", {}, name), make("dd", {}))));
+  numbers.forEach(([, text], index) => {
+    const shown = list.children[index].lastChild;
+    if (shown.textContent !== text) shown.textContent = text;
+  });
+}
+
+function showPipelines(state) {
+  const letters = state.lookups.deadLetters ?? {};
+  const rows = state.pipelines.map((pipeline) => {
+    const check = state.health.checks[pipeline.name];
+    const elsewhere = check.role === "standing by";
+    const known = (text) => (elsewhere ? "–" : text);
+    const role = check.status === "ok" && check.role ? `, ${check.role}` : "";
+    return make("tr", {}, heading(pipeline.name), cell(STATES[check.status] + role, tone(check.status)),
+      cell(known(short(rate(pipeline.name, RATE_MS))), "number"),
+      cell(known(whole(pipeline.backlog ?? pipeline.queued)), "number"),
+      cell(known(pipeline.oldestUnreadSeconds === undefined ? "–" : duration(pipeline.oldestUnreadSeconds)), "number"),
+      cell(letters.error || state.lookups.deadLetters === undefined ? "–" : whole(letters[pipeline.pipeline] ?? 0), "number"),
+      cell(known(whole(pipeline.lost ?? 0)), "number"));
+  });
+  at("pipeline-rows").replaceChildren(...rows);
+}
+
+function showTop(top) {
+  renew(at("top-rows"), top?.top, () => (top?.top ?? []).map((entry) => {
+    const button = make("button", { className: "link", type: "button" }, isolated(entry.vodId));
+    button.dataset.id = entry.vodId;
+    button.addEventListener("click", () => openHistory(entry.vodId));
+    return make("tr", {}, cell(button), cell(whole(entry.views), "number"), cell(whole(entry.total), "number"));
+  }));
+  at("top-table").hidden = !top?.top?.length;
+  at("top-note").textContent = top === undefined ? "Not read yet." : top.error ? `Not known: ${top.error}`
+    : top.top.length === 0 ? `No views since ${clock(Date.parse(top.since) / 1000)}.` : `Since ${clock(Date.parse(top.since) / 1000)}, read every ten seconds.`;
+}
+
+// --- samples ---
+
+let columns = [];
+let rows = [];
+let interval = 0;
+
+const plots = {
+  views: new Plot(at("plot-views"), "Views and messages a second", short),
+  pending: new Plot(at("plot-pending"), "Ids that wait for a flush", short),
+  flush: new Plot(at("plot-flush"), "Duration of a flush", duration),
+  records: new Plot(at("plot-records"), "Records a second", short),
+  history: new Plot(at("plot-history"), "Views", short, { bars: true }),
+};
+
+/** Long enough for two flushes: between them nothing is written. */
+const rateWindow = () => Math.max(RATE_MS, 2000 * interval);
+
+/** The row from which the change up to row `index` is taken. */
+function base(index, window) {
+  const since = rows[index][0] - window;
+  let first = index;
+  while (first > 0 && rows[first - 1][0] >= since) first -= 1;
+  return first;
+}
+
+function change(index, column, window) {
+  const of = columns.indexOf(column);
+  const first = base(index, window);
+  return rows[index][of] - rows[first][of];
+}
+
+function rateAt(index, column, window) {
+  const seconds = (rows[index][0] - rows[base(index, window)][0]) / 1000;
+  return seconds > 0 ? change(index, column, window) / seconds : null;
+}
+
+function ratioAt(index, column, other, window) {
+  const count = change(index, other, window);
+  return count > 0 ? change(index, column, window) / count : null;
+}
+
+const rate = (column, window) => (rows.length ? rateAt(rows.length - 1, column, window) : null);
+const ratio = (column, other) => (rows.length ? ratioAt(rows.length - 1, column, other, rateWindow()) : null);
+
+function showSamples(samples) {
+  columns = samples.columns;
+  rows = [...rows, ...samples.rows].slice(-720);
+  const seconds = rows.map(([ms]) => ms / 1000);
+  const all = (value) => rows.map((_, index) => value(index));
+  const of = (column) => rows.map((row) => row[columns.indexOf(column)]);
+  if (!at("views").hidden) {
+    plots.views.show(seconds, {
+      written: all((index) => rateAt(index, "views", rateWindow())),
+      messages: all((index) => rateAt(index, "messages", RATE_MS)),
+    });
+    plots.pending.show(seconds, { ids: of("pendingIds") });
+    plots.flush.show(seconds, { mean: all((index) => ratioAt(index, "flushSeconds", "flushRounds", RATE_MS)) });
+  }
+  if (!at("pipelines").hidden) {
+    const names = columns.slice(columns.indexOf("oldestPendingSeconds") + 1);
+    plots.records.show(seconds, Object.fromEntries(names.map((name) => [name, all((index) => rateAt(index, name, RATE_MS))])));
+  }
+}
+
+// --- history of an id ---
+
+let asked = { id: "", bucket: "hour", abort: new AbortController() };
+
+function openHistory(id) {
+  asked.id = id;
+  at("history-id").replaceChildren(isolated(id));
+  if (!at("history").open) at("history").showModal();
+  showHistory();
+}
+
+async function fetchJson(path, signal) {
+  const answer = await fetch(path, { signal });
+  const body = await answer.json();
+  if (!answer.ok) throw new Error(body.error);
+  return body;
+}
+
+async function showHistory() {
+  asked.abort.abort();
+  asked.abort = new AbortController();
+  const { id, bucket, abort: { signal } } = asked;
+  const { width, count } = HISTORY[bucket];
+  const last = Math.floor(Date.now() / 1000 / width) * width;
+  const first = last - (count - 1) * width;
+  at("history-total").textContent = "Reading …";
+  try {
+    const [{ views: [now] }, history] = await Promise.all([
+      fetchJson(`v1/views?ids=${encodeURIComponent(id)}`, signal),
+      fetchJson(`v1/views/${encodeURIComponent(id)}/history?bucket=${bucket}&from=${first * 1000}`, signal),
+    ]);
+    const found = new Map(history.buckets.map((each) => [Date.parse(each.time) / 1000, each.views]));
+    const starts = Array.from({ length: count }, (_, index) => first + index * width);
+    const pending = now.pending ? `, ${whole(now.pending)} of them not flushed yet` : "";
+    at("history-total").textContent = `${times(now.views, "view", "views")}${pending}. The history ends at ${clock(Date.parse(history.asOf) / 1000)}.`;
+    plots.history.show(starts, { [`views per ${bucket}`]: starts.map((start) => found.get(start) ?? 0) });
+    at("history-rows").replaceChildren(...starts.filter((start) => found.has(start)).reverse().map((start) =>
+      make("tr", {}, cell(new Date(start * 1000).toISOString().slice(0, bucket === "day" ? 10 : 16).replace("T", " ")), cell(whole(found.get(start)), "number"))));
+  } catch (error) {
+    if (!signal.aborted) at("history-total").textContent = `Not known: ${error.message}`;
+  }
+}
+
+for (const choice of document.querySelectorAll("input[name=bucket]")) {
+  choice.addEventListener("change", () => {
+    asked.bucket = choice.value;
+    showHistory();
+  });
+}
+at("history").addEventListener("close", () => asked.abort.abort());
+at("lookup").addEventListener("submit", (event) => {
+  event.preventDefault();
+  openHistory(at("lookup-id").value);
+});
+
+// --- the connection ---
+
+let source = null;
+let heardAt = Date.now();
+
+function open() {
+  source?.close();
+  source = new EventSource("events");
+  let isFirst = true;
+  source.addEventListener("open", () => (isFirst = true));
+  source.addEventListener("samples", (event) => {
+    if (isFirst) rows = [];
+    isFirst = false;
+    showSamples(JSON.parse(event.data));
+  });
+  source.addEventListener("state", (event) => {
+    heardAt = Date.now();
+    document.body.classList.remove("stale");
+    const state = JSON.parse(event.data);
+    interval = state.views?.flushIntervalSeconds ?? 0;
+    const wasHidden = at("views").hidden && at("pipelines").hidden;
+    showState(state);
+    if (wasHidden && rows.length) showSamples({ columns, rows: [] });
+  });
+}
+
+function close() {
+  source?.close();
+  source = null;
+}
+
+setInterval(() => {
+  if (document.hidden) return;
+  if (Date.now() - heardAt > STALE_MS) {
+    document.body.classList.add("stale");
+    showStatus("No connection", "failing");
+    showAttention(null);
+  }
+  // The browser connects again by itself, but neither after a refusal nor where the network swallows everything.
+  if (source?.readyState === EventSource.CLOSED || Date.now() - heardAt > 3 * STALE_MS) {
+    heardAt = Math.max(heardAt, Date.now() - 3 * STALE_MS + REOPEN_MS);
+    open();
+  }
+}, 1000);
+
+// Hidden pages would use up the few connections that a browser opens to one host.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) {
+    close();
+  } else {
+    heardAt = Date.now();
+    open();
+  }
+});
+
+open();

@@ -23,6 +23,7 @@ from tests.support.guarded import on_guarded_servers, on_open_and_guarded_server
 from tests.support.world import CliWorker, World, clean_environment
 from worker.contract.keys import Keys
 from worker.dev.servers import ValkeyServer, free_port
+from worker.redis.errors import MASTER
 
 Start = Callable[..., CliWorker]
 ROOT = Path(__file__).parents[2]
@@ -55,11 +56,54 @@ def test_help_lists_the_commands_and_version_is_printed() -> None:
     assert cli("--version").stdout == "viewer-worker 0.1.0\n"
 
 
+HEAVY = ("sqlalchemy", "redis", "aiohttp", "pydantic", "alembic", "prometheus_client", "structlog")
+COMPLETION = "_VIEWER_WORKER_COMPLETE"
+
+
 def test_help_loads_nothing_heavy() -> None:
-    heavy = ("sqlalchemy", "redis", "aiohttp", "pydantic", "alembic", "prometheus_client", "structlog")
-    probe = f"import sys, worker.cli; print([name for name in {heavy} if name in sys.modules])"
+    probe = f"import sys, worker.cli; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_completion_loads_nothing_heavy() -> None:
+    """Typer itself loads pydantic, to read what was typed so far."""
+    probe = (
+        "import atexit, sys; from worker.cli import main; sys.argv = ['viewer-worker'];"
+        f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules])); main()"
+    )
+    typed = {COMPLETION: "complete_bash", "COMP_WORDS": "viewer-worker streams --j", "COMP_CWORD": "2"}
+    environment = clean_environment() | typed
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout in ("--json\n[]\n", "--json\n['pydantic']\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("str", ["streams"]),
+        ("dead-letters ", ["list", "show", "replay", "purge"]),
+        ("streams --", ["--set", "--yes", "--json", "--env-file", "--log-level", "--help"]),
+    ],
+)
+def test_bash_completes_commands_and_options(typed: str, expected: list[str]) -> None:
+    """Bash loads the script, and calls its function as after Tab."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    words = typed.split(" ")
+    completed = f"""
+        eval "$({COMPLETION}=source_bash viewer-worker)"
+        COMP_WORDS=(viewer-worker {" ".join(words[:-1])} "{words[-1]}") COMP_CWORD={len(words)}
+        function=$(complete -p viewer-worker); function=${{function##*-F }}; ${{function%% *}} viewer-worker
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["bash", "-euc", completed],
+        env=clean_environment() | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == expected
 
 
 def test_config_prints_effective_values_without_secrets() -> None:
@@ -290,7 +334,7 @@ async def test_check_passes_when_everything_is_in_order(world: World) -> None:
     assert (await run_cli("run", "--once", **world.environment)).returncode == 0
     done = await run_cli("check", **world.environment)
     assert done.returncode == 0, done.stdout
-    assert "Redis and Postgres agree; flushes: 1, pending views: 0, pending ids: 0" in done.stdout
+    assert "Redis and Postgres agree; flushes: 1\n" in done.stdout
     assert done.stdout.endswith("\n13 checks: 0 failures, 1 warning\n"), "no worker runs"
     names = [finding["name"] for finding in json.loads((await run_cli("check", "--json", **world.environment)).stdout)]
     assert names == [
@@ -340,7 +384,10 @@ async def test_check_names_the_worker_and_the_counters_in_quarantine(world: Worl
         assert idle[name]["found"].startswith("no worker holds the lease; ")
         assert "viewer-worker run" in idle[name]["remedy"]
     assert idle["worker"]["found"].endswith("nothing was flushed yet")
-    assert (idle["counters"]["level"], idle["counters"]["found"]) == ("ok", "all can be counted")
+    assert (idle["counters"]["level"], idle["counters"]["found"]) == (
+        "ok",
+        "all can be counted; pending views: 0, pending ids: 0",
+    )
 
     await world.view("good")
     await world.redis.set(world.prefix + "bad", "abc")
@@ -354,9 +401,11 @@ async def test_check_names_the_worker_and_the_counters_in_quarantine(world: Worl
     done = await run_cli("check", **settings)
     assert done.returncode == 0, done.stdout
     holder = rf"\S+:{worker.process.pid}:\S+ runs and holds the lease"
-    assert re.search(rf"^ok +worker +{holder}; last flush \d+ s ago$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^ok +worker +{holder}; last flush \d+[sm] ago$", done.stdout, re.MULTILINE)
     assert re.search(rf"^ok +stream \S+ *{holder}; carried to", done.stdout, re.MULTILINE)
-    assert re.search("^warning +counters +2 left as they are: ", done.stdout, re.MULTILINE)
+    assert re.search(
+        "^warning +counters +pending views: 0, pending ids: 0; 2 left as they are: ", done.stdout, re.MULTILINE
+    )
     assert f"{world.prefix}bad: the value is not a whole number" in done.stdout
     assert f"{world.prefix}list: the key holds a list, not a number" in done.stdout
     assert "Delete it, or set it to a whole number" in done.stdout
@@ -387,6 +436,33 @@ async def test_check_reports_problems_and_their_fixes(valkey: ValkeyServer, data
         assert findings["redis persistence"]["level"] == "warning"
         assert findings["marker"]["found"] == "the marker in Redis cannot be read"
         assert "viewer-worker adopt" in findings["marker"]["remedy"]
+
+
+async def test_check_sweeps_once_and_only_where_views_are_counted(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        await world.view("b", 2)
+        # One page finds the markers of other sources.
+        for pipelines, pages in (("view_counts", 2), ("chunk_requests", 1)):
+            await world.redis.config_resetstat()
+            done = await run_cli("check", "--json", **world.environment, PIPELINES=pipelines)
+            findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+            assert (await world.redis.info("commandstats"))["cmdstat_scan"]["calls"] == pages
+            assert ({"counters", "marker", "history"} <= set(findings)) is (pipelines == "view_counts")
+            if pipelines == "view_counts":
+                assert findings["counters"]["found"] == "all can be counted; pending views: 7, pending ids: 2"
+
+
+async def test_check_warns_before_redis_is_full(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        for limit, level in ((1 << 40, "ok"), (1 << 20, "warning")):
+            await world.redis.config_set("maxmemory", limit)
+            done = await run_cli("check", "--json", **world.environment)
+            (found,) = [each for each in json.loads(done.stdout) if each["name"] == "redis eviction"]
+            assert found["level"] == level
+        assert re.fullmatch(r"noeviction, and \d+% of maxmemory is used", found["found"])
+        assert "INCR" in found["remedy"]
+        await world.redis.config_set("maxmemory", 0)
 
 
 async def test_check_warns_of_what_exactness_does_not_cover(valkey: ValkeyServer, database_url: str) -> None:
@@ -420,6 +496,21 @@ def test_check_continues_when_a_server_is_unreachable() -> None:
     assert "postgres" in done.stdout
     assert "redis" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
+
+
+async def test_commands_that_change_views_refuse_a_writable_replica(valkey: ValkeyServer, database_url: str) -> None:
+    async with World(valkey.url, database_url) as world:
+        await world.view("a", 5)
+        assert (await run_cli("run", "--once", **world.environment)).returncode == 0
+        await world.view("a", 2)
+        await world.redis.config_set("replica-read-only", "no")
+        await world.redis.replicaof("127.0.0.1", str(free_port()))
+        for command in ("run --once", "adopt --count-pending --yes", "forget a --yes"):
+            done = await run_cli(*command.split(), **world.environment)
+            assert done.returncode == 69, command
+            assert done.stderr.endswith(f"viewer-worker: 127.0.0.1:{valkey.port}: its role is slave\n{MASTER}\n")
+        assert (await world.totals(), await world.pending()) == ({"a": 5}, {"a": 2})
+        await world.redis.replicaof("NO", "ONE")
 
 
 @on_guarded_servers

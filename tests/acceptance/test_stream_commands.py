@@ -129,9 +129,14 @@ async def test_set_continues_where_another_group_is_before_the_first_start(recor
     records.paths = ["/3"]
     records.start()
     await records.carried()
-    failed = records.start("streams", "--set", stream, "group:nobody", "--yes")
-    assert await failed.wait() == 1
-    assert "has no group" in failed.log
+    for given, target, cause in (
+        (stream, "group:nobody", "the stream has no group nobody"),
+        (stream, "first", "expected the id of an entry"),
+        ("nothing", "0", "no pipeline reads the stream nothing"),
+    ):
+        failed = records.start("streams", "--set", given, target, "--yes")
+        assert await failed.wait() == 1
+        assert f"viewer-worker: --set: {cause}" in failed.log
 
 
 async def test_dead_letters_are_listed_replayed_and_purged(records: Records) -> None:

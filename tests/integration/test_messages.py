@@ -24,6 +24,7 @@ from worker.dev.servers import ValkeyServer
 from worker.errors import DatabaseUnavailable, NotDrained, RedisUnavailable
 from worker.redis.address import parse_redis_url
 from worker.redis.client import RedisClient
+from worker.redis.errors import NOT_REDIS
 from worker.redis.subscriber import Subscription
 
 
@@ -300,8 +301,9 @@ async def test_message_that_arrives_with_the_confirmation_is_not_lost() -> None:
 
 
 async def test_data_outside_the_redis_protocol_is_a_lost_connection() -> None:
-    with pytest.raises(RedisUnavailable, match="protocol"):
+    with pytest.raises(RedisUnavailable, match="protocol") as caught:
         await Subscription(ScriptedConnection(b"HTTP/1.1 400 Bad Request\r\n\r\n"), b"c", "here").read()  # type: ignore[arg-type]
+    assert caught.value.remedy == NOT_REDIS
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])

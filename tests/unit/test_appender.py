@@ -23,6 +23,7 @@ class FakeConnection:
     """A stream with `added` entries, of which the group has read `read`. `fail` is asked before each round trip."""
 
     def __init__(self) -> None:
+        self.place = "cache:6379"
         self.is_open = False
         self.added, self.read = 0, 0
         self.trips: list[Sequence[Any]] = []
@@ -243,6 +244,7 @@ async def test_a_look_that_fails_is_reported_and_the_next_one_works(reply: objec
     it.connection._reply = lambda command: reply  # type: ignore[method-assign]
     async with it.running():
         assert await it.outcomes(1) == [NotAppended]
+        assert it.report.states[-1].startswith("cache:6379: ")
         assert cause in it.report.states[-1]
         del it.connection._reply
         assert await it.outcomes(1) == [None]
@@ -254,7 +256,7 @@ async def test_a_server_that_can_be_read_but_not_written_is_not_shown_as_working
     it.connection.refuse = lambda _: refusal
     async with it.running():
         assert await it.outcomes(1) == [NotAppended]
-        assert set(it.report.states) == {str(refusal)}
+        assert set(it.report.states) == {f"cache:6379: {refusal}"}
         it.connection.refuse = lambda _: None
         assert await it.outcomes(1) == [None]
         assert it.report.states[-1] == "works"

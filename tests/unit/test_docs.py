@@ -20,6 +20,7 @@ from worker.settings.environment import load_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 DEPLOY = DOCS.parent / "deploy"
+EXAMPLES = [DOCS.parent / "examples" / folder / "README.md" for folder in (".", "python", "node")]
 
 
 def test_reference_lists_every_metric() -> None:
@@ -45,14 +46,14 @@ def test_reference_lists_every_table_with_its_columns() -> None:
 
 def test_links_between_documents_point_to_files_that_exist() -> None:
     root = DOCS.parent
-    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md")
-    for document in [*(root / name for name in names), *DOCS.rglob("*.md")]:
+    names = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "deploy/README.md")
+    for document in [*(root / name for name in names), *EXAMPLES, *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} → {target}"
 
 
-FRONT = [DOCS.parent / name for name in ("README.md", "PACKAGE.md", "CONTRIBUTING.md")]
-DOCUMENTS = [*FRONT, *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
+FRONT = [DOCS.parent / name for name in ("README.md", "PACKAGE.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS = [*FRONT, *EXAMPLES, *DOCS.rglob("*.md"), *DEPLOY.rglob("*")]
 
 
 def code_in(document: Path) -> str:

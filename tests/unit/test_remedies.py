@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import asyncpg
 import hiredis
 import pytest
 from redis._parsers.base import BaseParser
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import InvalidResponse
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from tests.support.fakes import FakeClock
 from tests.unit.test_error_classes import raised, refused
 from worker.app.checkup import Level, failure
-from worker.db.errors import REMEDIES, TLS_REMEDY, database_errors
+from worker.db.errors import MIGRATE_REMEDY, REMEDIES, RIGHTS_REMEDY, TLS_REMEDY, database_errors
+from worker.db.target.names import TargetNames
+from worker.db.target.table import TargetTable
+from worker.db.upsert import RecordTable
 from worker.errors import (
     DatabaseRefused,
     DatabaseUnavailable,
@@ -24,9 +32,11 @@ from worker.errors import (
     ViewNotRecorded,
     WriteTooSlow,
 )
+from worker.pipelines.records.chunk_requests import CHUNK_REQUESTS
+from worker.pipelines.sink import PostgresSink
 from worker.producer.transaction import raise_unless_applied
 from worker.redis.address import parse_redis_url
-from worker.redis.errors import LOGIN, MASTER, REFUSALS, REFUSED, RIGHT, TLS, redis_errors, remedy_for
+from worker.redis.errors import LOGIN, MASTER, NOT_REDIS, REFUSALS, REFUSED, RIGHT, TLS, redis_errors, remedy_for
 
 # What Redis and Valkey send → a word of its fix.
 REPLIES = {
@@ -94,6 +104,7 @@ def test_every_fix_for_a_reply_of_redis_is_tried() -> None:
         ),
         (TimeoutError(), "cache:6379: no answer in time", RedisUnavailable.remedy),
         (ssl.SSLError(1, "certificate verify failed"), "cache:6379: certificate verify failed", TLS),
+        (InvalidResponse('Protocol error, got "H"'), 'cache:6379: Protocol error, got "H"', NOT_REDIS),
         (
             BaseParser.parse_error("OOM command not allowed"),
             "cache:6379: command not allowed",
@@ -138,7 +149,7 @@ def test_producer_that_redis_refuses_names_the_fix() -> None:
         ("3D000", "database"),
         ("40001", "next try"),
         ("40P01", "next try"),
-        ("42501", "CREATE on the schema"),
+        ("42501", "role.sql"),
         ("53100", "disk"),
         ("53200", "memory"),
         ("53300", "max_connections"),
@@ -156,6 +167,54 @@ def test_postgres_that_refused_need_not_be_started(state: str, word: str) -> Non
         raise raised(refused(state))
     assert word in caught.value.remedy
     assert "that Postgres runs" not in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("permission denied for schema public", MIGRATE_REMEDY),
+        ('permission denied to create extension "timescaledb"', MIGRATE_REMEDY),
+        ("must be owner of table view_counts", MIGRATE_REMEDY),
+        ("permission denied for table view_counts", RIGHTS_REMEDY),
+    ],
+)
+def test_missing_right_is_granted_and_only_a_migration_needs_the_owner(text: str, remedy: str) -> None:
+    with pytest.raises(DatabaseUnavailable) as caught, database_errors():
+        raise raised(asyncpg.PostgresError.new({"C": "42501", "M": text}))
+    assert caught.value.remedy == remedy
+
+
+def test_full_connection_pool_names_its_limit() -> None:
+    with pytest.raises(DatabaseUnavailable) as caught, database_errors():
+        raise PoolTimeout("QueuePool limit of size 1 overflow 0 reached, connection timed out, timeout 5.00")
+    assert "DB_MAX_CONNECTIONS" in caught.value.remedy
+
+
+async def test_table_that_another_session_uses_need_not_be_started() -> None:
+    """Errors that a write translates again keep the fix of their SQLSTATE."""
+    in_use = DatabaseRefused("in use")
+    in_use.__cause__ = raised(refused("55006"))
+    database: Any = SimpleNamespace(transaction=lambda: Raising(in_use))
+    batch: Any = None
+    with pytest.raises(DatabaseUnavailable) as written:
+        await PostgresSink(database, CHUNK_REQUESTS, RecordTable(CHUNK_REQUESTS)).write(batch)
+    assert written.value.remedy == REMEDIES[""]
+    target = TargetTable(TargetNames(None, "Vod", "id", "viewCount"), FakeClock())
+    with pytest.raises(DatabaseUnavailable) as added:
+        target._raise_if_concerns_all(raised(refused("40P01")), 1)
+    assert added.value.remedy == REMEDIES["40P01"]
+
+
+class Raising:
+    """A transaction that cannot be begun."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def __aenter__(self) -> None:
+        raise self._error
+
+    async def __aexit__(self, *_: object) -> None: ...
 
 
 def test_postgres_that_cannot_be_reached_may_not_run() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.contract.durations import format_duration, parse_duration
+from worker.contract.durations import format_age, format_duration, parse_duration
 from worker.errors import InvalidSettings
 from worker.settings.environment import load_settings, service_links
 from worker.settings.model import Settings
@@ -220,6 +220,23 @@ def test_secrets_are_never_shown(name: str, form: str) -> None:
 def test_printed_duration_is_parsed_to_the_same_value(milliseconds: int) -> None:
     duration = timedelta(milliseconds=milliseconds)
     assert parse_duration(format_duration(duration)) == duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (-0.4, "0s"),
+        (0.9, "0s"),
+        (119.9, "119s"),
+        (120, "2m"),
+        (7199, "119m"),
+        (10_800, "3h"),
+        (14_000, "3h"),
+        (3e5, "3d"),
+    ],
+)
+def test_age_is_shown_in_a_unit_that_fits(seconds: float, words: str) -> None:
+    assert format_age(seconds) == words
 
 
 def test_env_example_lists_every_variable_with_its_default() -> None:

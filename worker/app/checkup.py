@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from worker.contract.durations import format_age
 from worker.contract.keys import MARKER_PATTERN, OWN_KEYS
 from worker.db.counters.history import History
 from worker.db.counters.ledger import Flush, Ledger
@@ -44,6 +45,8 @@ OLDEST_REDIS = (6, 2)
 HISTORY_LIMIT_S = 60.0
 OLDEST_POSTGRES = 150_000
 READ_ONLY = "replica-read-only"
+# Part of maxmemory in use from which on Redis may soon refuse writes.
+FULL = 0.9
 # Counters that are read together, and quarantined ones that are shown.
 READ_AT_ONCE = 1000
 EXAMPLES = 5
@@ -255,6 +258,10 @@ def _eviction(facts: dict[str, Any]) -> Finding:
     if policy.startswith("allkeys"):
         remedy = "Views can be evicted before they are flushed. Set maxmemory-policy to noeviction or volatile-*."
         return Finding("redis eviction", Level.FAILURE if limit else Level.WARNING, policy, remedy)
+    used = facts.get("used_memory", 0) / limit if limit else 0.0
+    if policy == "noeviction" and used >= FULL:
+        remedy = "At maxmemory Redis refuses INCR, and views are lost. Raise maxmemory, or delete other data."
+        return Finding("redis eviction", Level.WARNING, f"{policy}, and {used:.0%} of maxmemory is used", remedy)
     return Finding("redis eviction", Level.OK, policy)
 
 
@@ -304,16 +311,24 @@ async def _prefixes(redis: RedisClient, keys: Keys) -> list[Finding]:
 
 
 async def check_counters(backlog: Backlog, reader: CounterReader) -> list[Finding]:
-    """Look for counters that cannot be counted. `reader` reports to the backlog's quarantine. Raises Unavailable."""
+    """Sweep: what is pending, and counters that cannot be counted. `reader` reports to the backlog's quarantine.
+
+    Raises Unavailable.
+    """
+    counted: dict[str, int] = {}
     async for _ in backlog.sweep_pages():
         while ids := backlog.pending.oldest(READ_AT_ONCE):
-            await reader.report(await reader.read(ids), ())
+            reading = await reader.read(ids)
+            await reader.report(reading, ())
+            counted |= reading.counted
             backlog.pending.remove(ids)
+    pending = f"pending views: {sum(counted.values())}, pending ids: {len(counted)}"
     bad, total = backlog.quarantine.listed(), len(backlog.quarantine)
     if not total:
-        return [Finding("counters", Level.OK, "all can be counted")]
+        return [Finding("counters", Level.OK, f"all can be counted; {pending}")]
     examples = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:EXAMPLES])
-    found = f"{total} left as {'it is' if total == 1 else 'they are'}: {examples}{'; …' if total > EXAMPLES else ''}"
+    left = f"{total} left as {'it is' if total == 1 else 'they are'}: {examples}{'; …' if total > EXAMPLES else ''}"
+    found = f"{pending}; {left}"
     remedy = (
         "Such a key is not counted, and blocks no other. Delete it, or set it to a whole number from 0 to 2^63-1, as "
         "INCR does. An id is 1 to 256 bytes of UTF-8 without NUL, in characters that the database can store. What "
@@ -326,7 +341,7 @@ async def check_worker(stores: Stores) -> list[Finding]:
     """Check whether a worker flushes. Raises DatabaseUnavailable."""
     async with stores.database.transaction() as tx:
         age = await stores.ledger.last_flush_age(tx)
-    last = "nothing was flushed yet" if age is None else f"last flush {age:.0f} s ago"
+    last = "nothing was flushed yet" if age is None else f"last flush {format_age(age)} ago"
     return [await _leased("worker", stores.database, stores.source_row, last)]
 
 
@@ -336,18 +351,16 @@ async def check_history(database: Database, source: str) -> list[Finding]:
         flushes, age = await History(source).behind(tx)
     if age <= HISTORY_LIMIT_S:
         return [Finding("history", Level.OK, "up to date")]
-    found = f"lacks the last {flushes} flushes, since {age:.0f} s"
+    found = f"flushes that are missing: {flushes}, the first is {format_age(age)} old"
     remedy = "Totals are right; `top` is behind. It waits while views are pending, or the worker's log has the cause."
     return [Finding("history", Level.WARNING, found, remedy)]
 
 
 async def check_agreement(adoption: Adoption) -> list[Finding]:
     """Check that the marker in Redis agrees with the ledger in Postgres. Raises Unavailable."""
-    situation = await adoption.look()
-    pending = f"pending views: {situation.pending_views}, pending ids: {len(situation.pending)}"
+    situation = await adoption.look(reads_pending=False)
     if situation.hold is not None:
         return [Finding("marker", Level.FAILURE, situation.hold.cause, situation.hold.remedy)]
     if situation.marker is None:
-        return [Finding("marker", Level.OK, f"none yet, the first flush creates it; {pending}")]
-    flushes = situation.row.last_flush_id
-    return [Finding("marker", Level.OK, f"Redis and Postgres agree; flushes: {flushes}, {pending}")]
+        return [Finding("marker", Level.OK, "none yet, the first flush creates it")]
+    return [Finding("marker", Level.OK, f"Redis and Postgres agree; flushes: {situation.row.last_flush_id}")]

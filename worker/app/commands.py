@@ -28,6 +28,7 @@ from worker.app.checkup import (
 from worker.app.connections import open_connections, open_database
 from worker.app.counters import build_counters, make_keys, make_target_table
 from worker.app.pipelines import make_adjustments, make_sink
+from worker.app.probes import PROBE_TIMEOUT_S
 from worker.counters.flush.outcome import Busy
 from worker.counters.intake.quarantine import Quarantine
 from worker.db import dead_letters
@@ -65,8 +66,10 @@ ONCE_TRIES = 20
 
 
 @asynccontextmanager
-async def open_counters(settings: Settings, *, migrate: bool = False) -> AsyncIterator[ViewCounters]:
-    """The view counters, connected, on tables of this version.
+async def open_counters(
+    settings: Settings, *, changes: bool = False, migrate: bool = False
+) -> AsyncIterator[ViewCounters]:
+    """The view counters, connected, on tables of this version. With `changes` Redis must be a master, as for `run`.
 
     Raises Unavailable when a server cannot be used, SchemaNotCurrent when the tables are of another version.
     """
@@ -75,6 +78,8 @@ async def open_counters(settings: Settings, *, migrate: bool = False) -> AsyncIt
             await upgrade(database)
         async with database.transaction() as tx:
             (await read_schema(tx)).require_current()
+        if changes:
+            await redis.check(PROBE_TIMEOUT_S)  # a replica may accept writes, and loses them
         yield _build(settings, database, redis)
 
 
@@ -87,7 +92,7 @@ def _build(
 
 async def run_once(settings: Settings) -> FlushOutcome:
     """Flush everything that is pending now. Raises as `open_counters`."""
-    async with open_counters(settings, migrate=settings.migrate_on_start) as counters:
+    async with open_counters(settings, changes=True, migrate=settings.migrate_on_start) as counters:
         outcome: FlushOutcome = Busy()
         try:
             for _ in range(ONCE_TRIES):
@@ -193,12 +198,12 @@ async def check(settings: Settings) -> list[Finding]:
             findings.append(shared_channel(settings.view_channel))
         failed = {finding.name for finding in findings if finding.level is Level.FAILURE}
         if not failed & AGREEMENT_NEEDS:
-            counters = _build(settings, database, redis, Quarantine(SystemClock(), logs=False))
             if settings.counts_views:
+                counters = _build(settings, database, redis, Quarantine(SystemClock(), logs=False))
                 findings += await _look("worker", check_worker(counters.adoption.stores))
-            findings += await _look("counters", check_counters(counters.backlog, counters.flusher.committer.reader))
-            findings += await _look("marker", check_agreement(counters.adoption))
-            findings += await _look("history", check_history(database, settings.view_source_name))
+                findings += await _look("counters", check_counters(counters.backlog, counters.flusher.committer.reader))
+                findings += await _look("marker", check_agreement(counters.adoption))
+                findings += await _look("history", check_history(database, settings.view_source_name))
             adjustments = make_adjustments(settings, database, redis)
             tables = check_record_tables(database, settings.records, takes_tickets=settings.stores_messages)
             findings += await _look(POSTGRES, tables)

@@ -15,7 +15,6 @@ cli = typer.Typer(
     name="viewer-worker",
     help="Move the views that applications count in Redis to Postgres, each view exactly once.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )

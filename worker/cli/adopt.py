@@ -59,7 +59,7 @@ async def _adopt_as_json(settings: Settings, *, decided: bool, discard: bool) ->
     from worker.app import commands
     from worker.counters.adopt import describe_marker
 
-    async with commands.open_counters(settings) as counters:
+    async with commands.open_counters(settings, changes=True) as counters:
         situation = await counters.adoption.look()
         hold, discarded = situation.hold, None
         if hold is not None and decided:
@@ -80,7 +80,7 @@ async def _adopt(settings: Settings, *, decided: bool, discard: bool, yes: bool)
     from worker.app import commands
     from worker.counters.adopt import describe_marker
 
-    async with commands.open_counters(settings) as counters:
+    async with commands.open_counters(settings, changes=True) as counters:
         situation = await counters.adoption.look()
         flushes, views, ids = situation.row.last_flush_id, situation.pending_views, len(situation.pending)
         examples = ", ".join(f"{printable(vod_id)}: {count}" for vod_id, count in situation.largest.items())

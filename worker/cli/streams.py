@@ -82,11 +82,16 @@ def _describe(state: StreamState) -> dict[str, object]:
 
 async def _set(settings: Settings, stream: str, target: str, *, yes: bool) -> None:
     from worker.app import commands
+    from worker.errors import PositionNotSet
 
     async with commands.open_adjustments(settings) as adjustments:
         if stream not in adjustments:
-            fail(f"no pipeline reads the stream {printable(stream)}", f"Known: {', '.join(adjustments)}.", EXIT_FAILURE)
-        await _set_one(adjustments[stream], target, yes=yes)
+            known = f"Known: {', '.join(map(printable, adjustments))}."
+            fail(f"--set: no pipeline reads the stream {printable(stream)}", known, EXIT_FAILURE)
+        try:
+            await _set_one(adjustments[stream], target, yes=yes)
+        except PositionNotSet as error:
+            fail(f"--set: {error}", error.remedy, EXIT_FAILURE)
 
 
 async def _set_one(adjustment: Adjustment, target: str, *, yes: bool) -> None:

@@ -151,7 +151,7 @@ def forget(
     from worker.runtime.event_loop import run_async
 
     async def run() -> None:
-        async with commands.open_counters(settings) as counters:
+        async with commands.open_counters(settings, changes=True) as counters:
             if not await counters.forgetting.knows(checked):
                 fail(f"there is no id {printable(checked)}: no total, no history, no counter", "", EXIT_FAILURE)
             (shown,) = await counters.display.views([checked])

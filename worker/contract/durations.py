@@ -18,6 +18,14 @@ def parse_duration(text: str) -> timedelta:
     return timedelta(seconds=seconds)
 
 
+def format_age(seconds: float) -> str:
+    """An age for people: whole days, hours, minutes or seconds, the largest unit of which it has at least two."""
+    for unit in ("d", "h", "m"):
+        if seconds >= 2 * _UNITS[unit]:
+            return f"{int(seconds // _UNITS[unit])}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
 def format_duration(value: timedelta) -> str:
     """The inverse of `parse_duration`, in the largest unit that needs no fraction, rounded to milliseconds."""
     milliseconds = round(value / timedelta(milliseconds=1))

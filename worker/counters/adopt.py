@@ -31,7 +31,7 @@ LOCK_LIMIT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Both sides of a hold. `pending`: id → views. `hold` is None when there is nothing to decide."""
+    """Both sides of a hold. `pending`: id → views, if it was read. `hold` is None when there is nothing to decide."""
 
     hold: Hold | None
     row: SourceState
@@ -57,16 +57,17 @@ class Adoption:
     settler: Settler
     recovery: Recovery
 
-    async def look(self) -> Situation:
-        """Both sides, without changing anything. Raises Unavailable."""
+    async def look(self, *, reads_pending: bool = True) -> Situation:
+        """Both sides, without changing anything. Pending views are read by a sweep. Raises Unavailable."""
         async with self.stores.database.transaction() as tx:
             row = await self.stores.source_row.read(tx) or NEW_ROW
             (marker,) = await self.stores.redis.read([self.stores.keys.marker])
             verdict = await compare(tx, self.stores.source_row, marker, row)
         hold = await self._hold(verdict, row)
         pending: dict[str, int] = {}
-        async for page in self._pending():
-            pending.update(page)
+        if reads_pending:
+            async for page in self._pending():
+                pending.update(page)
         return Situation(hold, row, marker, pending)
 
     async def adopt(self, situation: Situation, *, discard: bool) -> int:

@@ -46,9 +46,15 @@ NOT_ENCODABLE = ("22P05", "22021")
 # The driver's own errors. It raises the second on a connection that the server has closed, until we close it too.
 DRIVER_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 RIGHTS_REMEDY = (
-    "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant that right. "
+    "Grant the right that the message names; deploy/postgres/role.sql has all that the worker's role needs. "
     f"{ASK_CHECK}"
 )
+MIGRATE_REMEDY = (
+    "To migrate, a role needs CREATE on the schema: migrate as the owner of the database, or grant that right."
+)
+# What Postgres refuses to a role that migrates and is not the owner.
+_OF_MIGRATION = re.compile("permission denied (?:for schema|to create)|must be owner")
+POOL_REMEDY = "All connections of this process are in use: raise DB_MAX_CONNECTIONS."
 LOGIN_REMEDY = "Check user, password, database and sslmode in DATABASE_URL, and pg_hba.conf."
 TLS_REMEDY = "Check sslmode and sslrootcert in DATABASE_URL, and whether the server speaks TLS."
 _COLLISION_REMEDY = "Another session changed the same rows at the same time: the next try may succeed."
@@ -225,7 +231,11 @@ def database_errors() -> Iterator[None]:
 
 def remedy_for(error: BaseException) -> str | None:
     """How an operator can fix it; None: the usual, which is for a server that cannot be reached."""
+    if isinstance(error, PoolTimeout):
+        return POOL_REMEDY
     if (state := sqlstate(error)) is not None:
+        if state == INSUFFICIENT_PRIVILEGE and _OF_MIGRATION.search(describe(error)):
+            return MIGRATE_REMEDY
         return next(REMEDIES[state[:length]] for length in range(len(state), -1, -1) if state[:length] in REMEDIES)
     return TLS_REMEDY if _is_of_tls(error) else None
 

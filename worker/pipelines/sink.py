@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from worker.db.dead_letters import write_letters
-from worker.db.errors import QUERY_CANCELED, ErrorClass, classify, describe, sqlstate
+from worker.db.errors import QUERY_CANCELED, ErrorClass, classify, describe, remedy_for, sqlstate
 from worker.db.transaction_settings import CHECK_CONSTRAINTS_NOW
 from worker.errors import DatabaseRefused, DatabaseUnavailable, TableRefused, UnknownFailure, WriteTooSlow
 from worker.pipelines.model import CommitUnanswered, Letter, NotClaimed, Written
@@ -62,7 +62,7 @@ class PostgresSink(Generic[R]):
                 case ErrorClass.WAIT if isinstance(error, DatabaseUnavailable):
                     raise
                 case ErrorClass.WAIT:
-                    raise DatabaseUnavailable(str(error)) from error
+                    raise DatabaseUnavailable(str(error), remedy_for(error)) from error
             raise UnknownFailure(str(error)) from error
 
     async def _write(

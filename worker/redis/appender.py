@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from redis.exceptions import ResponseError
 
 from worker.errors import AppendUnanswered, NotAppended, RedisUnavailable, StreamFull
-from worker.redis.errors import describe, remedy_for
+from worker.redis.errors import NOT_REDIS, describe, remedy_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,14 +182,14 @@ class StreamAppender:
         for reply in replies:
             if isinstance(reply, ResponseError) and not str(reply).startswith((_NO_KEY, _WRONG_ID)):
                 await self._connection.drop()
-                raise NotAppended(describe(reply), remedy_for(reply))
+                raise NotAppended(f"{self._connection.place}: {describe(reply)}", remedy_for(reply))
         found = replies[: 2 * len(self._streams)]
         pairs = zip(found[::2], found[1::2], strict=True)
         try:
             self._uncarried = sum(count_uncarried(stream, groups, self._group) for stream, groups in pairs)
         except (TypeError, ValueError, LookupError) as error:
             await self._connection.drop()
-            raise NotAppended("the reply to XINFO is not one of Redis") from error
+            raise NotAppended(f"{self._connection.place}: the reply to XINFO is not one of Redis", NOT_REDIS) from error
         self._looked_at = at
 
     async def _failed(self, error: RedisUnavailable) -> None:
@@ -232,7 +232,7 @@ def _judge(reply: object) -> RedisUnavailable | None:
         return (NotAppended if refuses else AppendUnanswered)(describe(reply), remedy_for(reply))
     if isinstance(reply, bytes) and _ID.fullmatch(reply):
         return None
-    return AppendUnanswered("the reply to XADD is not an id")
+    return AppendUnanswered("the reply to XADD is not an id", NOT_REDIS)
 
 
 def _refuse(waiting: _Waiting, error: Exception) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hiredis import ReplyError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 from worker.errors import RedisUnavailable
 
@@ -46,6 +46,7 @@ REFUSALS = {
     "ERR unknown command": "Redis lacks this command: use Redis 6.2 or newer, or Valkey, and do not rename commands.",
     "ERR DB index is out of range": "Redis has no such database: correct the number at the end of REDIS_URL.",
 }
+NOT_REDIS = "Check that REDIS_URL leads to Redis, and not to another service."
 REFUSED = "Redis can be reached, and refuses: the message says why."
 TLS = "Check the TLS options of REDIS_URL: ssl_ca_certs, ssl_certfile, ssl_keyfile, and whether the server speaks TLS."
 # Also as the cause that EXECABORT, or a script on Redis 6, names.
@@ -81,6 +82,8 @@ def remedy_for(error: BaseException) -> str | None:
         return SENTINEL_LOGIN if error.login_refused else SENTINEL_MASTER
     if isinstance(error, (ResponseError, ReplyError)) or getattr(error, "status_code", None):
         return _remedy_for_reply(text_of(error))
+    if isinstance(error, InvalidResponse):
+        return NOT_REDIS
     return TLS if _is_of_tls(error) else None
 
 

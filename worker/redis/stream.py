@@ -31,6 +31,11 @@ class StreamConnection:
         self.opened = 0
 
     @property
+    def place(self) -> str:
+        """Where it leads to, for messages."""
+        return self._pool.place
+
+    @property
     def is_open(self) -> bool:
         """False also when the server has turned out to be the wrong one since."""
         return self._connection is not None and self._generation == self._pool.generation

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import hiredis
 
 from worker.errors import RedisUnavailable
-from worker.redis.errors import redis_errors, remedy_for
+from worker.redis.errors import NOT_REDIS, redis_errors, remedy_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -74,7 +74,8 @@ class Subscription:
                 else:
                     self._note(reply)
         except hiredis.ProtocolError as error:
-            raise RedisUnavailable(f"{self._place}: the reply is not valid in Redis's protocol: {error}") from error
+            cause = f"{self._place}: the reply is not valid in Redis's protocol: {error}"
+            raise RedisUnavailable(cause, NOT_REDIS) from error
         return messages
 
     async def unsubscribe(self) -> None:

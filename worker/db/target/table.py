@@ -28,7 +28,15 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
 from worker.contract.ids import MAX_ID_BYTES
-from worker.db.errors import COLLISIONS, LOCK_NOT_AVAILABLE, QUERY_CANCELED, describe, is_refused_by_row, sqlstate
+from worker.db.errors import (
+    COLLISIONS,
+    LOCK_NOT_AVAILABLE,
+    QUERY_CANCELED,
+    describe,
+    is_refused_by_row,
+    remedy_for,
+    sqlstate,
+)
 from worker.db.tables import view_counts
 from worker.db.target.fit import fit
 from worker.db.transaction_settings import CHECK_CONSTRAINTS_NOW
@@ -168,7 +176,7 @@ class TargetTable:
         state = sqlstate(error)
         if state in COLLISIONS and self._collisions < MAX_COLLISIONS:
             self._collisions += 1
-            raise DatabaseUnavailable(describe(error)) from error
+            raise DatabaseUnavailable(describe(error), remedy_for(error)) from error
         if state == QUERY_CANCELED and rows > 1:
             cause = f"{rows} rows of the table {self.names} were not updated in time: {describe(error)}"
             raise DatabaseUnavailable(cause, TABLE_SLOW) from error

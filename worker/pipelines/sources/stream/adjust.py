@@ -154,7 +154,7 @@ class Adjustment:
     async def _ask(self, *command: str | int) -> Any:
         (reply,) = await self.looker.connection.send([command], LOOK_TIMEOUT_S)
         if isinstance(reply, NoPermissionError):
-            raise RedisUnavailable(describe(reply), RIGHTS_FIX) from reply
+            raise RedisUnavailable(f"{self.looker.connection.place}: {describe(reply)}", RIGHTS_FIX) from reply
         if isinstance(reply, ResponseError):
             raise PositionNotSet(f"{self.position.stream}: {describe(reply)}") from reply
         return reply

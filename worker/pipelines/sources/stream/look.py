@@ -120,7 +120,7 @@ class Looker:
         role, evidence = parse_evidence(reply)
         if role != "master":
             await self.connection.drop()
-            raise RedisUnavailable(f"its role is {role}", MASTER)
+            raise RedisUnavailable(f"{self.connection.place}: its role is {role}", MASTER)
         return evidence
 
     async def _load(self) -> None:
@@ -135,7 +135,7 @@ class Looker:
         await self.connection.drop()
         if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
             raise NotAllowed(describe(error), RIGHTS_FIX)
-        raise RedisUnavailable(describe(error), remedy_for(error)) from error
+        raise RedisUnavailable(f"{self.connection.place}: {describe(error)}", remedy_for(error)) from error
 
 
 def _is_complete(evidence: Evidence, entries: list[Entry], count: int) -> bool:

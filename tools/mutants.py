@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 NOT_COPIED = shutil.ignore_patterns(
     ".dev", ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "node_modules"
 )
+# The property tests take two minutes. A mistake that is caught by this limit makes a test hang.
+TEST_LIMIT_S = "600"
 # Without those that compare the code with documents.
 UNIT_TESTS = tuple(
     str(path.relative_to(ROOT))
@@ -690,7 +692,7 @@ def _fail(tests: Iterable[str], mutant: Mutant | None = None) -> str | None:
             _plant(mutant, copy / mutant.file)
         done = subprocess.run(
             # `python -m` puts the copy before the installed package.
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", TEST_LIMIT_S, *tests],
             cwd=copy,
             env=os.environ | {"PROPERTY_EXAMPLES": "100", "PROPERTY_SHRINK": "no"},
             capture_output=True,

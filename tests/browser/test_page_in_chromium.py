@@ -202,6 +202,6 @@ async def test_page_of_a_replica_that_stands_by_names_the_worker_that_does_the_w
     await start().wait_for_log("started")
     await open_page(page, world)
     await expect(page.locator("#attention h3")).to_have_text(["All checks pass. Another worker does the work."])
-    await expect(page.locator("#attention")).to_contain_text("View counts: this worker stands by for ")
+    await expect(page.locator("#attention")).to_contain_text("View counts, Messages: this worker stands by for ")
     await expect(page.locator("#attention")).to_contain_text(f":{working.process.pid}:")
     await keep_picture(page, "standby")

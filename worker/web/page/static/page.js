@@ -51,7 +51,6 @@ function make(tag, properties, ...children) {
 }
 
 const cell = (content, className = "") => make("td", { className }, content);
-const heading = (content) => make("th", { scope: "row" }, content);
 const isolated = (id) => make("bdi", {}, printable(id));
 
 /** Replace the children only when `key` differs from the last one: focus stays, and nothing is announced again. */
@@ -62,6 +61,19 @@ function renew(element, key, children) {
   const focused = element.contains(document.activeElement) ? document.activeElement.dataset.id : undefined;
   element.replaceChildren(...children());
   if (focused !== undefined) [...element.querySelectorAll("[data-id]")].find((each) => each.dataset.id === focused)?.focus();
+}
+
+/** Show rows of cells `[text, class, note]` in a table's body. Cells that stay the same keep the reader's selection. */
+function showRows(body, rows) {
+  while (body.rows.length > rows.length) body.deleteRow(-1);
+  rows.forEach((cells, index) => {
+    const row = body.rows[index] ?? body.insertRow();
+    cells.forEach(([text, className = "", note = ""], column) => {
+      const cell = row.cells[column] ?? row.appendChild(column === 0 ? make("th", { scope: "row" }) : make("td", {}));
+      cell.className = className;
+      renew(cell, [text, note], () => [isolated(text), make("span", { className: "muted" }, note)]);
+    });
+  });
 }
 
 // --- what needs attention ---
@@ -120,9 +132,12 @@ function card({ tone, title, texts }) {
 }
 
 function calm(state) {
-  const standing = Object.entries(state.health.checks).filter(([, check]) => check.role === "standing by");
-  const texts = standing.map(([name, check]) => `${nameOf(name)}: this worker stands by for ${check.holder}.`);
-  return { tone: "ok", title: standing.length ? "All checks pass. Another worker does the work." : "All checks pass.", texts };
+  const byHolder = new Map();
+  for (const [name, check] of Object.entries(state.health.checks)) {
+    if (check.role === "standing by") byHolder.set(check.holder, [...(byHolder.get(check.holder) ?? []), nameOf(name)]);
+  }
+  const texts = [...byHolder].map(([holder, names]) => `${names.join(", ")}: this worker stands by for ${holder}.`);
+  return { tone: "ok", title: texts.length ? "All checks pass. Another worker does the work." : "All checks pass.", texts };
 }
 
 function showAttention(state) {
@@ -160,21 +175,19 @@ function showState(state) {
   showPipelines(state);
 }
 
+const stateOf = (check) => STATES[check.status] + (check.status === "ok" && check.role ? `, ${check.role}` : "");
+
 function doer(check) {
-  if (check.role === "standing by") return isolated(check.holder);
+  if (check.role === "standing by") return check.holder;
   if (check.role === "waiting") return "nobody";
   return check.role === undefined ? "–" : "this worker";
 }
 
 function showParts(state) {
-  const places = { redis: state.worker.redis, postgres: state.worker.postgres };
-  const rows = Object.entries(state.health.checks).map(([name, check]) => {
-    const place = places[name] ? make("span", { className: "muted" }, ` ${places[name]}`) : "";
-    const role = check.role === undefined || check.status !== "ok" ? "" : `, ${check.role}`;
-    return make("tr", {}, heading(make("span", {}, nameOf(name), place)),
-      cell(STATES[check.status] + role, tone(check.status)), cell(duration(check.for_seconds)), cell(doer(check)));
-  });
-  at("part-rows").replaceChildren(...rows);
+  const places = { redis: ` ${state.worker.redis}`, postgres: ` ${state.worker.postgres}` };
+  showRows(at("part-rows"), Object.entries(state.health.checks).map(([name, check]) => [
+    [nameOf(name), "", places[name]], [stateOf(check), tone(check.status)], [duration(check.for_seconds)], [doer(check)],
+  ]));
 }
 
 function showViews({ views, health }) {
@@ -200,20 +213,20 @@ function showViews({ views, health }) {
 }
 
 function showPipelines(state) {
-  const letters = state.lookups.deadLetters ?? {};
-  const rows = state.pipelines.map((pipeline) => {
+  const letters = state.lookups.deadLetters;
+  showRows(at("pipeline-rows"), state.pipelines.map((pipeline) => {
     const check = state.health.checks[pipeline.name];
-    const elsewhere = check.role === "standing by";
-    const known = (text) => (elsewhere ? "–" : text);
-    const role = check.status === "ok" && check.role ? `, ${check.role}` : "";
-    return make("tr", {}, heading(pipeline.name), cell(STATES[check.status] + role, tone(check.status)),
-      cell(known(short(rate(pipeline.name, RATE_MS))), "number"),
-      cell(known(whole(pipeline.backlog ?? pipeline.queued)), "number"),
-      cell(known(pipeline.oldestUnreadSeconds === undefined ? "–" : duration(pipeline.oldestUnreadSeconds)), "number"),
-      cell(letters.error || state.lookups.deadLetters === undefined ? "–" : whole(letters[pipeline.pipeline] ?? 0), "number"),
-      cell(known(whole(pipeline.lost ?? 0)), "number"));
-  });
-  at("pipeline-rows").replaceChildren(...rows);
+    const known = (text) => [check.role === "standing by" ? "–" : text, "number"];
+    return [
+      [pipeline.name],
+      [stateOf(check), tone(check.status)],
+      known(short(rate(pipeline.name, RATE_MS))),
+      known(whole(pipeline.backlog ?? pipeline.queued)),
+      known(duration(pipeline.oldestUnreadSeconds)),
+      [letters === undefined || letters.error ? "–" : whole(letters[pipeline.pipeline] ?? 0), "number"],
+      known(whole(pipeline.lost ?? 0)),
+    ];
+  }));
 }
 
 function showTop(top) {

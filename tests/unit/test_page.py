@@ -59,7 +59,7 @@ class Parts:
         self.database = FakeDatabase()
         self.health = Health(self.status, self.clock, "1.2.3", timedelta(seconds=30))
         pipelines = [PipelineRow("bars_1m", "bars_1m", "bars.finalized")]
-        self.lookups = Lookups(self.database, self.database, self.status)
+        self.lookups = Lookups(self.database, self.database, self.status, self.clock)
         self.samples = Samples(self.metrics.registry, pipelines, self.status, self.clock)
         self.state = State(
             identity=Identity("host-1", 42, 30.0, True, {"redis": "redis:6379"}),

@@ -48,7 +48,7 @@ def build_page(
     pipelines = [PipelineRow(name, record.name, stream) for record, stream, name in name_streams(settings)]
     if settings.stores_messages:
         pipelines.append(PipelineRow(VIEW_EVENTS.name, VIEW_EVENTS.name, None))
-    lookups = Lookups(display if settings.counts_views else None, records, status)
+    lookups = Lookups(display if settings.counts_views else None, records, status, clock)
     samples = Samples(metrics.registry, pipelines, status, clock)
     state = State(
         identity=_identify(settings),

@@ -9,6 +9,7 @@ import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
+from worker.contract.times import format_time
 from worker.errors import DatabaseRefused, Unavailable, cause_of
 from worker.observability.logs import get_logger
 from worker.observability.status import SERVERS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from worker.db.counters.reads import Top
     from worker.observability.status import Status
+    from worker.runtime.clock import Clock
 
 log = get_logger(__name__)
 
@@ -43,12 +45,16 @@ class Letters(Protocol):
 
 
 class Lookups:
-    """`tops` is None where views are not counted. `is_watched`: whether a page is open."""
+    """`tops` is None where views are not counted.
 
-    def __init__(self, tops: Tops | None, letters: Letters, status: Status) -> None:
+    `found` has what was read last, and when: `top`, `deadLetters`, `readAt`.
+    """
+
+    def __init__(self, tops: Tops | None, letters: Letters, status: Status, clock: Clock) -> None:
         self._tops = tops
         self._letters = letters
         self._status = status
+        self._clock = clock
         self._wake = asyncio.Event()
         self._due = False
         self.found: dict[str, Any] = {}
@@ -81,6 +87,7 @@ class Lookups:
     async def _keep(self, name: str, read: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         try:
             self.found[name] = await read()
+            self.found["readAt"] = format_time(self._clock.now())
         except (Unavailable, DatabaseRefused) as error:
             self.found[name] = {"error": str(error)}
         except Exception as error:

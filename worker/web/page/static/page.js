@@ -37,6 +37,12 @@ const printable = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]
 
 const NAMES = { redis: "Redis", postgres: "Postgres", schema: "Tables", view_counts: "View counts", messages: "Messages", grpc: "gRPC" };
 const nameOf = (check) => NAMES[check] ?? check;
+/** What becomes of views while a server is away. */
+const MEANWHILE = {
+  redis: "If the application cannot reach Redis either, its views are not counted. What Redis has is written when it is back, as long as it keeps its data.",
+  postgres: "Meanwhile views and records wait in Redis. Nothing is lost.",
+  schema: "Meanwhile views and records wait in Redis. Nothing is lost.",
+};
 const STATES = { ok: "ok", hold: "on hold", failing: "failing", starting: "starting" };
 const tone = (state) => (state === "ok" ? "ok" : state === "failing" ? "failing" : "hold");
 const perSecond = (value) => (value === null ? "–" : `${short(value)}/s`);
@@ -78,21 +84,31 @@ function showRows(body, rows) {
 
 // --- what needs attention ---
 
-/** Checks that are not ok, holds first. Those with the same cause are one problem. */
+/** Checks that are not ok, holds first. Those with the same cause are one problem: the server's, if one is among them. */
 function problems(state) {
   const found = new Map();
   for (const [name, check] of Object.entries(state.health.checks)) {
     if (check.status === "ok") continue;
     const key = JSON.stringify([check.status, check.cause, check.remedy]);
-    found.set(key, { check, names: [...(found.get(key)?.names ?? []), nameOf(name)] });
+    found.set(key, { check, names: [...(found.get(key)?.names ?? []), name] });
   }
   const all = [...found.values()];
   const ordered = [...all.filter(({ check }) => check.status === "hold"), ...all.filter(({ check }) => check.status !== "hold")];
-  return ordered.map(({ check, names }) => ({
-    tone: tone(check.status),
-    title: `${names.join(", ")}: ${STATES[check.status]}`,
-    texts: [check.cause, check.remedy && `What to do: ${check.remedy}`],
-  }));
+  return ordered.map(({ check, names }) => {
+    const servers = names.filter((name) => name in MEANWHILE);
+    const shown = servers.length ? servers : names;
+    const waiting = names.filter((name) => !shown.includes(name)).map(nameOf);
+    return {
+      tone: tone(check.status),
+      title: `${shown.map(nameOf).join(", ")}: ${STATES[check.status]}`,
+      texts: [
+        check.cause,
+        check.remedy && `What to do: ${check.remedy}`,
+        waiting.length > 0 && `Waiting for it: ${waiting.join(", ")}.`,
+        ...servers.map((name) => check.status === "failing" && MEANWHILE[name]),
+      ],
+    };
+  });
 }
 
 function notices(state) {
@@ -101,13 +117,13 @@ function notices(state) {
   const quarantined = Object.entries(state.health.quarantined_keys ?? {});
   if (quarantined.length) {
     const listed = quarantined.slice(0, 5).map(([key, reason]) => `${printable(key)}: ${reason}`).join("; ");
-    add("Counters that cannot be counted", listed, "They are left as they are, and do not block others. Fix or delete the keys.");
+    add("Counters that cannot be counted", listed, "They are left as they are, and do not block others.", "What to do: set each key to a whole number, or delete it.");
   }
   const letters = Object.entries(state.lookups.deadLetters ?? {}).filter(([name]) => name !== "error");
   for (const [pipeline, count] of letters) {
     const more = count >= 10_000 ? " or more" : "";
     add(`${nameOf(pipeline)}: ${times(count, "dead letter", "dead letters")}${more}`,
-      "Records that cannot become rows; their bytes are kept.", "What to do: `viewer-worker dead-letters list`");
+      "Records that cannot become rows; their bytes are kept.", "What to do: see why with `viewer-worker dead-letters show`; then replay or purge them.");
   }
   for (const pipeline of state.pipelines) {
     if (pipeline.lost) add(`${pipeline.name}: ${times(pipeline.lost, "entry", "entries")} lost since the start`,
@@ -136,7 +152,7 @@ function calm(state) {
   for (const [name, check] of Object.entries(state.health.checks)) {
     if (check.role === "standing by") byHolder.set(check.holder, [...(byHolder.get(check.holder) ?? []), nameOf(name)]);
   }
-  const texts = [...byHolder].map(([holder, names]) => `${names.join(", ")}: this worker stands by for ${holder}.`);
+  const texts = [...byHolder].map(([holder, names]) => `${names.join(", ")}: ${holder} does this. This worker takes over if it stops.`);
   return { tone: "ok", title: texts.length ? "All checks pass. Another worker does the work." : "All checks pass.", texts };
 }
 
@@ -163,19 +179,23 @@ function showState(state) {
   const [text, tone] = state.stopping ? ["Stopping", "hold"] : WORDS[state.health.status];
   showStatus(text, tone);
   const { host, pid, uptimeSeconds, source } = state.worker;
-  at("identity").textContent = `${host}:${pid} · version ${state.health.version} · up ${duration(uptimeSeconds)} · source ${source}`;
+  const parts = [`${host}, process ${pid}`, `version ${state.health.version}`, `up ${duration(uptimeSeconds)}`];
+  if (source !== "default") parts.push(`source ${source}`);
+  at("identity").textContent = [...parts, `at ${new Date(state.health.timestamp).toLocaleTimeString("en-GB")}`].join(" · ");
   showAttention(state);
   showParts(state);
   at("views").hidden = at("top").hidden = state.views === null;
   if (state.views !== null) {
     showViews(state);
-    showTop(state.lookups.top);
+    showTop(state.lookups);
   }
   at("pipelines").hidden = state.pipelines.length === 0;
   showPipelines(state);
 }
 
-const stateOf = (check) => STATES[check.status] + (check.status === "ok" && check.role ? `, ${check.role}` : "");
+/** Other roles change many times a second, or follow from who does it. */
+const SHOWN_ROLES = ["standing by", "waiting"];
+const stateOf = (check) => STATES[check.status] + (check.status === "ok" && SHOWN_ROLES.includes(check.role) ? `, ${check.role}` : "");
 
 function doer(check) {
   if (check.role === "standing by") return check.holder;
@@ -191,18 +211,23 @@ function showParts(state) {
 }
 
 function showViews({ views, health }) {
-  at("views-note").hidden = health.checks.view_counts.role !== "standing by";
+  const { view_counts: check, redis } = health.checks;
+  const elsewhere = check.role === "standing by";
+  at("views-elsewhere").hidden = !elsewhere;
+  at("views-here").hidden = elsewhere;
+  at("views-holder").textContent = elsewhere ? check.holder : "";
   // By the worker's clock: this one may differ.
   const agreed = (Date.parse(health.timestamp) - views.lastAgreementMs) / 1000;
+  const isKnown = redis.status === "ok";
   const numbers = [
-    ["Written", perSecond(rate("views", rateWindow()))],
-    ["Messages", perSecond(rate("messages", RATE_MS))],
-    ["Ids pending", whole(views.pendingIds)],
-    ["Oldest pending", views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
-    ["A flush takes", duration(ratio("flushSeconds", "flushRounds"))],
-    ["Views a flush", short(ratio("views", "flushes"))],
-    ["Redis and Postgres agreed", views.lastAgreementMs === null ? "not yet" : `${duration(Math.max(0, Math.round(agreed)))} ago`],
-    ["Written since the start", short(views.flushedViews)],
+    ["Views written", perSecond(rate("views", rateWindow()))],
+    ["Messages received", perSecond(rate("messages", RATE_MS))],
+    ["Ids found, not written", isKnown ? whole(views.pendingIds) : "not known"],
+    ["The oldest waits since", !isKnown ? "not known" : views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
+    ["Time of a flush", duration(ratio("flushSeconds", "flushRounds"))],
+    ["Views per flush", short(ratio("views", "flushes"))],
+    ["Last time all was written", views.lastAgreementMs === null ? "not yet" : `${duration(Math.max(0, Math.round(agreed)))} ago`],
+    ["Written since this start", whole(views.flushedViews)],
   ];
   const list = at("view-numbers");
   if (list.children.length === 0) list.append(...numbers.map(([name]) => make("div", {}, make("dt", {}, name), make("dd", {}))));
@@ -216,20 +241,21 @@ function showPipelines(state) {
   const letters = state.lookups.deadLetters;
   showRows(at("pipeline-rows"), state.pipelines.map((pipeline) => {
     const check = state.health.checks[pipeline.name];
-    const known = (text) => [check.role === "standing by" ? "–" : text, "number"];
+    const known = (text, warns) => [check.role === "standing by" ? "–" : text, warns ? "number hold" : "number"];
+    const stored = letters?.[pipeline.pipeline] ?? 0;
     return [
       [pipeline.name],
       [stateOf(check), tone(check.status)],
       known(short(rate(pipeline.name, RATE_MS))),
       known(whole(pipeline.backlog ?? pipeline.queued)),
       known(duration(pipeline.oldestUnreadSeconds)),
-      [letters === undefined || letters.error ? "–" : whole(letters[pipeline.pipeline] ?? 0), "number"],
-      known(whole(pipeline.lost ?? 0)),
+      [letters === undefined || letters.error ? "–" : whole(stored), stored ? "number hold" : "number"],
+      known(whole(pipeline.lost ?? 0), pipeline.lost),
     ];
   }));
 }
 
-function showTop(top) {
+function showTop({ top, readAt }) {
   renew(at("top-rows"), top?.top, () => (top?.top ?? []).map((entry) => {
     const button = make("button", { className: "link", type: "button" }, isolated(entry.vodId));
     button.dataset.id = entry.vodId;
@@ -237,8 +263,16 @@ function showTop(top) {
     return make("tr", {}, cell(button), cell(whole(entry.views), "number"), cell(whole(entry.total), "number"));
   }));
   at("top-table").hidden = !top?.top?.length;
-  at("top-note").textContent = top === undefined ? "Not read yet." : top.error ? `Not known: ${top.error}`
-    : top.top.length === 0 ? `No views since ${clock(Date.parse(top.since) / 1000)}.` : `Since ${clock(Date.parse(top.since) / 1000)}, read every ten seconds.`;
+  at("top-note").textContent = topNote(top, readAt);
+}
+
+function topNote(top, readAt) {
+  if (top === undefined) return "Not read yet.";
+  if (top.error) return `Not known: ${top.error}`;
+  const since = clock(Date.parse(top.since) / 1000);
+  const read = `Read at ${new Date(readAt).toLocaleTimeString("en-GB")}.`;
+  if (top.top.length === 0) return `No views were flushed since ${since}. ${read}`;
+  return `By the views that were flushed since ${since}. Totals include views that wait for a flush. ${read}`;
 }
 
 // --- samples ---
@@ -248,11 +282,11 @@ let rows = [];
 let interval = 0;
 
 const plots = {
-  views: new Plot(at("plot-views"), "Views and messages a second", short),
-  pending: new Plot(at("plot-pending"), "Ids that wait for a flush", short),
-  flush: new Plot(at("plot-flush"), "Duration of a flush", duration),
+  views: new Plot(at("plot-views"), "Views written and messages received a second", short),
+  pending: new Plot(at("plot-pending"), "Ids found, not written", short),
+  flush: new Plot(at("plot-flush"), "Time of a flush", duration),
   records: new Plot(at("plot-records"), "Records a second", short),
-  history: new Plot(at("plot-history"), "Views", short, { bars: true }),
+  history: new Plot(at("plot-history"), "Views by hour or day (UTC)", short, { bars: true }),
 };
 
 /** Long enough for two flushes: between them nothing is written. */
@@ -291,7 +325,7 @@ function showSamples(samples) {
   const seconds = rows.map(([ms]) => ms / 1000);
   const all = (value) => rows.map((_, index) => value(index));
   const of = (column) => rows.map((row) => row[columns.indexOf(column)]);
-  if (!at("views").hidden) {
+  if (!at("views").hidden && !at("views-here").hidden) {
     plots.views.show(seconds, {
       written: all((index) => rateAt(index, "views", rateWindow())),
       messages: all((index) => rateAt(index, "messages", RATE_MS)),
@@ -339,8 +373,8 @@ async function showHistory() {
     const found = new Map(history.buckets.map((each) => [Date.parse(each.time) / 1000, each.views]));
     const starts = Array.from({ length: count }, (_, index) => first + index * width);
     const pending = now.pending ? `, ${whole(now.pending)} of them not flushed yet` : "";
-    at("history-total").textContent = `${times(now.views, "view", "views")}${pending}. The history ends at ${clock(Date.parse(history.asOf) / 1000)}.`;
-    plots.history.show(starts, { [`views per ${bucket}`]: starts.map((start) => found.get(start) ?? 0) });
+    at("history-total").textContent = `${times(now.views, "view", "views")}${pending}. Flushed up to ${clock(Date.parse(history.asOf) / 1000)}.`;
+    plots.history.show(starts, { [`in the ${bucket}`]: starts.map((start) => found.get(start) ?? 0) });
     at("history-rows").replaceChildren(...starts.filter((start) => found.has(start)).reverse().map((start) =>
       make("tr", {}, cell(new Date(start * 1000).toISOString().slice(0, bucket === "day" ? 10 : 16).replace("T", " ")), cell(whole(found.get(start)), "number"))));
   } catch (error) {

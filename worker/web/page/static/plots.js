@@ -73,7 +73,7 @@ export class Plot {
       tzDate: this.bars ? (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC") : undefined,
       scales: { x: { time: true, range: () => this.span() }, y: { range: (_, __, high) => [0, high > 0 ? 1.1 * high : 1] } },
       axes: [
-        { ...axis, size: this.bars ? 36 : 24, values: (_, ticks) => ticks.map(this.bars ? utc : clock) },
+        { ...axis, size: this.bars ? 36 : 24, values: (_, ticks) => ticks.map(this.bars ? utc : clock).map(unlessRepeated) },
         { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => this.format(tick)) },
       ],
       series: [{}, ...series],
@@ -109,6 +109,8 @@ export class Plot {
     if (this.plot !== undefined && this.plot.width !== this.width()) this.plot.setSize({ width: this.width(), height: HEIGHT });
   }
 }
+
+const unlessRepeated = (label, index, labels) => (label === labels[index - 1] ? "" : label);
 
 /** The day at midnight, else the time. */
 function utc(seconds) {

@@ -182,7 +182,7 @@ async def test_page_survives_an_outage_of_redis_and_a_restart_of_the_worker(
     restarted = start()
     await restarted.wait_for_log("started")
     await expect(page.locator("#status")).to_have_text("Healthy")
-    await expect(page.locator("#identity")).to_contain_text(f":{restarted.process.pid} ")
+    await expect(page.locator("#identity")).to_contain_text(f"process {restarted.process.pid} ")
     restarted.terminate()
     assert await restarted.wait(timeout=5) == 0  # an open page does not delay the stop
 
@@ -205,7 +205,7 @@ async def test_page_begins_with_a_hold_and_dead_letters_and_says_what_to_do(
     await expect(first).to_contain_text("What to do: ")
     await expect(first).to_contain_text("viewer-worker adopt")
     await expect(page.locator("#attention")).to_contain_text("chunk_requests: 1 dead letter")
-    await expect(page.locator("#attention")).to_contain_text("viewer-worker dead-letters list")
+    await expect(page.locator("#attention")).to_contain_text("viewer-worker dead-letters show")
     await expect(page.locator("#attention")).to_contain_text("Counters that cannot be counted")
     assert await find_barriers(page, axe) == []
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from worker.db.counters.source_row import PastLineage, SourceRow, SourceState
     from worker.db.session import Transaction
 
-REMEDY = "Run `viewer-worker adopt`: it shows both sides and the ways out, and changes nothing. Meanwhile views wait in Redis."
+REMEDY = "Run `viewer-worker adopt`: it shows both sides and the ways out. Nothing is lost: views wait in Redis."
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,15 @@ function showState(state) {
 
 /** Other roles change many times a second, or follow from who does it. */
 const SHOWN_ROLES = ["standing by", "waiting"];
-const stateOf = (check) => STATES[check.status] + (check.status === "ok" && SHOWN_ROLES.includes(check.role) ? `, ${check.role}` : "");
+const shownRole = (role) => (SHOWN_ROLES.includes(role) ? `, ${role}` : "");
+
+/** Text and tone. What moves data waits while a server is away, and finds out at its next step. */
+function stateOf(check, checks) {
+  if (check.status !== "ok") return [STATES[check.status], tone(check.status)];
+  const away = Object.keys(MEANWHILE).find((server) => checks[server].status === "failing");
+  if (check.role !== undefined && away !== undefined) return [`waits for ${nameOf(away)}`, "hold"];
+  return [`ok${shownRole(check.role)}`, "ok"];
+}
 
 function doer(check) {
   if (check.role === "standing by") return check.holder;
@@ -206,7 +214,7 @@ function doer(check) {
 function showParts(state) {
   const places = { redis: ` ${state.worker.redis}`, postgres: ` ${state.worker.postgres}` };
   showRows(at("part-rows"), Object.entries(state.health.checks).map(([name, check]) => [
-    [nameOf(name), "", places[name]], [stateOf(check), tone(check.status)], [duration(check.for_seconds)], [doer(check)],
+    [nameOf(name), "", places[name]], stateOf(check, state.health.checks), [duration(check.for_seconds)], [doer(check)],
   ]));
 }
 
@@ -245,7 +253,7 @@ function showPipelines(state) {
     const stored = letters?.[pipeline.pipeline] ?? 0;
     return [
       [pipeline.name],
-      [stateOf(check), tone(check.status)],
+      stateOf(check, state.health.checks),
       known(short(rate(pipeline.name, RATE_MS))),
       known(whole(pipeline.backlog ?? pipeline.queued)),
       known(duration(pipeline.oldestUnreadSeconds)),

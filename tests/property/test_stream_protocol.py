@@ -130,6 +130,7 @@ class AnswerIsLost(Exception):
 class Late:
     """A transaction whose COMMIT takes effect later. `kind` says what it is for."""
 
+    actor: Actor
     transaction: Any
     backend: int | None
     kind: str
@@ -239,7 +240,7 @@ class Actor:
             yield tx
             await self._gate(f"{kind}: before COMMIT", DatabaseUnavailable)
         except AnswerIsLost:
-            self._machine.late.append(Late(transaction, self.backend, kind))
+            self._machine.late.append(Late(self, transaction, self.backend, kind))
             raise DatabaseUnavailable("injected: COMMIT is on its way") from None
         except BaseException as error:
             if not await transaction.__aexit__(type(error), error, error.__traceback__):
@@ -367,7 +368,12 @@ class Actor:
             self.task.cancel()
             with contextlib.suppress(asyncio.CancelledError, RedisUnavailable, DatabaseUnavailable):
                 await self.task
-        await self.worker.close()
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections of a dead worker, as soon as none has a COMMIT that is still on its way."""
+        if self.is_dead and all(late.actor is not self for late in self._machine.late):
+            await self.worker.close()
 
 
 def _as_kind(kind: str, call: Callable[..., Awaitable[Any]]) -> Any:
@@ -524,6 +530,7 @@ class StreamMachine(RuleBasedStateMachine):
             await self.terminate(late.backend)
         with contextlib.suppress(DatabaseUnavailable):
             await late.transaction.__aexit__(None, None, None)
+        await late.actor.close()
 
     async def carry_up_to(self, actor: int, kinds: list[str], gate: str, turn: int) -> None:
         """Add entries, free the lease, and run a worker to the gate."""

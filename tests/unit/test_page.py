@@ -36,9 +36,12 @@ class FakeDatabase:
     def __init__(self) -> None:
         self.asked = 0
         self.failure: Exception | None = None
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def top(self, window: timedelta, limit: int) -> Top:
         self.asked += 1
+        await self.answers.wait()
         if self.failure is not None:
             raise self.failure
         return Top(HOUR, HOUR, [TopEntry("line\u2028break\n\nevent: x", 1, 2)])
@@ -191,6 +194,14 @@ async def test_failed_lookup_is_shown_and_ends_nothing(parts: Parts) -> None:
         await parts.lookups.look()
         assert str(failure) in parts.lookups.found["top"]["error"]
         assert parts.lookups.found["deadLetters"] == {"bars_1m": 3}
+
+
+async def test_slow_lookup_does_not_delay_the_stop(parts: Parts) -> None:
+    parts.database.answers.clear()
+    async with asyncio.timeout(5), parts.serving():
+        parts.lookups.want()
+        while not parts.database.asked:
+            await asyncio.sleep(0)
 
 
 async def test_pages_above_the_limit_are_refused_and_a_closed_one_makes_room(

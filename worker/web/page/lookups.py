@@ -64,7 +64,7 @@ class Lookups:
             self._status.expect_beat(LOOP, within=PERIOD_S + BEAT_S)
             if self._due and self._status.is_ok(*SERVERS):
                 self._due = False
-                await self.look()
+                await self._look_until(stop)
                 await wait_first(PERIOD_S, stop)
             else:
                 await wait_first(PERIOD_S, stop, self._wake, self._status.changed)
@@ -74,6 +74,17 @@ class Lookups:
         """A page is open: look again when ten seconds have passed since the last look."""
         self._due = True
         self._wake.set()
+
+    async def _look_until(self, stop: asyncio.Event) -> None:
+        """Slow servers do not delay the stop."""
+        looking = asyncio.create_task(self.look(), name=LOOP)
+        stopping = asyncio.create_task(stop.wait(), name=f"{LOOP} stop")
+        try:
+            await asyncio.wait({looking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (looking, stopping):
+                task.cancel()
+            await asyncio.wait({looking, stopping})
 
     async def look(self) -> None:
         if self._tops is not None:

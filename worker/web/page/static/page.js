@@ -228,8 +228,8 @@ function showViews({ views, health }) {
   const agreed = (Date.parse(health.timestamp) - views.lastAgreementMs) / 1000;
   const isKnown = redis.status === "ok";
   const numbers = [
-    ["Views written", perSecond(rate("views", rateWindow()))],
-    ["Messages received", perSecond(rate("messages", RATE_MS))],
+    ["Views written", perSecond(written())],
+    ["Messages received", perSecond(rate("messages"))],
     ["Ids found, not written", isKnown ? whole(views.pendingIds) : "not known"],
     ["The oldest waits since", !isKnown ? "not known" : views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
     ["Time of a flush", duration(ratio("flushSeconds", "flushRounds"))],
@@ -254,7 +254,7 @@ function showPipelines(state) {
     return [
       [pipeline.name],
       stateOf(check, state.health.checks),
-      known(short(rate(pipeline.name, RATE_MS))),
+      known(short(rate(pipeline.name))),
       known(whole(pipeline.backlog ?? pipeline.queued)),
       known(duration(pipeline.oldestUnreadSeconds)),
       [letters === undefined || letters.error ? "–" : whole(stored), stored ? "number hold" : "number"],
@@ -304,7 +304,7 @@ const rateWindow = () => Math.max(RATE_MS, 2000 * interval);
 function base(index, window) {
   const since = rows[index][0] - window;
   let first = index;
-  while (first > 0 && rows[first - 1][0] >= since) first -= 1;
+  while (first > 0 && rows[first][0] > since) first -= 1;
   return first;
 }
 
@@ -314,9 +314,25 @@ function change(index, column, window) {
   return rows[index][of] - rows[first][of];
 }
 
-function rateAt(index, column, window) {
-  const seconds = (rows[index][0] - rows[base(index, window)][0]) / 1000;
-  return seconds > 0 ? change(index, column, window) / seconds : null;
+function rateBetween(first, last, of) {
+  const seconds = (rows[last][0] - rows[first][0]) / 1000;
+  return seconds > 0 ? (rows[last][of] - rows[first][of]) / seconds : null;
+}
+
+const rateAt = (index, column, window) => rateBetween(base(index, window), index, columns.indexOf(column));
+
+/** Views are written in steps, one a flush. From flush to flush, as between any two moments the rate would jump. */
+function writtenAt(index) {
+  const of = columns.indexOf("views");
+  const isStep = (row) => row > 0 && rows[row][of] !== rows[row - 1][of];
+  const first = base(index, rateWindow());
+  // The first flush after a start writes what came before it, too.
+  if (rows[index][0] - rows[first][0] < 1000 * interval) return null;
+  let last = index;
+  while (last > first && !isStep(last)) last -= 1;
+  let before = first;
+  while (before > 0 && !isStep(before) && rows[first][0] - rows[before][0] < 1000 * interval) before -= 1;
+  return last > first && isStep(before) ? rateBetween(before, last, of) : rateBetween(first, index, of);
 }
 
 function ratioAt(index, column, other, window) {
@@ -324,22 +340,25 @@ function ratioAt(index, column, other, window) {
   return count > 0 ? change(index, column, window) / count : null;
 }
 
-const rate = (column, window) => (rows.length ? rateAt(rows.length - 1, column, window) : null);
+const rate = (column) => (rows.length ? rateAt(rows.length - 1, column, RATE_MS) : null);
+const written = () => (rows.length ? writtenAt(rows.length - 1) : null);
 const ratio = (column, other) => (rows.length ? ratioAt(rows.length - 1, column, other, rateWindow()) : null);
 
 function showSamples(samples) {
   columns = samples.columns;
   rows = [...rows, ...samples.rows].slice(-720);
+  // Those above the newest are of a clock that was set back.
+  rows = rows.filter(([ms]) => ms <= rows.at(-1)[0]);
   const seconds = rows.map(([ms]) => ms / 1000);
   const all = (value) => rows.map((_, index) => value(index));
   const of = (column) => rows.map((row) => row[columns.indexOf(column)]);
   if (!at("views").hidden && !at("views-here").hidden) {
     plots.views.show(seconds, {
-      written: all((index) => rateAt(index, "views", rateWindow())),
+      written: all(writtenAt),
       messages: all((index) => rateAt(index, "messages", RATE_MS)),
     });
     plots.pending.show(seconds, { ids: of("pendingIds") });
-    plots.flush.show(seconds, { mean: all((index) => ratioAt(index, "flushSeconds", "flushRounds", RATE_MS)) });
+    plots.flush.show(seconds, { mean: all((index) => ratioAt(index, "flushSeconds", "flushRounds", rateWindow())) });
   }
   if (!at("pipelines").hidden) {
     const names = columns.slice(columns.indexOf("oldestPendingSeconds") + 1);

@@ -135,6 +135,8 @@ async def test_page_and_its_files_may_load_nothing_from_elsewhere(parts: Parts) 
 async def test_events_carry_the_state_and_the_samples(parts: Parts) -> None:
     parts.metrics.entries_carried.labels("bars_1m", "bars.finalized").inc(7)
     parts.metrics.flushed_views.inc(5)
+    for kind in ("count", "not_json", "vod_id"):
+        parts.metrics.invalid_messages.labels(kind).inc()
     async with parts.serving() as url, aiohttp.ClientSession() as session, session.get(f"{url}/events") as response:
         assert response.content_type == "text/event-stream"
         events = Events(response)
@@ -155,6 +157,7 @@ async def test_events_carry_the_state_and_the_samples(parts: Parts) -> None:
         assert state["worker"] == {"host": "host-1", "pid": 42, "uptimeSeconds": 0, "redis": "redis:6379"}
         assert state["views"]["flushedViews"] == 5
         assert state["views"]["lastAgreementMs"] is None
+        assert state["views"]["invalidMessages"] == 3
         assert state["pipelines"][0]["records"] == 7
         while "top" not in state["lookups"]:
             parts.clock.advance(1)
@@ -202,6 +205,20 @@ async def test_slow_lookup_does_not_delay_the_stop(parts: Parts) -> None:
         parts.lookups.want()
         while not parts.database.asked:
             await asyncio.sleep(0)
+
+
+async def test_backlog_is_unknown_unless_the_stream_is_read(parts: Parts) -> None:
+    def find_backlog() -> object:
+        state: Any = parts.state.document()
+        return state["pipelines"][0]["backlog"]
+
+    parts.metrics.backlog.labels("bars_1m", "bars.finalized").set(7)
+    assert find_backlog() is None
+    parts.metrics.lease_held.labels("bars_1m").set(1)
+    assert find_backlog() == 7
+    parts.metrics.lease_held.labels("bars_1m").set(0)
+    parts.metrics.stream_holds.labels("bars_1m", "bars.finalized").set(1)
+    assert find_backlog() == 7
 
 
 async def test_pages_above_the_limit_are_refused_and_a_closed_one_makes_room(

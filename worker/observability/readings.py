@@ -22,6 +22,10 @@ class Readings:
         """The value, or None where there is no such sample."""
         return self._values.get((name, frozenset(labels.items())))
 
+    def total(self, name: str) -> float:
+        """The sum over all labels."""
+        return sum(value for (found, _), value in self._values.items() if found == name)
+
     def get(self, name: str, **labels: str) -> float:
         """The value, or 0 where there is no such sample."""
         return self._values.get((name, frozenset(labels.items())), 0.0)

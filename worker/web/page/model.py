@@ -37,10 +37,12 @@ class PipelineRow:
         if self.stream is None:
             return shown | {"gaps": readings.get("view_event_gaps_total")}
         labels = of_pipeline | {"stream": self.stream}
+        # Elsewhere the metrics are 0, which would look like an answer: only the worker that reads the stream knows.
+        reads = readings.get("viewer_worker_lease_held", lease=self.name) or readings.get("stream_holds", **labels)
         return shown | {
             "stream": self.stream,
-            "backlog": readings.get("stream_backlog_entries", **labels),
-            "oldestUnreadSeconds": readings.get("stream_oldest_unread_seconds", **labels),
+            "backlog": readings.get("stream_backlog_entries", **labels) if reads else None,
+            "oldestUnreadSeconds": readings.get("stream_oldest_unread_seconds", **labels) if reads else None,
             "lost": readings.get("stream_entries_lost_total", **labels),
             "gaps": readings.get("stream_gaps_total", **labels),
         }

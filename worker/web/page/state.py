@@ -29,6 +29,7 @@ VIEW_NUMBERS = {
     "replays": "view_count_settle_replays_total",
     "gaps": "view_count_subscription_gaps_total",
     "dropped": "view_count_announced_dropped_total",
+    "quarantinedKeys": "view_count_quarantined_keys",
 }
 LAST_AGREEMENT = "view_count_last_agreement_timestamp_seconds"
 
@@ -76,5 +77,6 @@ class State:
         return {
             "flushIntervalSeconds": self.identity.flush_interval,
             "lastAgreementMs": None if agreed is None else round(agreed * 1000),
+            "invalidMessages": readings.total("view_count_updates_invalid_total"),
             **{field: readings.get(metric) for field, metric in VIEW_NUMBERS.items()},
         }

@@ -8,11 +8,15 @@ const REOPEN_MS = 5000;
 const RATE_MS = 60_000;
 const HISTORY = { hour: { width: 3600, count: 48 }, day: { width: 86_400, count: 30 } };
 
+/** How far the worker's clock is ahead of this one. */
+let ahead = 0;
+const now = () => Date.now() + ahead;
+
 const at = (id) => document.getElementById(id);
 
 // --- texts ---
 
-const whole = (value) => Math.round(value).toLocaleString("en");
+const whole = (value) => (value === null ? "–" : Math.round(value).toLocaleString("en"));
 
 function short(value) {
   if (value === null || value === undefined) return "–";
@@ -45,7 +49,15 @@ const MEANWHILE = {
 };
 const STATES = { ok: "ok", hold: "on hold", failing: "failing", starting: "starting" };
 const tone = (state) => (state === "ok" ? "ok" : state === "failing" ? "failing" : "hold");
+/** The first of a pipeline's rows: it has one for each stream. */
+const leads = (pipeline, _, all) => all.find((each) => each.pipeline === pipeline.pipeline) === pipeline;
 const perSecond = (value) => (value === null ? "–" : `${short(value)}/s`);
+/** Local time, with the date unless it is today. */
+const moment = (text) => {
+  const time = new Date(text);
+  const isToday = time.toDateString() === new Date(now()).toDateString();
+  return (isToday ? "" : `${time.toLocaleDateString("en-GB", { day: "numeric", month: "short" })} `) + clock(time / 1000);
+};
 const times = (count, one, many) => `${whole(count)} ${count === 1 ? one : many}`;
 
 // --- elements ---
@@ -116,9 +128,13 @@ function notices(state) {
   const add = (title, ...texts) => found.push({ tone: "hold", title, texts });
   const quarantined = Object.entries(state.health.quarantined_keys ?? {});
   if (quarantined.length) {
-    const listed = quarantined.slice(0, 5).map(([key, reason]) => `${printable(key)}: ${reason}`).join("; ");
+    const count = Math.max(quarantined.length, state.views?.quarantinedKeys ?? 0);
+    const more = count > 5 ? `; and ${whole(count - 5)} more` : "";
+    const listed = quarantined.slice(0, 5).map(([key, reason]) => `${printable(key)}: ${reason}`).join("; ") + more;
     add("Counters that cannot be counted", listed, "They are left as they are, and do not block others.", "What to do: set each key to a whole number, or delete it.");
   }
+  if (state.views?.invalidMessages) add(`${times(state.views.invalidMessages, "message", "messages")} that cannot be counted since the start`,
+    "Their views are lost unless they were INCRed, too.", "What to do: see `message cannot be counted` in the log; it has the reason and an example.");
   const letters = Object.entries(state.lookups.deadLetters ?? {}).filter(([name]) => name !== "error");
   for (const [pipeline, count] of letters) {
     const more = count >= 10_000 ? " or more" : "";
@@ -128,7 +144,11 @@ function notices(state) {
   for (const pipeline of state.pipelines) {
     if (pipeline.lost) add(`${pipeline.name}: ${times(pipeline.lost, "entry", "entries")} lost since the start`,
       "They were deleted or trimmed before they were carried.", "What to do: let the stream keep entries for longer; `viewer-worker streams` shows how far it is carried.");
-    if (pipeline.dropped) add(`${pipeline.name}: ${times(pipeline.dropped, "record", "records")} dropped since the start`,
+    if (pipeline.stream !== undefined && pipeline.gaps) add(`${pipeline.name}: ${times(pipeline.gaps, "gap", "gaps")} since the start`,
+      "Entries may have been lost there, their number unknown: the stream was deleted, or is another one. The log has the cause.");
+  }
+  for (const { pipeline, dropped } of state.pipelines.filter(leads)) {
+    if (dropped) add(`${pipeline}: ${times(dropped, "record", "records")} dropped since the start`,
       "They are neither rows nor dead letters. The log has the cause.");
   }
   if (state.views?.dropped) add(`${times(state.views.dropped, "published view", "published views")} dropped since the start`,
@@ -147,6 +167,18 @@ function card({ tone, title, texts }) {
   return make("article", { className: `card ${tone}` }, make("h3", {}, title), ...paragraphs);
 }
 
+/** Cards that stay the same stay in place, so that a screen reader reads only what is new. */
+function showCards(element, cards) {
+  const keys = cards.map((each) => JSON.stringify(each));
+  for (const shown of [...element.children]) if (!keys.includes(shown.dataset.key)) shown.remove();
+  cards.forEach((each, index) => {
+    if (element.children[index]?.dataset.key === keys[index]) return;
+    const known = [...element.children].find((shown) => shown.dataset.key === keys[index]) ?? card(each);
+    known.dataset.key = keys[index];
+    element.insertBefore(known, element.children[index] ?? null);
+  });
+}
+
 function calm(state) {
   const byHolder = new Map();
   for (const [name, check] of Object.entries(state.health.checks)) {
@@ -158,10 +190,10 @@ function calm(state) {
 
 function showAttention(state) {
   const cards = state === null
-    ? [{ tone: "failing", title: "This page has lost the worker", texts: ["It does not answer. What is shown below is old.", "What to do: see whether the process runs, and what its log ends with. The page connects again by itself."] }]
+    ? [{ tone: "failing", title: "This page has lost the worker", texts: ["It does not answer, or too many pages are open. What is shown below is old.", "What to do: see whether the process runs, and what its log ends with. The page connects again by itself."] }]
     : [...problems(state), ...notices(state)];
   if (state !== null && problems(state).length === 0) cards.unshift(calm(state));
-  renew(at("attention"), cards, () => cards.map(card));
+  showCards(at("attention"), cards);
 }
 
 // --- state ---
@@ -247,7 +279,7 @@ function showViews({ views, health }) {
 
 function showPipelines(state) {
   const letters = state.lookups.deadLetters;
-  showRows(at("pipeline-rows"), state.pipelines.map((pipeline) => {
+  showRows(at("pipeline-rows"), state.pipelines.map((pipeline, ...others) => {
     const check = state.health.checks[pipeline.name];
     const known = (text, warns) => [check.role === "standing by" ? "–" : text, warns ? "number hold" : "number"];
     const stored = letters?.[pipeline.pipeline] ?? 0;
@@ -255,10 +287,12 @@ function showPipelines(state) {
       [pipeline.name],
       stateOf(check, state.health.checks),
       known(short(rate(pipeline.name))),
-      known(whole(pipeline.backlog ?? pipeline.queued)),
+      known(whole(pipeline.stream === undefined ? pipeline.queued : pipeline.backlog)),
       known(duration(pipeline.oldestUnreadSeconds)),
-      [letters === undefined || letters.error ? "–" : whole(stored), stored ? "number hold" : "number"],
-      known(whole(pipeline.lost ?? 0), pipeline.lost),
+      // They are stored for the pipeline, not for each stream.
+      [letters === undefined || letters.error ? "–" : leads(pipeline, ...others) ? whole(stored) : "", stored ? "number hold" : "number"],
+      // Of a channel nobody knows how many were missed.
+      known(whole(pipeline.lost ?? null), pipeline.lost),
     ];
   }));
 }
@@ -267,7 +301,7 @@ function showTop({ top, readAt }) {
   renew(at("top-rows"), top?.top, () => (top?.top ?? []).map((entry) => {
     const button = make("button", { className: "link", type: "button" }, isolated(entry.vodId));
     button.dataset.id = entry.vodId;
-    button.addEventListener("click", () => openHistory(entry.vodId));
+    button.addEventListener("click", () => openHistory(entry.vodId, true));
     return make("tr", {}, cell(button), cell(whole(entry.views), "number"), cell(whole(entry.total), "number"));
   }));
   at("top-table").hidden = !top?.top?.length;
@@ -277,8 +311,9 @@ function showTop({ top, readAt }) {
 function topNote(top, readAt) {
   if (top === undefined) return "Not read yet.";
   if (top.error) return `Not known: ${top.error}`;
-  const since = clock(Date.parse(top.since) / 1000);
-  const read = `Read at ${new Date(readAt).toLocaleTimeString("en-GB")}.`;
+  const since = moment(top.since);
+  const inexact = top.exact === false ? " The totals are not exact: flushing is on hold, or Redis and Postgres disagree." : "";
+  const read = `Read at ${new Date(readAt).toLocaleTimeString("en-GB")}.${inexact}`;
   if (top.top.length === 0) return `No views were flushed since ${since}. ${read}`;
   return `By the views that were flushed since ${since}. Totals include views that wait for a flush. ${read}`;
 }
@@ -368,10 +403,10 @@ function showSamples(samples) {
 
 // --- history of an id ---
 
-let asked = { id: "", bucket: "hour", abort: new AbortController() };
+let asked = { id: "", isOfList: false, bucket: "hour", abort: new AbortController() };
 
-function openHistory(id) {
-  asked.id = id;
+function openHistory(id, isOfList) {
+  Object.assign(asked, { id, isOfList });
   at("history-id").replaceChildren(isolated(id));
   if (!at("history").open) at("history").showModal();
   showHistory();
@@ -389,21 +424,23 @@ async function showHistory() {
   asked.abort = new AbortController();
   const { id, bucket, abort: { signal } } = asked;
   const { width, count } = HISTORY[bucket];
-  const last = Math.floor(Date.now() / 1000 / width) * width;
+  const last = Math.floor(now() / 1000 / width) * width;
   const first = last - (count - 1) * width;
   at("history-total").textContent = "Reading …";
   try {
-    const [{ views: [now] }, history] = await Promise.all([
+    // Browsers take these out of every path, however they are written.
+    if (id === "." || id === "..") throw new Error(`a browser cannot ask for this id. Run: viewer-worker history ${id}`);
+    const [{ views: [found] }, history] = await Promise.all([
       fetchJson(`v1/views?ids=${encodeURIComponent(id)}`, signal),
       fetchJson(`v1/views/${encodeURIComponent(id)}/history?bucket=${bucket}&from=${first * 1000}`, signal),
     ]);
-    const found = new Map(history.buckets.map((each) => [Date.parse(each.time) / 1000, each.views]));
+    const views = new Map(history.buckets.map((each) => [Date.parse(each.time) / 1000, each.views]));
     const starts = Array.from({ length: count }, (_, index) => first + index * width);
-    const pending = now.pending ? `, ${whole(now.pending)} of them not flushed yet` : "";
-    at("history-total").textContent = `${times(now.views, "view", "views")}${pending}. Flushed up to ${clock(Date.parse(history.asOf) / 1000)}.`;
-    plots.history.show(starts, { [`in the ${bucket}`]: starts.map((start) => found.get(start) ?? 0) });
-    at("history-rows").replaceChildren(...starts.filter((start) => found.has(start)).reverse().map((start) =>
-      make("tr", {}, cell(new Date(start * 1000).toISOString().slice(0, bucket === "day" ? 10 : 16).replace("T", " ")), cell(whole(found.get(start)), "number"))));
+    const pending = found.pending ? `, ${whole(found.pending)} of them not flushed yet` : "";
+    at("history-total").textContent = `${times(found.views, "view", "views")}${pending}. Flushed up to ${moment(history.asOf)}.${found.exact === false ? " The number is not exact: flushing is on hold, or Redis and Postgres disagree." : ""}`;
+    plots.history.show(starts, { [`in the ${bucket}`]: starts.map((start) => views.get(start) ?? 0) });
+    at("history-rows").replaceChildren(...starts.filter((start) => views.has(start)).reverse().map((start) =>
+      make("tr", {}, cell(new Date(start * 1000).toISOString().slice(0, bucket === "day" ? 10 : 16).replace("T", " ")), cell(whole(views.get(start)), "number"))));
   } catch (error) {
     if (!signal.aborted) at("history-total").textContent = `Not known: ${error.message}`;
   }
@@ -415,19 +452,27 @@ for (const choice of document.querySelectorAll("input[name=bucket]")) {
     showHistory();
   });
 }
-at("history").addEventListener("close", () => asked.abort.abort());
+at("history").addEventListener("close", () => {
+  asked.abort.abort();
+  if (!asked.isOfList) return;
+  // The button that had the focus may have been replaced meanwhile.
+  const button = [...at("top-rows").querySelectorAll("button")].find((each) => each.dataset.id === asked.id);
+  (button ?? at("lookup-id")).focus();
+});
 at("lookup").addEventListener("submit", (event) => {
   event.preventDefault();
-  openHistory(at("lookup-id").value);
+  openHistory(at("lookup-id").value, false);
 });
 
 // --- the connection ---
 
 let source = null;
 let heardAt = Date.now();
+let openedAt = 0;
 
 function open() {
   source?.close();
+  openedAt = Date.now();
   source = new EventSource("events");
   let isFirst = true;
   source.addEventListener("open", () => (isFirst = true));
@@ -437,12 +482,14 @@ function open() {
     showSamples(JSON.parse(event.data));
   });
   source.addEventListener("state", (event) => {
-    heardAt = Date.now();
-    document.body.classList.remove("stale");
     const state = JSON.parse(event.data);
+    ahead = Date.parse(state.health.timestamp) - Date.now();
     interval = state.views?.flushIntervalSeconds ?? 0;
     const wasHidden = at("views").hidden && at("pipelines").hidden;
     showState(state);
+    // What could not be shown was not heard.
+    heardAt = Date.now();
+    document.body.classList.remove("stale");
     if (wasHidden && rows.length) showSamples({ columns, rows: [] });
   });
 }
@@ -450,20 +497,22 @@ function open() {
 function close() {
   source?.close();
   source = null;
+  // The title of a tab in the background would go on to say that all is well.
+  showStatus("Paused", "hold");
 }
 
 setInterval(() => {
   if (document.hidden) return;
+  [heardAt, openedAt] = [heardAt, openedAt].map((each) => Math.min(each, Date.now())); // the clock may be set back
   if (Date.now() - heardAt > STALE_MS) {
     document.body.classList.add("stale");
     showStatus("No connection", "failing");
     showAttention(null);
   }
-  // The browser connects again by itself, but neither after a refusal nor where the network swallows everything.
-  if (source?.readyState === EventSource.CLOSED || Date.now() - heardAt > 3 * STALE_MS) {
-    heardAt = Math.max(heardAt, Date.now() - 3 * STALE_MS + REOPEN_MS);
-    open();
-  }
+  // The browser connects again by itself, but neither after a refusal nor where the network swallows everything. A slow
+  // network gets the time to deliver the first event.
+  const patience = source?.readyState === EventSource.CLOSED ? REOPEN_MS : 3 * STALE_MS;
+  if (Date.now() - Math.max(heardAt, openedAt) > patience) open();
 }, 1000);
 
 // Hidden pages would use up the few connections that a browser opens to one host.
@@ -472,8 +521,10 @@ document.addEventListener("visibilitychange", () => {
     close();
   } else {
     heardAt = Date.now();
+    showStatus("Connecting", "");
     open();
   }
 });
 
-open();
+if (document.hidden) close();
+else open();

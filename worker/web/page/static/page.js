@@ -41,11 +41,13 @@ const printable = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]
 
 const NAMES = { redis: "Redis", postgres: "Postgres", schema: "Tables", view_counts: "View counts", messages: "Messages", grpc: "gRPC" };
 const nameOf = (check) => NAMES[check] ?? check;
+// A restart loses views that were only published.
+const WAITING = "Meanwhile counters and streams wait in Redis. Messages wait in this worker: do not restart it.";
 /** What becomes of views while a server is away. */
 const MEANWHILE = {
   redis: "If the application cannot reach Redis either, its views are not counted. What Redis has is written when it is back, as long as it keeps its data.",
-  postgres: "Meanwhile views and records wait in Redis. Nothing is lost.",
-  schema: "Meanwhile views and records wait in Redis. Nothing is lost.",
+  postgres: WAITING,
+  schema: WAITING,
 };
 const STATES = { ok: "ok", hold: "on hold", failing: "failing", starting: "starting" };
 const tone = (state) => (state === "ok" ? "ok" : state === "failing" ? "failing" : "hold");

@@ -52,11 +52,14 @@ async def test_view_counts_once_whether_incremented_published_or_both(world: Wor
             await world.redis.incr(world.prefix + "incr only")
             await world.announce("publish only", 5)
         await worker.wait_until(lambda: sums(worker) == 21)
+        assert worker.metric("view_count_pending_keys") == 2  # a sweep finds the other one
+        assert worker.metric("view_count_oldest_pending_seconds") > 0
         assert await worker.sweep_and_flush() == Flushed(flush_id=1, keys=3, views=24)
     assert await rows(world) == {"both": (6, 6, 6), "incr only": (3, 3, 0), "publish only": (15, 0, 15)}
     await world.assert_consistent()
     assert await world.pending() == Counter()
     assert sums(worker) == 0
+    assert worker.metric("view_count_pending_keys") == 0
 
 
 @pytest.mark.parametrize(

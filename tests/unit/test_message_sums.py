@@ -118,8 +118,8 @@ def test_invalid_messages_are_measured_and_logged_once_a_minute_and_valid_ones_c
     assert [line["message"] for line in logs] == [("junk\\n\\x1b[31m" + "x" * 100)[:64], "junk"]
 
 
-def announced(metrics: Metrics | None = None) -> Announced:
-    made = Announced(metrics or Metrics())
+def announced(metrics: Metrics | None = None, clock: FakeClock | None = None) -> Announced:
+    made = Announced(metrics or Metrics(), clock or FakeClock())
     made.begin(1)
     return made
 
@@ -148,7 +148,24 @@ def test_written_sums_are_subtracted_and_others_are_kept() -> None:
     sums.add({"a": 1})
     sums.resolve_sent(nonce)
     assert sums.copy(["a", "b"], 1) == {"a": 1}
-    assert sums.ids() == ["a"]
+    assert sums.hand_over() == ["a"]
+
+
+def test_age_is_that_of_the_oldest_views_that_were_not_handed_over() -> None:
+    clock = FakeClock()
+    sums = announced(clock=clock)
+    assert sums.oldest_seconds() == 0
+    sums.add({"a": 1})
+    clock.advance(5)
+    sums.add({"b": 1})
+    assert sums.oldest_seconds() == 5
+    sums.hand_over()
+    assert sums.oldest_seconds() == 0
+    sums.add({"a": 1})
+    clock.advance(2)
+    assert sums.oldest_seconds() == 2
+    sums.begin(2)
+    assert sums.oldest_seconds() == 0
 
 
 def test_memory_is_bounded_and_dropped_views_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,12 +174,12 @@ def test_memory_is_bounded_and_dropped_views_are_measured(monkeypatch: pytest.Mo
     sums = announced(metrics)
     sums.add({"long" * 60: 1, "a": 1, "b": 1, "c": 5})
     sums.add({"a": 1, "d": 2})
-    assert sums.copy(sums.ids(), 1) == {"a": 2, "b": 1}
+    assert sums.copy(sums.hand_over(), 1) == {"a": 2, "b": 1}
     assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 8
     written = uuid4()
     sums.mark_sent(written, {"b": 1})
     sums.resolve_sent(written)
     sums.add({"d": 2})
-    assert sums.copy(sums.ids(), 1) == {"a": 2, "d": 2}
+    assert sums.copy(sums.hand_over(), 1) == {"a": 2, "d": 2}
     sums.begin(2)
     assert metrics.registry.get_sample_value("view_count_announced_dropped_total") == 12

@@ -131,7 +131,7 @@ def _build_backlog(settings: Settings, stores: Stores, metrics: Metrics, quarant
     backlog = Backlog(
         pending=Pending(clock),
         sweep=Sweep(stores.redis, stores.keys, clock),
-        announced=Announced(metrics),
+        announced=Announced(metrics, clock),
         quarantine=quarantine,
         keys=stores.keys,
         redis=stores.redis,

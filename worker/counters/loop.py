@@ -76,8 +76,8 @@ class FlushLoop:
         self._lets_others_try = False
         # What this worker sees while another has the lease.
         self._seen: Hold | None = None
-        metrics.pending_keys.set_function(lambda: len(backlog.pending))
-        metrics.oldest_pending_seconds.set_function(backlog.pending.oldest_seconds)
+        metrics.pending_keys.set_function(backlog.count)
+        metrics.oldest_pending_seconds.set_function(backlog.oldest_seconds)
         metrics.quarantined_keys.set_function(lambda: len(backlog.quarantine))
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -156,9 +156,12 @@ class Metrics(_Family):
         self.history_failures = self._counter(
             "view_count_history_failures_total", "Updates of the hourly history that ended in an error."
         )
-        self.pending_keys = self._gauge("view_count_pending_keys", "Counter keys found and not flushed yet.")
+        self.pending_keys = self._gauge(
+            "view_count_pending_keys",
+            "Ids whose views are not flushed yet: found by the sweep, or announced by messages.",
+        )
         self.oldest_pending_seconds = self._gauge(
-            "view_count_oldest_pending_seconds", "Seconds since the oldest pending key was found."
+            "view_count_oldest_pending_seconds", "Seconds since the oldest of these was found or announced."
         )
         self.last_agreement = Moment(
             "view_count_last_agreement_timestamp_seconds",

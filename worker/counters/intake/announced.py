@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from worker.observability.metrics import Metrics
+    from worker.runtime.clock import Clock
 
 # Views of further ids are dropped, and measured.
 MAX_BYTES = 64 * 2**20
@@ -27,20 +28,28 @@ class Announced:
     `ended` is set when no more messages come: the listener has stopped, or there is none.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, clock: Clock) -> None:
         self._metrics = metrics
+        self._clock = clock
         self._epoch: int | None = None
         self._sums: dict[str, int] = {}
         self._bytes = 0
         self._sent: tuple[UUID, Mapping[str, int]] | None = None
+        # When the first message after the last handing over came.
+        self._first_at: float | None = None
         self.ended = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._sums)
 
-    def ids(self) -> list[str]:
-        """Ids with views to write, the longest waiting first."""
+    def hand_over(self) -> list[str]:
+        """Ids with views to write, the longest waiting first. From now on the backlog knows how long they wait."""
+        self._first_at = None
         return list(self._sums)
+
+    def oldest_seconds(self) -> float:
+        """Age of the oldest views that were not handed over; 0 when there are none."""
+        return 0.0 if self._first_at is None else self._clock.monotonic() - self._first_at
 
     def begin(self, epoch: int) -> None:
         """Listen in this epoch of the lease. The sums of another epoch are dropped."""
@@ -55,8 +64,11 @@ class Announced:
         self._metrics.announced_dropped.inc(sum(self._sums.values()))
         self._sums = {}
         self._bytes = 0
+        self._first_at = None
 
     def add(self, views: Mapping[str, int]) -> None:
+        if self._first_at is None and views:
+            self._first_at = self._clock.monotonic()
         sums = self._sums
         for vod_id, count in views.items():
             if vod_id in sums:

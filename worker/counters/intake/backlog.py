@@ -39,7 +39,7 @@ class Backlog:
 
     async def add_announced(self) -> None:
         """Add the ids that messages announced. Raises RedisUnavailable."""
-        await self._add(map(self.keys.counter, self.announced.ids()))
+        await self._add(map(self.keys.counter, self.announced.hand_over()))
 
     async def sweep_pages(self) -> AsyncIterator[None]:
         """Sweep if it is due; adds what it finds, and yields after each page. Raises RedisUnavailable."""
@@ -49,6 +49,14 @@ class Backlog:
             await self._add(page)
             yield
         self.quarantine.next_sweep()
+
+    def count(self) -> int:
+        """Ids with views to write, as far as they are known. Those that were announced may be pending, too."""
+        return max(len(self.pending), len(self.announced))
+
+    def oldest_seconds(self) -> float:
+        """For how long the oldest of them waits; 0 when there are none."""
+        return max(self.pending.oldest_seconds(), self.announced.oldest_seconds())
 
     def is_overdue(self, interval: float) -> bool:
         """Whether flushing should not wait for the end of the sweep; `interval` is seconds between two cycles."""

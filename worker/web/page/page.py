@@ -56,6 +56,9 @@ class Page:
         self._closing.set()
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Sec-Fetch-Site") == "cross-site":
+            # Another web site could use up the places, though it cannot read the answers.
+            return Answer(403, {"error": "only this worker's page may connect"}).response()
         if self._watchers >= MAX_WATCHERS:
             return Answer(503, {"error": f"{MAX_WATCHERS} pages are open"}).response()
         response = web.StreamResponse(headers=HEADERS)

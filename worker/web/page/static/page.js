@@ -264,8 +264,8 @@ function showViews({ views, health }) {
   const numbers = [
     ["Views written", perSecond(written())],
     ["Messages received", perSecond(rate("messages"))],
-    ["Ids found, not written", isKnown ? whole(views.pendingIds) : "not known"],
-    ["The oldest waits since", !isKnown ? "not known" : views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
+    ["Ids that wait", isKnown ? whole(views.pendingIds) : "not known"],
+    ["The oldest waits for", !isKnown ? "not known" : views.pendingIds ? duration(views.oldestPendingSeconds) : "–"],
     ["Time of a flush", duration(ratio("flushSeconds", "flushRounds"))],
     ["Views per flush", short(ratio("views", "flushes"))],
     ["Last time all was written", views.lastAgreementMs === null ? "not yet" : `${duration(Math.max(0, Math.round(agreed)))} ago`],
@@ -328,7 +328,7 @@ let interval = 0;
 
 const plots = {
   views: new Plot(at("plot-views"), "Views written and messages received a second", short),
-  pending: new Plot(at("plot-pending"), "Ids found, not written", short),
+  pending: new Plot(at("plot-pending"), "Ids that wait for a flush", short),
   flush: new Plot(at("plot-flush"), "Time of a flush", duration),
   records: new Plot(at("plot-records"), "Records a second", short),
   history: new Plot(at("plot-history"), "Views by hour or day (UTC)", short, { bars: true }),

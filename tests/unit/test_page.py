@@ -240,9 +240,13 @@ async def test_pages_above_the_limit_are_refused_and_a_closed_one_makes_room(
 
 
 async def test_other_web_sites_may_not_connect(parts: Parts) -> None:
-    async with parts.serving() as url, aiohttp.ClientSession(headers={"Sec-Fetch-Site": "cross-site"}) as session:
-        async with session.get(f"{url}/events") as response:
-            assert response.status == 403
+    headers = {"Sec-Fetch-Site": "cross-site"}
+    async with (
+        parts.serving() as url,
+        aiohttp.ClientSession(headers=headers) as session,
+        session.get(f"{url}/events") as response,
+    ):
+        assert response.status == 403
 
 
 async def test_open_page_does_not_delay_the_stop(parts: Parts) -> None:

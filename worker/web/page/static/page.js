@@ -327,7 +327,7 @@ let rows = [];
 let interval = 0;
 
 const plots = {
-  views: new Plot(at("plot-views"), "Views written and messages received a second", short),
+  views: new Plot(at("plot-views"), "Views and messages a second", short),
   pending: new Plot(at("plot-pending"), "Ids that wait for a flush", short),
   flush: new Plot(at("plot-flush"), "Time of a flush", duration),
   records: new Plot(at("plot-records"), "Records a second", short),

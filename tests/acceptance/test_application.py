@@ -111,10 +111,9 @@ async def test_views_count_once_by_incr_publish_or_both_and_are_answered_over_ht
                 answer = {entry["vodId"]: entry["views"] for entry in (await response.json())["views"]}
             assert max(answer.values()) <= 5
         top: list[Any] = []
-        while not top:  # the history follows the flush
+        while len(top) < 2:  # the history follows the flushes
             async with session.get("/v1/top?window=1h&limit=2") as response:
                 top = (await response.json())["top"]
-        assert len(top) == 2
         async with session.get("/metrics") as response:
             metrics = await response.text()
     assert "view_count_updates_total 10.0" in metrics

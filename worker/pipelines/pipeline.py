@@ -11,7 +11,7 @@ from worker.observability.logs import get_logger
 from worker.observability.status import STEP_LIMIT_S, State
 from worker.pipelines.model import Batch, Idle, NotClaimed, OnHold, Written
 from worker.runtime.backoff import Backoff
-from worker.runtime.waiting import wait_first
+from worker.runtime.waiting import run_until, wait_first
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -145,14 +145,7 @@ class Pipeline(Generic[R]):
         self.source.reset()
 
     async def _wait_for_more(self, seconds: float, stop: asyncio.Event) -> None:
-        waiting = asyncio.create_task(self.source.wait(seconds), name=f"{self.name} wait")
-        stopping = asyncio.create_task(stop.wait(), name=f"{self.name} stop")
-        try:
-            await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (waiting, stopping):
-                task.cancel()
-            await asyncio.wait({waiting, stopping})
+        await run_until(stop, self.source.wait(seconds), f"{self.name} wait")
 
     def _standing_by(self, holder: str) -> None:
         # The lease is released on hold, so another replica may have it: for one look only, or because it carries.

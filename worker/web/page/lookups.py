@@ -13,7 +13,7 @@ from worker.contract.times import format_time
 from worker.errors import DatabaseRefused, Unavailable, cause_of
 from worker.observability.logs import get_logger
 from worker.observability.status import SERVERS
-from worker.runtime.waiting import wait_first
+from worker.runtime.waiting import run_until, wait_first
 from worker.web.views_api import top_document
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Lookups:
             self._status.expect_beat(LOOP, within=PERIOD_S + BEAT_S)
             if self._due and self._status.is_ok(*SERVERS):
                 self._due = False
-                await self._look_until(stop)
+                await run_until(stop, self.look(), LOOP)  # slow servers do not delay the stop
                 await wait_first(PERIOD_S, stop)
             else:
                 await wait_first(PERIOD_S, stop, self._wake, self._status.changed)
@@ -74,17 +74,6 @@ class Lookups:
         """A page is open: look again when ten seconds have passed since the last look."""
         self._due = True
         self._wake.set()
-
-    async def _look_until(self, stop: asyncio.Event) -> None:
-        """Slow servers do not delay the stop."""
-        looking = asyncio.create_task(self.look(), name=LOOP)
-        stopping = asyncio.create_task(stop.wait(), name=f"{LOOP} stop")
-        try:
-            await asyncio.wait({looking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (looking, stopping):
-                task.cancel()
-            await asyncio.wait({looking, stopping})
 
     async def look(self) -> None:
         if self._tops is not None:

@@ -30,12 +30,10 @@ class PipelineRow:
             "pipeline": self.pipeline,
             "records": self.count_records(readings),
             "queued": readings.get("persistence_queue_depth", **of_pipeline),
-            "retried": readings.get("persistence_retry_total", **of_pipeline),
             "dropped": readings.get("persistence_dropped_total", **of_pipeline),
-            "deadLetters": readings.get("persistence_dead_letters_total", **of_pipeline),
         }
         if self.stream is None:
-            return shown | {"gaps": readings.get("view_event_gaps_total")}
+            return shown
         labels = of_pipeline | {"stream": self.stream}
         # Elsewhere the metrics are 0, which would look like an answer: only the worker that reads the stream knows.
         reads = readings.get("viewer_worker_lease_held", lease=self.name) or readings.get("stream_holds", **labels)

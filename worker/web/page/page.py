@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from worker.runtime.waiting import wait_first
 from worker.web.answer import Answer
 from worker.web.page.files import file_routes
 
@@ -83,14 +84,7 @@ class Page:
                 seen = self._samples.number
             async with asyncio.timeout(WRITE_LIMIT_S):
                 await response.write(event)
-            await self._pause()
-
-    async def _pause(self) -> None:
-        try:
-            async with asyncio.timeout(PERIOD_S):
-                await self._closing.wait()
-        except TimeoutError:
-            pass
+            await wait_first(PERIOD_S, self._closing)
 
     def _make_state(self) -> bytes:
         now = self._clock.monotonic()

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 VIEW_NUMBERS = {
     "pendingIds": "view_count_pending_keys",
     "oldestPendingSeconds": "view_count_oldest_pending_seconds",
-    "historyBehindSeconds": "view_count_history_behind_seconds",
     "flushedViews": "view_count_flushed_views_total",
-    "messages": "view_count_updates_total",
-    "failures": "view_count_flush_failures_total",
-    "replays": "view_count_settle_replays_total",
-    "gaps": "view_count_subscription_gaps_total",
     "dropped": "view_count_announced_dropped_total",
     "quarantinedKeys": "view_count_quarantined_keys",
 }
